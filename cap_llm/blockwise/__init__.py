@@ -1,0 +1,1 @@
+"""The walk over a model's blocks, and the stages that stand on it."""

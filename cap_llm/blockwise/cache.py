@@ -1,0 +1,103 @@
+"""Hidden states of all micro-batches, within a memory budget; what does not fit goes to disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+
+from cap_llm.runtime.errors import UserError
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device (for the CPU: of main memory)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+class ActivationCache:
+    """A list of tensors, each kept on the device, in main memory or on disk.
+
+    Args:
+        device: where tensors come from and go to.
+        budget: bytes to take on the device.
+        folder: where to spill; the file has no name and vanishes with the process.
+    """
+
+    def __init__(self, device: torch.device, budget: int, folder: Path):
+        self.device, self.folder = device, folder
+        # On a GPU the overflow goes to pinned main memory before it goes to disk.
+        host = free_memory(torch.device("cpu")) // 2 if device.type == "cuda" else 0
+        self._left = {"device": budget, "host": host}
+        self._place: dict[int, str] = {}
+        self._memory: dict[int, torch.Tensor] = {}
+        self._on_disk: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
+        self._file = None
+        self._end = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes of the device's budget that are not taken yet."""
+        return self._left["device"]
+
+    @property
+    def spilled(self) -> int:
+        """Bytes on disk."""
+        return self._end
+
+    def __setitem__(self, i: int, tensor: torch.Tensor) -> None:
+        place = self._place.setdefault(i, self._assign(tensor.nbytes))
+        if place == "device":
+            self._memory[i] = tensor
+        elif place == "host":
+            if i not in self._memory:
+                self._memory[i] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._memory[i].copy_(tensor)
+        else:
+            self._write(i, tensor)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if self._place[i] == "disk":
+            return self._read(i).to(self.device)
+        return self._memory[i].to(self.device, non_blocking=True)
+
+    def _assign(self, n_bytes: int) -> str:
+        for place, left in self._left.items():
+            if n_bytes <= left:
+                self._left[place] -= n_bytes
+                return place
+        return "disk"
+
+    def _write(self, i: int, tensor: torch.Tensor) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (lives as long as this)
+        if i not in self._on_disk:
+            self._on_disk[i] = (self._end, tensor.shape, tensor.dtype)
+            self._end += tensor.nbytes
+        data = tensor.cpu().contiguous().view(torch.uint8).numpy()
+        try:
+            _write_all(self._file.fileno(), data.reshape(-1).data, self._on_disk[i][0])
+        except OSError as error:
+            raise UserError(
+                f"activations cannot be spilled to {self.folder}: {error.strerror}; free some disk "
+                "or raise --runtime.activation_gib"
+            ) from None
+
+    def _read(self, i: int) -> torch.Tensor:
+        start, shape, dtype = self._on_disk[i]
+        n_bytes = shape.numel() * dtype.itemsize
+        data = bytearray(n_bytes)
+        view, done = memoryview(data), 0
+        while done < n_bytes:
+            done += os.preadv(self._file.fileno(), [view[done:]], start + done)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _write_all(file: int, data: memoryview, start: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, data[done:], start + done)

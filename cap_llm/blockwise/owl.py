@@ -1,0 +1,82 @@
+"""OWL: uneven sparsity, from how many outliers the activations of each block have.
+
+Yin et al. 2024, equation 3 and the released code: one sparsity for all matrices of a block. The
+mean over all prunable weights is kept exactly, also where blocks differ in size (the released code
+takes blocks as equals).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from cap_llm.blockwise.prune import matrix
+from cap_llm.blockwise.walk import Walk
+from cap_llm.config import OwlConfig
+from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.runtime.world import World
+from cap_llm.solvers.hessian import Moments
+from cap_llm.solvers.scores import wanda
+
+
+def outlier_shares(
+    model: BlockModel, walk: Walk, threshold: float, world: World, advance: Callable[[], None]
+) -> list[float]:
+    """Percentage of each block's Wanda scores that exceed `threshold` times their mean.
+
+    Takes the walk through the whole dense model.
+    """
+    shares = []
+    for i in range(len(model)):
+        with model.block(i) as block:
+            score: list[torch.Tensor] = []
+            linears = model.linears(i)
+
+            def collect(group: Group, inputs: Iterator, score=score, linears=linears) -> None:
+                moments = Moments(group.columns, model.device, full=False)
+                for x in inputs:
+                    moments.add(x)
+                moments.merge(world)
+                mean_square = moments.finish(group.names[0]).diagonal
+                score += [wanda(matrix(linears[n]).float(), mean_square) for n in group.names]
+
+            walk.visit(i, block, collect)
+        mean = sum(s.sum().item() for s in score) / sum(s.numel() for s in score)
+        above = sum(int((s > threshold * mean).sum()) for s in score)
+        shares.append(100 * above / sum(s.numel() for s in score))
+        advance()
+    return shares
+
+
+def allocate(
+    shares: list[float], sizes: list[int], sparsity: float, config: OwlConfig
+) -> list[float]:
+    """Sparsity of each block: more outliers, fewer zeros.
+
+    Args:
+        shares: outlier percentage of each block.
+        sizes: prunable weights of each block.
+        sparsity: the mean to keep, over all weights.
+        config: `strength` is the largest departure from the mean before re-centring.
+
+    Returns:
+        A sparsity for each block, in [0.01, 0.99].
+    """
+    low, high = min(shares), max(shares)
+    width = high - low
+    kept = [2 * config.strength * (d - low) / width if width else 0.0 for d in shares]
+    total = sum(sizes)
+    mean = sum(k * n for k, n in zip(kept, sizes, strict=True)) / total
+    wanted = [sparsity - (k - mean) for k in kept]
+    # where a bound cuts, the others take over what it leaves
+    for _ in range(len(wanted)):
+        wanted = [min(0.99, max(0.01, s)) for s in wanted]
+        off = sparsity - sum(s * n for s, n in zip(wanted, sizes, strict=True)) / total
+        free = [i for i, s in enumerate(wanted) if 0.01 < s < 0.99]
+        if abs(off) < 1e-12 or not free:
+            break
+        share = off * total / sum(sizes[i] for i in free)
+        for i in free:
+            wanted[i] += share
+    return wanted

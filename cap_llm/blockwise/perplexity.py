@@ -1,0 +1,89 @@
+"""Perplexity on windows of tokens, as SparseGPT and Wanda measure it.
+
+ppl = exp(mean negative log-likelihood) over the window - 1 predicted tokens of each window. The
+model is streamed: every window passes one block before the next block is read, so a model larger
+than memory can be scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from cap_llm.blockwise.walk import Walk
+from cap_llm.models.blocks import BlockModel
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
+
+LOGIT_TOKENS = 2048  # tokens whose logits stand in memory at once
+
+
+def next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Summed negative log-likelihood of ids [B, T] from logits [B, T, V], T - 1 tokens a row."""
+    targets = ids[:, 1:].to(logits.device)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for row, target in zip(logits, targets, strict=True):
+        total += F.cross_entropy(row[:-1].float(), target, reduction="sum")
+    return total
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    """Perplexity of a causal language model in memory on ids [N, T], one window at a time."""
+    device = next(model.parameters()).device
+    nll = sum(
+        next_token_nll(model(input_ids=w.to(device)).logits, w).item() for w in windows.split(1)
+    )
+    return math.exp(nll / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+@torch.no_grad()
+def streamed_nll(
+    folder: Path,
+    windows: torch.Tensor,
+    world: World,
+    memory: int | None,
+    scratch: Path,
+    advance: Callable[[], None] = lambda: None,
+) -> float:
+    """Summed negative log-likelihood of ids [N, T] under the model of a directory, over all ranks.
+
+    Args:
+        folder: the model directory.
+        windows: all windows; each rank takes its share.
+        world: the ranks.
+        memory: bytes for activations, see `Walk`.
+        scratch: a folder to spill to.
+        advance: called after each block and once for the head.
+
+    Raises:
+        UserError: the model is no causal language model, or its output is not finite.
+    """
+    model = BlockModel.open(folder, world.device)
+    if not model.is_causal:
+        raise UserError(
+            f"{type(model.model).__name__} gives no next-token logits, so it has no perplexity; "
+            "leave evaluate out of --stages"
+        )
+    mine = windows[list(world.share(len(windows)))]
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    if len(mine):
+        walk = Walk(model, mine, memory, scratch)
+        for i in range(len(model)):
+            with model.block(i) as block:
+                walk.forward(i, block)
+            advance()
+        for k, ids in enumerate(walk.ids):
+            rows = max(1, LOGIT_TOKENS // ids.shape[1])
+            hidden = walk.hidden[k]
+            for part, states in zip(ids.split(rows), hidden.split(rows), strict=True):
+                total += next_token_nll(model.head(part, states), part)
+        advance()
+    world.sum(total)
+    if not bool(total.isfinite()):
+        raise UserError(f"the perplexity of {folder} is not finite: the model overflows")
+    return total.item()

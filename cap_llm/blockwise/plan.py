@@ -1,0 +1,175 @@
+"""Before the work: checks what can be checked, and predicts memory, disk and time."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from cap_llm.blockwise.cache import free_memory
+from cap_llm.blockwise.oneshot import by_hand, check_shapes
+from cap_llm.blockwise.prune import matrix, uniform
+from cap_llm.config import Config
+from cap_llm.models.blocks import BlockModel, model_class, skeleton
+from cap_llm.models.checkpoint import Checkpoint, config_dict
+from cap_llm.models.source import needs_conversion
+from cap_llm.runtime.console import Console, duration, size
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
+from cap_llm.text.corpora import corpus_file
+from cap_llm.text.tokenizers import load_tokenizer
+
+RESERVE = 2**28  # bytes of disk for logs, masks' parts and file systems' own needs
+
+
+def check_everything(
+    located: Path | None,
+    config: Config,
+    console: Console,
+    world: World,
+    predict: bool = False,
+) -> None:
+    """Refuses what cannot work, before the long work, and prints an estimate.
+
+    Args:
+        located: the model's directory or .gguf file; None if it is on the hub and not fetched yet.
+        config: the run's settings.
+        console: where the estimate goes.
+        world: the ranks.
+        predict: also time the machine, to predict hours.
+
+    Raises:
+        UserError: files, names, shapes, positions or space do not fit.
+    """
+    if config.uses_calibration:
+        corpus_file(config.calibration.corpus, "train")
+    if "evaluate" in config.stages:
+        for name in config.evaluate.corpora:
+            corpus_file(name, "validation" if name == "c4" else "test")
+    if located is None:
+        console.say(f"model {config.model.path}: on the hub, not fetched; its shapes are unchecked")
+        return
+    if located.suffix == ".gguf":
+        console.say(f"model {located.name}: will be de-quantised first; its shapes are unchecked")
+        return
+    facts = config_dict(located)
+    _check_positions(config, facts)
+    load_tokenizer(config.model.tokenizer or str(located), facts.get("vocab_size"))
+    model = BlockModel(skeleton(located), torch.device("cpu"))
+    if "evaluate" in config.stages and not model.is_causal:
+        raise UserError(
+            f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity; "
+            "set --stages [oneshot]"
+        )
+    if "oneshot" in config.stages:
+        plan = by_hand(uniform(model, config.oneshot), config.oneshot)
+        check_shapes(model, plan, config.oneshot)
+    if needs_conversion(located):
+        console.say(
+            f"model {located}: its weights are no safetensors and are rewritten once, which holds "
+            "the whole model in memory"
+        )
+        return
+    checkpoint = Checkpoint(located)  # opens every shard: truncated ones show here
+    estimate = _estimate(model, checkpoint, config, world)
+    _check_disk(estimate["disk"], config)
+    text = f"memory {size(estimate['memory'])} a rank, disk {size(estimate['disk'])}"
+    if estimate["activations"]:
+        text += f", of the memory {size(estimate['activations'])} for activations"
+    if predict:
+        text += f", time {duration(estimate['flops'] / _matrix_rate(world.device) / world.size)}"
+    console.say(f"estimate: {text}")
+
+
+def _check_positions(config: Config, facts: dict) -> None:
+    most = facts.get("max_position_embeddings") or facts.get("n_positions")
+    asked = {}
+    if config.uses_calibration:
+        asked["calibration.length"] = config.calibration.length
+    if "evaluate" in config.stages:
+        asked["evaluate.window"] = config.evaluate.window
+    for name, value in asked.items():
+        if most and value > most:
+            raise UserError(
+                f"{name} is {value}, but the model has {most} positions; "
+                f"give --{name} {most} or less"
+            )
+
+
+def _check_disk(needed: int, config: Config) -> None:
+    place = Path(config.output_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    done = (Path(config.output_dir) / "oneshot" / "done.json").exists()
+    free = shutil.disk_usage(place).free
+    written = sum(p.stat().st_size for p in Path(config.output_dir).glob("oneshot/*.safetensors"))
+    if not done and needed - written > free:
+        raise UserError(
+            f"output_dir {config.output_dir} needs {size(needed - written)} of disk and "
+            f"{size(free)} are free; free some or choose another output_dir"
+        )
+
+
+def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: World) -> dict:
+    """Bytes and floating-point operations of the run, a little on the safe side."""
+    width = 4 if world.device.type == "cpu" else 2
+    linears = [[matrix(m).shape for m in model.linears(i).values()] for i in range(len(model))]
+    block_weights = [sum(r * c for r, c in shapes) for shapes in linears]
+    n_weights = sum(p.numel() for p in model.model.parameters())
+    hidden = max((c for shapes in linears for _, c in shapes[:1]), default=0)
+    estimate = {"disk": RESERVE, "flops": 0.0, "activations": 0}
+    work = 0  # bytes beside the weights
+    tokens = []
+    if "oneshot" in config.stages:
+        estimate["disk"] += checkpoint.n_bytes() + sum(block_weights) // 4  # masks, twice for parts
+        largest = max((r * c for shapes in linears for r, c in shapes), default=0)
+        work = 4 * 4 * largest
+        if config.uses_calibration:
+            columns = max(c for shapes in linears for _, c in shapes)
+            work = max(work, 3 * 4 * columns**2 + 4 * 4 * largest)
+            n = config.calibration.sequences * config.calibration.length
+            tokens.append(n)
+            estimate["flops"] += n * 2 * sum(block_weights)
+            estimate["flops"] += n * sum(
+                c * c for shapes in linears for c in {c: c for _, c in shapes}
+            )
+            estimate["flops"] += sum(r * c * c * 2 for shapes in linears for r, c in shapes)
+            if config.oneshot.refit:
+                estimate["flops"] += sum(r * c * c * 50 for shapes in linears for r, c in shapes)
+    if "evaluate" in config.stages:
+        windows = config.evaluate.max_windows or 160
+        n = windows * config.evaluate.window * len(config.evaluate.corpora)
+        n_models = 1 + ("oneshot" in config.stages and config.evaluate.dense)
+        estimate["flops"] += n_models * n * 2 * n_weights
+        tokens.append(windows * config.evaluate.window)
+        work = max(work, 2 * 4 * config.evaluate.window * model.model.config.vocab_size)
+    if tokens:
+        share = max(tokens) // world.size
+        held = max(sum(r + c for r, c in shapes) for shapes in linears)
+        wanted = share * width * hidden + (
+            config.calibration.sequences * config.calibration.length // world.size * width * held
+            if config.uses_calibration
+            else 0
+        )
+        gib = config.runtime.activation_gib
+        allowed = free_memory(world.device) // 2 if gib is None else int(gib * 2**30)
+        estimate["activations"] = min(wanted, allowed)
+        estimate["disk"] += max(0, share * width * hidden - allowed) * world.size
+    outside = n_weights - sum(block_weights)
+    estimate["memory"] = width * (outside + 2 * max(block_weights)) + work + estimate["activations"]
+    return estimate
+
+
+def _matrix_rate(device: torch.device) -> float:
+    """Operations a second of a float32 matrix product on this machine."""
+    a = torch.randn(1024, 1024, device=device)
+    product = a @ a
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.5:
+        product = a @ product.clamp(-1, 1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        n += 1
+    return 2 * 1024**3 * n / (time.perf_counter() - start)

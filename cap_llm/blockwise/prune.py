@@ -1,0 +1,284 @@
+"""One-shot pruning of a model's blocks: the mathematics meets the walk. No files here.
+
+`prune` is the way in for a module in memory; the stage `oneshot` streams and writes instead.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cap_llm.blockwise.walk import Walk
+from cap_llm.config import OneshotConfig
+from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
+from cap_llm.solvers import scores
+from cap_llm.solvers.hessian import Moments, factorise
+from cap_llm.solvers.refit import refit
+from cap_llm.solvers.sparsegpt import sparsegpt
+from cap_llm.sparsity.patterns import Pattern, choose
+
+
+@dataclass
+class Row:
+    """What happened to one matrix; a row of `sparsity.json`.
+
+    Attributes:
+        name: of the weight in the model.
+        shape: [R, C].
+        pattern: as asked for.
+        zeros: weights that are zero now.
+        masked: weights that the mask removes; fewer than `zeros` if some that stay are zero.
+        error: squared error of the outputs on the calibration text, relative to the outputs;
+            None for a method that reads no text.
+        damping: used for the Hessian, as a share of its mean diagonal; None without one.
+        seconds: taken by the solver.
+    """
+
+    name: str
+    shape: list[int]
+    pattern: str
+    zeros: int
+    masked: int
+    error: float | None
+    damping: float | None
+    seconds: float
+
+
+@dataclass
+class PrunedBlock:
+    """The outcome of one block: a mask [R, C] and a row for each pruned weight, by its name."""
+
+    masks: dict[str, torch.Tensor]
+    rows: list[Row]
+    seconds: float
+
+
+def prune(
+    model: PreTrainedModel,
+    windows: torch.Tensor | None,
+    config: OneshotConfig | None = None,
+    sparsities: dict[str, float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Prunes a transformers model in memory, in place.
+
+    Args:
+        model: any model whose blocks are linears; it stays on its device.
+        windows: calibration ids [N, T]; None for magnitude.
+        config: method and pattern; `budget` and `earlier_mask` belong to the stage.
+        sparsities: sparsity by weight name where it is not `config`'s; 0 leaves a weight dense.
+
+    Returns:
+        The masks [R, C] by weight name, true where a weight stays.
+
+    Raises:
+        UserError: the model cannot be walked, or the pattern does not fit it.
+    """
+    config = config or OneshotConfig()
+    blocks = BlockModel(model, model.device)
+    plan = {**uniform(blocks, config), **(sparsities or {})}
+    walk = None
+    masks: dict[str, torch.Tensor] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if windows is not None:
+            walk = Walk(blocks, windows, None, Path(scratch))
+        for i in range(len(blocks)):
+            with blocks.block(i) as block:
+                masks |= prune_block(blocks, i, block, walk, config, plan, World("cpu")).masks
+    return masks
+
+
+def uniform(model: BlockModel, config: OneshotConfig) -> dict[str, float]:
+    """The same sparsity for every prunable weight, by name."""
+    pattern = Pattern.parse(config.pattern)
+    sparsity = config.sparsity if pattern.fixed_sparsity is None else pattern.fixed_sparsity
+    return {
+        model.weight_name(i, linear): sparsity
+        for i in range(len(model))
+        for linear in model.linears(i)
+    }
+
+
+def prune_block(
+    model: BlockModel,
+    i: int,
+    block: nn.Module,
+    walk: Walk | None,
+    config: OneshotConfig,
+    sparsities: dict[str, float],
+    world: World,
+    earlier: Callable[[str, torch.Tensor], torch.Tensor | None] = lambda name, weight: None,
+    phase: Callable[[str], None] = lambda text: None,
+    measure: bool = True,
+) -> PrunedBlock:
+    """Prunes block i, and takes the walk's hidden states through it.
+
+    Args:
+        model: the model.
+        i: the block's number.
+        block: the block with its weights; changed in place, rounded to the stored type.
+        walk: the calibration text in front of the block; None where the method needs none.
+        config: method and pattern.
+        sparsities: by weight name; 0 or absent leaves a weight dense.
+        world: the ranks; each solves some of the matrices that share an input.
+        earlier: gives the mask [R, C] inside which a weight's new mask must lie, or None.
+        phase: told what is being done.
+        measure: compute the errors where the method alone does not need a Hessian.
+
+    Raises:
+        UserError: activations overflow, or a Hessian is not positive definite.
+    """
+    start = time.monotonic()
+    result = PrunedBlock({}, [], 0.0)
+    linears = model.linears(i)
+
+    def change(group: Group, inputs: Iterator[torch.Tensor]) -> None:
+        names = [n for n in group.names if sparsities.get(model.weight_name(i, n))]
+        short = " ".join(n.rpartition(".")[2] for n in group.names)
+        phase(f"reading {short}")
+        full = config.method == "sparsegpt" or config.refit or measure
+        moments = Moments(group.columns, model.device, full)
+        for x in inputs:
+            if names:
+                moments.add(x)
+        if names:
+            moments.merge(world)
+            phase(f"solving {short}")
+            solve(names, moments.finish(f"{model.block_name(i)}.{names[0]}"))
+
+    def solve(names: list[str], moments: Moments | None) -> None:
+        solver = _Solver(config, moments, f"{model.block_name(i)}.{names[0]}")
+        owners = _spread(names, linears, world.size)
+        rows: dict[str, Row] = {}
+        for name in names:
+            full_name = model.weight_name(i, name)
+            weight = matrix(linears[name])
+            mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+            if owners[name] == world.rank:
+                dense = weight.float()
+                inside = earlier(full_name, dense)
+                tick = time.monotonic()
+                new, mask = solver(dense, sparsities[full_name], _check(inside, full_name))
+                # What follows must see the weights as they will be stored.
+                new = new.to(stored_dtype(model, full_name))
+                seconds = time.monotonic() - tick
+                rows[name] = Row(
+                    full_name,
+                    list(weight.shape),
+                    config.pattern,
+                    int((new == 0).sum()),
+                    int((~mask).sum()),
+                    solver.error(dense, new.float()),
+                    solver.damping,
+                    round(seconds, 4),
+                )
+                weight.copy_(new)
+            contiguous = weight.contiguous()  # Conv1D stores the transpose
+            weight.copy_(world.broadcast(contiguous, owners[name]))
+            result.masks[full_name] = world.broadcast(mask, owners[name]).cpu()
+        everyone = {name: row for part in world.gather(rows) for name, row in part.items()}
+        result.rows += [everyone[name] for name in names]
+
+    with torch.no_grad():
+        if walk:
+            walk.visit(i, block, change)
+        else:
+            phase("choosing")
+            names = [n for n in linears if sparsities.get(model.weight_name(i, n))]
+            if names:
+                solve(names, None)
+    result.seconds = time.monotonic() - start
+    return result
+
+
+class _Solver:
+    """The configured method on the matrices that read one input; factorises their Hessian once."""
+
+    def __init__(self, config: OneshotConfig, moments: Moments | None, name: str):
+        self.config, self.moments = config, moments
+        self.pattern = Pattern.parse(config.pattern)
+        self.factor = self.added = None
+        if moments and (config.method == "sparsegpt" or config.refit):
+            self.mean_square = moments.diagonal.clone()
+            self.factor = factorise(moments.hessian, config.damping, name)
+            self.added = self.factor.hessian.diagonal() - self.mean_square
+        elif moments:
+            self.mean_square = moments.diagonal
+
+    @property
+    def damping(self) -> float | None:
+        return self.factor.damping if self.factor else None
+
+    def __call__(
+        self, weight: torch.Tensor, sparsity: float, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pruned weight and its mask, both [R, C]."""
+        config = self.config
+        if config.method == "sparsegpt":
+            new, mask = sparsegpt(
+                weight, self.factor, self.pattern, sparsity, allowed, config.block_size
+            )
+        else:
+            if config.method == "wanda":
+                score = scores.wanda(weight, self.mean_square)
+                # Wanda compares the weights of an output row, never those of two rows.
+                by_row = self.pattern.kind == "unstructured"
+                mask = choose(score, Pattern("row") if by_row else self.pattern, sparsity, allowed)
+            else:
+                mask = choose(scores.magnitude(weight), self.pattern, sparsity, allowed)
+            new = weight * mask
+        if config.refit:
+            new = refit(new, mask, weight, self.factor.hessian)
+        return new, mask
+
+    def error(self, dense: torch.Tensor, new: torch.Tensor) -> float | None:
+        """Relative squared error of the outputs, without the ridge that damping added."""
+        if self.moments is None or not self.moments.full:
+            return None
+
+        def energy(w: torch.Tensor) -> torch.Tensor:
+            total = (w @ self.moments.hessian * w).sum()
+            return total if self.added is None else total - (w.square() @ self.added).sum()
+
+        return (energy(dense - new) / energy(dense).clamp(min=1e-30)).item()
+
+
+def matrix(linear: nn.Module) -> torch.Tensor:
+    """A linear's weight as [R, C]: a view into its parameter, also of the transposed `Conv1D`."""
+    return linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T
+
+
+def stored_dtype(model: BlockModel, name: str) -> torch.dtype:
+    """The type in which a weight is kept: the files', or the module's own."""
+    if model.checkpoint:
+        return model.checkpoint.dtype(model.key(name))
+    return model.model.get_parameter(name).dtype
+
+
+def row_dict(row: Row) -> dict:
+    """A row as it is written."""
+    return asdict(row)
+
+
+def _spread(names: list[str], linears: dict[str, nn.Module], size: int) -> dict[str, int]:
+    """The rank that solves each matrix: the largest first, each to the least loaded rank."""
+    load = [0] * size
+    owners = {}
+    for name in sorted(names, key=lambda n: -linears[n].weight.numel()):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += linears[name].weight.numel()
+    return owners
+
+
+def _check(inside: torch.Tensor | None, name: str) -> torch.Tensor | None:
+    if inside is not None and not bool(inside.any()):
+        raise UserError(f"the earlier mask of {name} keeps no weight; nothing is left to prune")
+    return inside

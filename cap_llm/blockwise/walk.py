@@ -1,0 +1,132 @@
+"""The walk: calibration text goes through a model block by block, each block changed on the way.
+
+Within a block, the linears that read one input are changed together, as soon as all micro-batches
+have reached that input; so every linear sees what the changed ones before it give. To walk a block
+only once, the forward of each micro-batch is a coroutine (a greenlet, because the pause lies deep
+inside the model's own code): it stops where it is about to read the next input, waits until that
+input's linears are changed, and goes on. A waiting micro-batch holds its intermediate values; those
+for which memory does not last are run again from the block's start, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from cap_llm.blockwise.cache import ActivationCache, free_memory
+from cap_llm.models.blocks import BlockModel, Call, Group
+
+MICRO_TOKENS = 2048  # tokens a forward; enough for full matrix rates, few enough for the caches
+
+
+class Walk:
+    """A model's hidden states on their way from the embedding to the head.
+
+    Args:
+        model: the model.
+        windows: token ids [N, T] of this rank.
+        memory: bytes for activations on the device; None takes half of what is free.
+        scratch: a folder to spill to.
+    """
+
+    def __init__(self, model: BlockModel, windows: torch.Tensor, memory: int | None, scratch: Path):
+        self.model = model
+        self.ids = windows.split(max(1, MICRO_TOKENS // windows.shape[1]))
+        memory = free_memory(model.device) // 2 if memory is None else memory
+        self.hidden = ActivationCache(model.device, memory, scratch)
+        self.calls: list[list[Call]] = []
+        for i, ids in enumerate(self.ids):
+            hidden, calls = model.embed(ids)
+            self.hidden[i] = hidden
+            self.calls.append(calls)
+
+    @torch.no_grad()
+    def forward(self, i: int, block: nn.Module, after: Callable[[], None] = lambda: None) -> None:
+        """Takes all micro-batches through block i as it stands."""
+        for k in range(len(self.ids)):
+            self.hidden[k] = self.calls[k][i].run(block, self.hidden[k])
+            after()
+
+    @torch.no_grad()
+    def visit(
+        self,
+        i: int,
+        block: nn.Module,
+        change: Callable[[Group, Iterator[torch.Tensor]], None],
+    ) -> None:
+        """Takes all micro-batches through block i and lets `change` loose on it on the way.
+
+        Args:
+            i: the block's number.
+            block: the block, with its weights.
+            change: called for each group of linears with the micro-batches' inputs [..., C] to it,
+                which it must read to their end before it changes the group's weights.
+        """
+        groups = self.model.groups(i, self.calls[0][i], self.hidden[0])
+        held = self.hidden.left // max(1, self._held_bytes(block, groups))
+        lanes = [_Lane(self, i, k, block, hold=k < held) for k in range(len(self.ids))]
+        handles = [
+            block.get_submodule(group.names[0]).register_forward_pre_hook(_pause)
+            for group in groups
+        ]
+        try:
+            for g, group in enumerate(groups):
+                change(group, (lane.input(g) for lane in lanes))
+            for k, lane in enumerate(lanes):
+                self.hidden[k] = lane.finish(len(groups))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _held_bytes(self, block: nn.Module, groups: list[Group]) -> int:
+        """Upper bound of what one waiting micro-batch holds: all inputs and outputs of linears."""
+        example = self.hidden[0]
+        outputs = sum(
+            _out_features(block.get_submodule(name)) for group in groups for name in group.names
+        )
+        a_token = 2 * example.shape[-1] + sum(g.columns for g in groups) + outputs
+        return a_token * self.ids[0].numel() * example.element_size()
+
+
+class _Lane:
+    """One micro-batch on its way through a block."""
+
+    def __init__(self, walk: Walk, i: int, k: int, block: nn.Module, hold: bool):
+        self._run = lambda: walk.calls[k][i].run(block, walk.hidden[k])
+        self._hold = hold
+        self._held: greenlet | None = None
+
+    def input(self, g: int) -> torch.Tensor:
+        """The input [..., C] of group g, once the groups before it are changed."""
+        if self._hold and self._held:
+            return self._held.switch()
+        self._held = greenlet(self._run)
+        x = self._held.switch()
+        for _ in range(g):
+            x = self._held.switch()
+        if not self._hold:
+            self._held.throw()  # ends it where it waits
+            self._held = None
+        return x
+
+    def finish(self, n_groups: int) -> torch.Tensor:
+        """The block's output, once all groups are changed."""
+        if not self._hold:
+            self._hold = True
+            self.input(n_groups - 1)
+        output = self._held.switch()
+        self._held = None
+        return output
+
+
+def _pause(module: nn.Module, args: tuple) -> None:
+    """Hands the input to whoever started this lane, and waits there to be resumed."""
+    getcurrent().parent.switch(args[0])
+
+
+def _out_features(linear: nn.Module) -> int:
+    return linear.nf if hasattr(linear, "nf") else linear.out_features

@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity as the papers measure it, and the report."""

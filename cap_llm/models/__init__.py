@@ -1,0 +1,1 @@
+"""Models: where they come from, their files, and how they look to the rest: embed, blocks, head."""

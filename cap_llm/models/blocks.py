@@ -1,0 +1,449 @@
+"""A Hugging Face model seen as embedding, blocks and head, without code per family.
+
+The blocks are the one `ModuleList` of a class that the model itself names in `_no_split_modules`.
+What a block is called with (masks, rotary embeddings, ALiBi, ...) is recorded from the model's own
+forward, in which every block is replaced by a recorder, and replayed later. So the model's own code
+computes everything, and a new family needs nothing here. What does not hold for a model (a block
+that reads more than its predecessor's output, say) is checked, and refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.runtime.errors import UserError
+
+
+@dataclass
+class Call:
+    """What a block is called with, its hidden states [B, T, H] taken out."""
+
+    args: tuple
+    kwargs: dict
+    slot: int | str  # where the hidden states go: a position or a keyword
+
+    @classmethod
+    def record(cls, args: tuple, kwargs: dict) -> tuple[Call, torch.Tensor]:
+        """Splits a call into its frame and the hidden states."""
+        if args:
+            return cls((None, *args[1:]), dict(kwargs), 0), args[0]
+        kwargs = dict(kwargs)
+        return cls((), kwargs, "hidden_states"), kwargs.pop("hidden_states")
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output for `hidden` [B, T, H]."""
+        if self.slot == 0:
+            out = block(hidden, *self.args[1:], **self.kwargs)
+        else:
+            out = block(**self.kwargs, hidden_states=hidden)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Group:
+    """The linears of a block that read the same input [tokens, C], in the order they run."""
+
+    names: list[str]
+    columns: int
+
+
+class BlockModel:
+    """A model whose blocks are visited one at a time.
+
+    Either wraps a module in memory, or streams a model directory: then only what lies outside the
+    blocks is resident, and `block(i)` brings in the weights of one.
+
+    Args:
+        model: the module; with `checkpoint`, its parameters are on the meta device.
+        device: where it computes.
+        checkpoint: the files to stream from.
+        dtype: the type to compute in; by default that of the parameters.
+
+    Raises:
+        UserError: no blocks can be found, or a block holds weights that are not linears.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        checkpoint: Checkpoint | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.model, self.device, self.checkpoint, self.dtype = model, device, checkpoint, dtype
+        model.eval().requires_grad_(False)
+        model.config.use_cache = False
+        self.prefix, self.blocks = find_blocks(model)
+        for i in range(len(self.blocks)):
+            _refuse_unprunable(self.block_name(i), self.blocks[i])
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._returns_tuple: bool | None = None
+        if checkpoint:
+            self._key = match_names(model, checkpoint)
+            self._load_outside()
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device) -> BlockModel:
+        """Opens a model directory for streaming.
+
+        It computes in float32 on a CPU and in the stored type on a GPU.
+
+        Raises:
+            UserError: the directory is damaged or the model cannot be walked block by block.
+        """
+        checkpoint = Checkpoint(folder)
+        model = skeleton(folder)
+        dtype = torch.float32
+        if device.type != "cpu":
+            prefix, _ = find_blocks(model)
+            names = [n for n in checkpoint.names() if n.startswith(prefix)] or checkpoint.names()
+            dtype = checkpoint.dtype(names[0])
+        return cls(model, device, checkpoint, dtype)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block_name(self, i: int) -> str:
+        """The name of block i in the model, such as `model.layers.3`."""
+        return f"{self.prefix}.{i}"
+
+    def linears(self, i: int) -> dict[str, nn.Module]:
+        """The prunable linears of block i by their name in the block."""
+        modules = self.blocks[i].named_modules()
+        return {name: m for name, m in modules if isinstance(m, nn.Linear | Conv1D)}
+
+    def weight_name(self, i: int, linear: str) -> str:
+        """The name of a linear's weight in the model."""
+        return f"{self.block_name(i)}.{linear}.weight"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model gives next-token logits, so that it has a perplexity."""
+        return type(self.model) in AutoModelForCausalLM._model_mapping.values()
+
+    @contextlib.contextmanager
+    def block(self, i: int) -> Iterator[nn.Module]:
+        """Block i with its weights on the device; a streamed block is dropped afterwards."""
+        block = self.blocks[i]
+        if not self.checkpoint:
+            yield block
+            return
+        prefix = self.block_name(i) + "."
+        try:
+            self._fill(block, prefix)
+            yield block
+        finally:
+            for module in block.modules():
+                for name, p in module._parameters.items():
+                    if p is not None:
+                        module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=False)
+
+    def key(self, name: str) -> str:
+        """The name under which the files hold parameter `name`."""
+        return self._key[name]
+
+    def block_keys(self, i: int) -> list[str]:
+        """The names of all tensors of block i in the files."""
+        prefix = self.block_name(i) + "."
+        inner = next(k for n, k in self._key.items() if n.startswith(prefix))
+        inner_name = next(n for n in self._key if n.startswith(prefix))
+        stored_prefix = inner[: len(inner) - len(inner_name) + len(prefix)]
+        return [k for k in self.checkpoint.names() if k.startswith(stored_prefix)]
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        """What the first block reads for ids [B, T], and the frame of each block's call.
+
+        Raises:
+            UserError: a block depends on more than its predecessor's output and the shape of `ids`.
+        """
+        hidden, calls = self._record(ids)
+        shape = tuple(ids.shape)
+        if shape not in self._calls:
+            _, again = self._record(ids.flip(-1).roll(1, -1))
+            for i, (a, b) in enumerate(zip(calls, again, strict=True)):
+                _require_same(self.block_name(i), a, b)
+            self._calls = {**self._calls, shape: calls}
+        return hidden, self._calls[shape]
+
+    @torch.no_grad()
+    def head(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] from the last block's output [B, T, H] for ids [B, T]."""
+        last = len(self) - 1
+
+        def skip(i: int) -> Callable:
+            def forward(*args, **kwargs):
+                _, x = Call.record(args, kwargs)
+                out = hidden if i == last else x
+                return (out,) if self._returns_tuple else out
+
+            return forward
+
+        with self._replaced([skip(i) for i in range(len(self))]):
+            return self.model(input_ids=ids.to(self.device)).logits
+
+    @torch.no_grad()
+    def groups(self, i: int, call: Call, hidden: torch.Tensor) -> list[Group]:
+        """The linears of block i by the input they read, found by a run on the meta device.
+
+        Raises:
+            UserError: a linear runs never or more than once, so that its input is not one matrix.
+        """
+        block = _on_meta(self.blocks[i])
+        seen: dict[str, tuple] = {}
+        inputs = []  # kept alive, so that no two of them can share an address
+
+        def note(name: str) -> Callable:
+            def hook(module, args):
+                x = args[0]
+                inputs.append(x)
+                place = (x.untyped_storage()._cdata, x.storage_offset(), x.shape[-1], x._version)
+                seen[name] = (*seen.get(name, ()), place)
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(note(name))
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        ]
+        call_on_meta = Call(*tree_map(_meta, (call.args, call.kwargs)), call.slot)
+        call_on_meta.run(block, _meta(hidden))
+        for handle in handles:
+            handle.remove()
+        for name in self.linears(i):
+            if len(seen.get(name, ())) != 1:
+                raise UserError(
+                    f"{self.block_name(i)}.{name} runs {len(seen.get(name, ()))} times in a "
+                    "forward of its block; only linears that run once can be pruned"
+                )
+        groups: dict[tuple, Group] = {}
+        for name, (place,) in seen.items():
+            groups.setdefault(place, Group([], place[2])).names.append(name)
+        return list(groups.values())
+
+    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        """Runs the model with recorders in place of its blocks."""
+        calls: list[Call] = []
+        first: list[torch.Tensor] = []
+        passed: list[torch.Tensor] = []
+
+        def recorder(i: int) -> Callable:
+            def forward(*args, **kwargs):
+                call, hidden = Call.record(args, kwargs)
+                if i == 0:
+                    first.append(hidden)
+                    if self._returns_tuple is None:
+                        self._returns_tuple = self._probe_return(call, hidden)
+                elif hidden is not passed[-1]:
+                    raise UserError(
+                        f"{self.block_name(i)} does not read what {self.block_name(i - 1)} gives; "
+                        "this model cannot be pruned block by block"
+                    )
+                calls.append(call)
+                passed.append(hidden.clone())
+                if i == len(self) - 1:
+                    raise _LastBlock
+                return (passed[-1],) if self._returns_tuple else passed[-1]
+
+            return forward
+
+        with (
+            self._replaced([recorder(i) for i in range(len(self))]),
+            contextlib.suppress(_LastBlock),
+        ):
+            self.model(input_ids=ids.to(self.device))
+        if len(calls) != len(self):
+            raise UserError(f"only {len(calls)} of {len(self)} blocks of {self.prefix} run")
+        return first[0], calls
+
+    def _probe_return(self, call: Call, hidden: torch.Tensor) -> bool:
+        block = _on_meta(self.blocks[0])
+        call = Call(*tree_map(_meta, (call.args, call.kwargs)), call.slot)
+        args = (_meta(hidden), *call.args[1:]) if call.slot == 0 else ()
+        kwargs = call.kwargs if args else {**call.kwargs, "hidden_states": _meta(hidden)}
+        return isinstance(block(*args, **kwargs), tuple)
+
+    @contextlib.contextmanager
+    def _replaced(self, forwards: list[Callable]) -> Iterator[None]:
+        for block, forward in zip(self.blocks, forwards, strict=True):
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def _load_outside(self) -> None:
+        """Loads what lies outside the blocks, and brings all buffers to the device."""
+        inside = tuple(self.block_name(i) + "." for i in range(len(self)))
+        for path, module in self.model.named_modules():
+            if not (path + ".").startswith(inside):
+                self._fill(module, path + "." if path else "", recurse=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+        self.model.tie_weights()
+
+    def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
+        names = {n: prefix + n for n, _ in module.named_parameters(recurse=recurse)}
+        names = {n: full for n, full in names.items() if full in self._key}
+        tensors = self.checkpoint.read(self._key[full] for full in names.values())
+        for name, full in names.items():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            tensor = tensors.pop(self._key[full]).to(self.device, self.dtype)
+            owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor, requires_grad=False)
+
+
+class _LastBlock(Exception):
+    """Ends a recording once the last block has been reached."""
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a directory with its parameters on the meta device and its buffers computed.
+
+    Raises:
+        UserError: transformers does not know this kind of model.
+    """
+    config = _auto_config(folder)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return model_class(folder)._from_config(config)
+
+
+def model_class(source: Path) -> type:
+    """The class that the model was saved from, or the auto class where it does not say."""
+    if source.suffix == ".gguf":
+        return AutoModelForCausalLM
+    config = _auto_config(source)
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise UserError(f"{source} ({config.model_type}) is not a language model") from None
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The name and the list of a model's blocks.
+
+    Raises:
+        UserError: there is no such list, or more than one.
+    """
+    classes = set(model._no_split_modules or [])
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and {type(m).__name__ for m in module} <= classes
+    ]
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise UserError(
+            f"{type(model).__name__} should have one list of blocks of class "
+            f"{' or '.join(sorted(classes)) or '(not named by the model)'}; found: {names}"
+        )
+    prefix, blocks = found[0]
+    if not any(isinstance(m, nn.Linear | Conv1D) for m in blocks.modules()):
+        raise UserError(f"the blocks {prefix} of {type(model).__name__} hold no linear layer")
+    return prefix, blocks
+
+
+def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """For each parameter the name under which the files hold it; tied ones are left out.
+
+    Files saved from the base model lack its prefix (`transformer.` for GPT-2) and the other way
+    round.
+
+    Raises:
+        NamesDiffer: the files use other names or shapes; `source.convert` mends the former.
+    """
+    base = model.base_model_prefix + "."
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    keys: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        candidates = (name, name.removeprefix(base), base + name)
+        key = next((c for c in candidates if c in checkpoint), None)
+        if key is None:
+            if name in tied:
+                continue
+            raise NamesDiffer(f"{checkpoint.folder} holds no tensor for the parameter {name}")
+        if list(parameter.shape) != checkpoint.shape(key):
+            raise UserError(
+                f"{key} in {checkpoint.folder} is {checkpoint.shape(key)}, but its config.json "
+                f"makes it {list(parameter.shape)}; weights and config do not belong together"
+            )
+        checkpoint.dtype(key)  # refuses quantised storage
+        keys[name] = key
+    return keys
+
+
+class NamesDiffer(UserError):
+    """The files' tensor names are not the model's."""
+
+
+def _auto_config(folder: Path):
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # KeyError, ValueError, OSError, by cause
+        raise UserError(
+            f"transformers {transformers.__version__} cannot read {folder}/config.json: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+def _refuse_unprunable(name: str, block: nn.Module) -> None:
+    """Refuses a block with matrices that are not linears, such as fused experts."""
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            continue
+        for p_name, p in module.named_parameters(recurse=False):
+            if p.dim() >= 2:
+                raise UserError(
+                    f"{name}.{path} ({type(module).__name__}) holds {p_name} {list(p.shape)}, "
+                    "which is no linear layer; models with fused experts or convolutions in their "
+                    "blocks cannot be pruned"
+                )
+
+
+def _require_same(name: str, a: Call, b: Call) -> None:
+    """Refuses a block whose further arguments depend on the text."""
+    flat_a, _ = tree_flatten((a.args, a.kwargs))
+    flat_b, _ = tree_flatten((b.args, b.kwargs))
+    for x, y in zip(flat_a, flat_b, strict=True):
+        if isinstance(x, torch.Tensor) and not torch.equal(x, y):
+            which = next((k for k, v in a.kwargs.items() if v is x), "a positional argument")
+            raise UserError(
+                f"{name} is called with {which}, which depends on the text; "
+                "this model cannot be pruned block by block"
+            )
+
+
+def _meta(value):
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def _on_meta(block: nn.Module) -> nn.Module:
+    """A copy of a block without weights, to see how it is wired."""
+    replaced = block.__dict__.pop("forward", None)
+    try:
+        memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in block.parameters()}
+        return copy.deepcopy(block, memo).to("meta")
+    finally:
+        if replaced:
+            block.forward = replaced

@@ -1,0 +1,1 @@
+"""What a stage stands on: errors, ranks, the run directory and the console."""

@@ -1,0 +1,177 @@
+"""The run directory: one pipeline's settings, log, metrics, and one folder a stage.
+
+    config.yaml  environment.json  log.txt  metrics.jsonl  report.md  report.html
+    <stage>/recipe.json   what the stage was asked to do, written when it starts
+    <stage>/done.json     written last: the stage is finished and verified
+
+A run directory belongs to one pipeline. Giving the same command again goes on where it stopped; a
+stage that was asked to do something else is refused, never overwritten.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import atomic, read_json, write_json
+from cap_llm.runtime.world import World
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
+
+
+class Run:
+    """An open run directory, with the console and the ranks that work in it."""
+
+    def __init__(self, path: str, world: World, console: Console):
+        self.path, self.world, self.console = Path(path), world, console
+        self._metrics = self._lock = None
+        self._start = time.time()
+        if not world.first:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {path} cannot be made: {error.strerror}") from None
+        strangers = [p.name for p in self.path.iterdir() if p.name != "run.lock"]
+        if strangers and not (self.path / "config.yaml").exists():
+            raise UserError(
+                f"output_dir {path} holds other files ({strangers[0]}, ...); choose a new directory"
+            )
+        self._lock = open(self.path / "run.lock", "a+")  # noqa: SIM115 (held until the end)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"output_dir {path} is in use by another job; wait for it or choose another one"
+            ) from None
+        console.log_to(self.path / "log.txt")
+        self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+
+    def describe(self, title: str, config_yaml: str) -> None:
+        """Records what runs, on what: `config.yaml` and `environment.json`."""
+        if self.world.first:
+            with atomic(self.path / "config.yaml") as temporary:
+                temporary.write_text(config_yaml)
+            write_json(self.path / "environment.json", {"run": title} | environment(self.world))
+
+    def metric(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Appends one line a value to `metrics.jsonl`."""
+        if self._metrics:
+            now = round(time.time(), 3)
+            for name, value in values.items():
+                line = {"stage": stage, "step": step, "name": name, "value": value, "time": now}
+                self._metrics.write(json.dumps(line) + "\n")
+
+    def stage(self, name: str, recipe: dict) -> tuple[Path, dict | None]:
+        """The folder of stage `name`, and its `done.json` if it is finished.
+
+        Raises:
+            UserError: the folder holds this stage with other settings.
+        """
+        folder = self.path / name
+        if (folder / "recipe.json").exists():
+            earlier = read_json(folder / "recipe.json")
+            if earlier != recipe:
+                field, was, now = _difference(earlier, recipe)
+                raise UserError(
+                    f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
+                    "choose another output_dir or remove that folder"
+                )
+        self.world.barrier()  # all ranks have read before the first one writes
+        if self.world.first and not (folder / "recipe.json").exists():
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "recipe.json", recipe)
+        self.world.barrier()
+        done = folder / "done.json"
+        return folder, read_json(done) if done.exists() else None
+
+    def finish_stage(self, folder: Path, summary: dict) -> None:
+        """Marks a stage as finished; its last write."""
+        self.world.barrier()
+        if self.world.first:
+            write_json(folder / "done.json", summary)
+        self.world.barrier()
+
+    def close(self) -> None:
+        """Closes files and lets another job have the directory."""
+        for file in (self._metrics, self._lock):
+            if file:
+                file.close()
+
+
+def environment(world: World) -> dict:
+    """Versions, commit, hardware and command of this process."""
+    versions = {"python": platform.python_version(), "cap_llm": _version("cap_llm")}
+    versions |= {name: _version(name) for name in LIBRARIES}
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": " ".join(sys.argv),
+        "versions": versions,
+        "commit": commit or None,
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "cuda": cards if world.device.type == "cuda" else [],
+            "ranks": world.size,
+        },
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def peak_memory() -> int:
+    """Most bytes of main memory that this process has held at once.
+
+    From the kernel's own mark, where there is one: `getrusage` also counts what the launcher held
+    before this program was started in its place.
+    """
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _difference(old: dict, new: dict, prefix: str = "") -> tuple[str, object, object]:
+    """The first field in which two nested dicts differ, and its two values."""
+    for key in [*old, *(k for k in new if k not in old)]:
+        was, now = old.get(key), new.get(key)
+        if was != now:
+            if isinstance(was, dict) and isinstance(now, dict):
+                return _difference(was, now, f"{prefix}{key}.")
+            return f"{prefix}{key}", was, now
+    raise AssertionError("the two are equal")

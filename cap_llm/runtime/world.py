@@ -1,0 +1,99 @@
+"""The ranks of a job, on CPUs (gloo) or GPUs (nccl), started by any launcher.
+
+`deepspeed`, `torchrun` and plain `python` all describe a rank by the same environment variables.
+A world of one rank needs no process group: every call below is then free.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from cap_llm.runtime.errors import UserError
+
+
+class World:
+    """The ranks that work together, and the device of this one.
+
+    Attributes:
+        rank: this process, 0 to `size` - 1.
+        size: number of ranks.
+        device: where this rank computes.
+    """
+
+    def __init__(self, device: str = "auto"):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = _device(device, local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            # Ranks of one node share its cores; more threads than cores slow all of them down.
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        self._owns_group = False
+        if self.size > 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+            self._owns_group = True
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """The items of 0..n-1 that belong to this rank; shares differ by one item at most."""
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Copies `tensor` of rank `source` to all ranks, in place."""
+        if self.size > 1:
+            carried = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+            dist.broadcast(carried, source)
+        return tensor
+
+    def gather(self, value) -> list:
+        """`value` of every rank, in rank order, on every rank. For small Python objects."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Returns once all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Ends the process group, if this object started it."""
+        if self._owns_group:
+            dist.destroy_process_group()
+            self._owns_group = False
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"runtime.device is {name!r}; choose auto, cpu or cuda")
+    if name == "cpu":
+        return torch.device("cpu")
+    n_cards = torch.cuda.device_count()
+    if local_rank >= n_cards:
+        raise UserError(
+            f"rank {local_rank} of this node has no CUDA card ({n_cards} found); "
+            "start fewer ranks or use --runtime.device cpu"
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,127 @@
+"""The layer-wise Hessian: accumulated over tokens, merged over ranks, damped and factorised.
+
+The squared error of a linear's outputs is quadratic in its weights, with the same Hessian
+H = E[x x^T] for every row. Linears that read the same input share it, so it is accumulated and
+factorised once for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cap_llm.runtime.errors import UserError
+
+TILE = 256  # columns; the share of the symmetric product that is computed twice shrinks with it
+RETRIES = 3
+
+
+class Moments:
+    """Second moments of one input, over all tokens seen so far.
+
+    Args:
+        columns: C, the input's features.
+        full: accumulate the whole matrix; otherwise only its diagonal.
+    """
+
+    def __init__(self, columns: int, device: torch.device, full: bool = True):
+        self.tokens, self.full = 0, full
+        shape = (columns, columns) if full else (columns,)
+        self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Adds the tokens of x [..., C]. Only the upper triangle of tiles is computed."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += x.shape[0]
+        if self._sum.dim() == 1:
+            self._sum += x.square().sum(0)
+            return
+        for i in range(0, x.shape[1], TILE):
+            self._sum[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, x[:, i:])
+
+    def merge(self, world) -> None:
+        """Adds what all ranks have seen; exact, whatever their shares."""
+        counts = world.gather(self.tokens)
+        self.tokens = sum(counts)
+        world.sum(self._sum)
+
+    def finish(self, name: str) -> Moments:
+        """Turns sums into means and fills the lower triangle. Call once, after the last `add`.
+
+        Raises:
+            UserError: an activation was NaN or infinite.
+        """
+        self._sum /= self.tokens
+        if not bool(self.diagonal.isfinite().all()):
+            raise UserError(
+                f"the input of {name} is not finite: the model overflows on the calibration text; "
+                "check the model, or use one stored in bfloat16 or float32"
+            )
+        if self._sum.dim() == 2:
+            # tile by tile: a transposed copy of the whole would double the memory
+            for i in range(0, self._sum.shape[0], TILE):
+                rows = self._sum[i : i + TILE, i:]
+                self._sum[i:, i : i + TILE] = rows.T.clone()
+        return self
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """Mean square of each input feature [C]."""
+        return self._sum if self._sum.dim() == 1 else self._sum.diagonal()
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """H [C, C]."""
+        if self._sum.dim() != 2:
+            raise ValueError("only the diagonal was accumulated")
+        return self._sum
+
+
+@dataclass
+class Factor:
+    """A damped Hessian and the factor that SparseGPT walks along.
+
+    Attributes:
+        hessian: [C, C], with the ridge on its diagonal; dead inputs (never non-zero) have 1 there.
+        inverse: upper triangular U [C, C] with H^-1 = U^T U.
+        dead: [C], inputs that never fire; their weights are free to go.
+        damping: the ridge used, as a share of the mean diagonal.
+    """
+
+    hessian: torch.Tensor
+    inverse: torch.Tensor
+    dead: torch.Tensor
+    damping: float
+
+
+def factorise(hessian: torch.Tensor, damping: float, name: str) -> Factor:
+    """Damps H [C, C] and factorises its inverse. Overwrites `hessian`.
+
+    U is the inverse of the upper V in H = V V^T, which is the Cholesky factor of H with rows and
+    columns reversed. That takes one Cholesky and one triangular inverse, 2/3 C^3 operations; the
+    published code's three steps (Cholesky, inverse, Cholesky of the inverse) take twice as many.
+
+    Raises:
+        UserError: H is not positive definite even with `damping` raised tenfold three times.
+    """
+    dead = hessian.diagonal() == 0
+    diagonal = hessian.diagonal().clone()
+    mean = diagonal.mean().item()
+    diagonal[dead] = 1.0
+    tried = damping
+    for _ in range(RETRIES + 1):
+        hessian.diagonal().copy_(diagonal + tried * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if not failed:
+            upper = lower.flip(0, 1)
+            del lower
+            # in place: the identity becomes the inverse
+            inverse = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+            return Factor(hessian, inverse, dead, tried)
+        tried *= 10
+    raise UserError(
+        f"the Hessian of {name} is not positive definite even with damping {tried / 10:g}: "
+        "too few calibration tokens or duplicated features; give more --calibration.sequences"
+    )

@@ -1,0 +1,1 @@
+"""Which weights go: patterns, masks and layer budgets."""

@@ -1,0 +1,94 @@
+"""Masks on disk: one bit a weight, in `masks.safetensors`.
+
+Each tensor is uint8 [R, ceil(C / 8)], `numpy.packbits` of the mask's rows, under the name of its
+weight; the file's metadata holds the number of columns of each. A mask cannot always be read from
+the zeros: quantised models hold weights that are zero and yet stay.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import atomic
+
+FILE = "masks.safetensors"
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Mask [R, C] to bytes [R, ceil(C / 8)]."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+
+
+def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Bytes [R, ceil(C / 8)] to the mask [R, C] that they hold."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
+
+
+def save_masks(masks: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes masks [R, C] by weight name, atomically."""
+    columns = {name: str(mask.shape[1]) for name, mask in masks.items()}
+    with atomic(path) as temporary:
+        save_file({n: pack(m) for n, m in masks.items()}, temporary, metadata=columns)
+
+
+class MaskFile:
+    """A `masks.safetensors`, read mask by mask.
+
+    Raises:
+        UserError: the file is not readable, or not written by cap_llm.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, "pt")
+            metadata = self._file.metadata() or {}
+            self.columns = {name: int(metadata[name]) for name in self._file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own kinds, by version
+            raise UserError(f"{path} is not a file of masks: {error}") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def read(self, name: str) -> torch.Tensor:
+        """The mask [R, C] of weight `name`."""
+        return unpack(self._file.get_tensor(name), self.columns[name])
+
+
+def join(parts: Iterable[Path], path: Path) -> None:
+    """Joins files of masks into one, without holding more than a buffer in memory.
+
+    safetensors itself can only write what is in memory at once; the masks of a 70B model are 9 GB.
+    The format is a length, a JSON header, and the tensors' bytes one after another.
+    """
+    header: dict[str, dict] = {"__metadata__": {}}
+    bodies, offset = [], 0
+    for part in parts:
+        with open(part, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            entries = json.loads(file.read(length))
+        header["__metadata__"] |= entries.pop("__metadata__", {})
+        for name, entry in entries.items():
+            start, end = entry["data_offsets"]
+            header[name] = entry | {"data_offsets": [start + offset, end + offset]}
+        n_bytes = part.stat().st_size - 8 - length
+        bodies.append((part, 8 + length))
+        offset += n_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as temporary, open(temporary, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for part, start in bodies:
+            with open(part, "rb") as file:
+                file.seek(start)
+                while chunk := file.read(2**24):
+                    out.write(chunk)

@@ -1,0 +1,140 @@
+"""Patterns of zeros, and the choice of a mask by scores.
+
+A mask is boolean, [R, C] like its weight (R output features, C input features), true where the
+weight stays. It is always chosen by count, never by comparing with a threshold alone: equal scores
+are common (quantised weights, zeros) and would miss the asked sparsity. Among equals the first in
+memory order goes first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from cap_llm.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where zeros may be.
+
+    Attributes:
+        kind: `unstructured` (anywhere in the matrix), `row` (the same number in each output row)
+            or `n:m` (at most `n` weights stay in each group of `m` consecutive inputs of a row).
+    """
+
+    kind: Literal["unstructured", "row", "n:m"]
+    n: int = 0
+    m: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Reads `unstructured`, `row` or `N:M` ("keep N of M").
+
+        Raises:
+            UserError: it is none of these, or keeps none or all.
+        """
+        if text in ("unstructured", "row"):
+            return cls(text)
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if not match:
+            raise UserError(f"pattern {text!r} is unknown; use unstructured, row or N:M (2:4)")
+        n, m = map(int, match.groups())
+        if not 0 < n < m:
+            raise UserError(f"pattern {text} would keep {n} of {m}; N must lie in 1..M-1")
+        return cls("n:m", n, m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.m else self.kind
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The share of zeros that the pattern itself fixes."""
+        return 1 - self.n / self.m if self.m else None
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """Refuses a matrix [R, C] that the pattern does not divide.
+
+        Raises:
+            UserError: C is no multiple of M.
+        """
+        if self.m and shape[1] % self.m:
+            raise UserError(
+                f"pattern {self} does not divide {name} {list(shape)}: {shape[1]} inputs are no "
+                f"multiple of {self.m}; leave it out by --oneshot.layers or choose another pattern"
+            )
+
+
+def choose(
+    score: torch.Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    allowed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The mask that keeps the highest scores.
+
+    Args:
+        score: [R, C], at least 0.
+        pattern: where zeros may be.
+        sparsity: share of zeros in the whole matrix (in each row for `row`); not used by N:M.
+        allowed: mask [R, C] inside which the new one must lie.
+
+    Returns:
+        The mask [R, C]. It has exactly round(sparsity * R * C) zeros (round(sparsity * C) a row,
+        M - N a group), more only where `allowed` already has more.
+    """
+    if pattern.m:
+        return _keep_n_of_m(score, pattern, allowed)
+    scores = score.reshape(1, -1) if pattern.kind == "unstructured" else score
+    inside = torch.ones_like(scores, dtype=torch.bool) if allowed is None else allowed
+    inside = inside.reshape(scores.shape)
+    zeros = round(sparsity * scores.shape[1])
+    n_drop = (zeros - (~inside).sum(1)).clamp(min=0)
+    return drop_lowest(scores, n_drop, inside).reshape(score.shape)
+
+
+def drop_lowest(score: torch.Tensor, n_drop: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Removes from `inside` the `n_drop` lowest scores of each row.
+
+    Args:
+        score: [R, C], at least 0, fp32.
+        n_drop: [R], how many to remove; at most the row's count in `inside`.
+        inside: [R, C] mask.
+
+    Returns:
+        A mask [R, C] with exactly `n_drop` fewer trues a row.
+
+    The lowest score that stays is found by bisection over the bits of the scores: floats of one
+    sign are ordered like their bit patterns, so 31 counts replace a sort and its index tensors.
+    """
+    bits = score.contiguous().view(torch.int32).masked_fill(~inside, torch.iinfo(torch.int32).max)
+    low = torch.full_like(n_drop, -1)  # count(bits <= low) < n_drop, or low == -1
+    high = torch.full_like(n_drop, torch.iinfo(torch.int32).max - 1)
+    for _ in range(31):
+        middle = (low + high) // 2
+        enough = (bits <= middle[:, None].int()).sum(1) >= n_drop
+        high = torch.where(enough, middle, high)
+        low = torch.where(enough, low, middle)
+    high = torch.where(n_drop > 0, high, -1)[:, None].int()
+    below = bits < high
+    equal = bits == high
+    # of the equals, the first ones go, as many as are still needed
+    needed = (n_drop - below.sum(1))[:, None]
+    if bool((equal.sum(1, keepdim=True) > needed).any()):
+        equal &= equal.cumsum(1, dtype=torch.int32) <= needed
+    return inside & ~below & ~equal
+
+
+def _keep_n_of_m(score, pattern: Pattern, allowed) -> torch.Tensor:
+    if allowed is not None:
+        score = score.masked_fill(~allowed, -1.0)
+    groups = score.reshape(score.shape[0], -1, pattern.m)
+    # stable and descending over the flipped group: among equals the last one stays
+    order = groups.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., : pattern.n]
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    mask.scatter_(-1, pattern.m - 1 - order, True)
+    mask = mask.reshape(score.shape)
+    return mask if allowed is None else mask & allowed

@@ -1,0 +1,163 @@
+"""Corpora by name or file.
+
+A name is looked for in the folder `CAP_LLM_DATA` first and on the Hugging Face hub second, so that
+the same recipe runs on clusters without internet. A file is `.txt` (one document), `.jsonl` (one
+document a line, field `text`) or `.parquet` (column `text`), each but the last also packed (`.gz`).
+
+The evaluation text of a corpus is one string, joined as the papers do it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cap_llm.runtime.errors import UserError
+
+NAMES = ("c4", "wikitext2", "ptb")
+Split = Literal["train", "validation", "test"]
+
+# The local C4 sample serves calibration and scoring: its last documents are held out.
+C4_SAMPLE = "c4/c4.sample-2000.jsonl.gz"
+C4_HELD_OUT = 400
+
+_LOCAL = {
+    ("c4", "train"): C4_SAMPLE,
+    ("c4", "validation"): C4_SAMPLE,
+    ("wikitext2", "train"): "wikitext2/wiki.train.tokens.gz",
+    ("wikitext2", "validation"): "wikitext2/wiki.valid.raw",
+    ("wikitext2", "test"): "wikitext2/wiki.test.raw",
+    ("ptb", "train"): "ptb/ptb.train.txt",
+    ("ptb", "test"): "ptb/ptb.test.txt",
+}
+_PTB_PARQUET = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank"
+_C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
+_C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
+_HUB = {
+    ("c4", "train"): ("allenai/c4", {"data_files": _C4_TRAIN}),
+    ("c4", "validation"): ("allenai/c4", {"data_files": _C4_VALIDATION}),
+    ("wikitext2", "train"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
+    ("wikitext2", "validation"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
+    ("wikitext2", "test"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
+    ("ptb", "train"): ("parquet", {"data_files": f"{_PTB_PARQUET}/train/0000.parquet"}),
+    ("ptb", "test"): ("parquet", {"data_files": f"{_PTB_PARQUET}/test/0000.parquet"}),
+}
+_COLUMN = {"c4": "text", "wikitext2": "text", "ptb": "sentence"}
+
+
+@dataclass
+class Corpus:
+    """Documents (C4), rows (WikiText-2, PTB) or the lines of a file, and where they came from."""
+
+    documents: list[str]
+    origin: str
+
+
+def corpus_file(name: str, split: Split) -> Path | None:
+    """The local file of a corpus, or None where only the hub has it.
+
+    Raises:
+        UserError: `name` is neither a file nor a known corpus, or no hub may be asked for it.
+    """
+    if name not in NAMES:
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"corpus {name!r} is neither a file nor one of {', '.join(NAMES)}")
+        return path
+    relative = _LOCAL[name, split]
+    root = os.environ.get("CAP_LLM_DATA")
+    if root and (Path(root) / relative).is_file():
+        return Path(root) / relative
+    if offline():
+        where = f"{root}/{relative}" if root else f"CAP_LLM_DATA (unset)/{relative}"
+        raise UserError(
+            f"corpus {name!r} ({split}) is not at {where}, and the hub is switched off "
+            "(HF_HUB_OFFLINE): put the file there or give --calibration.corpus FILE"
+        )
+    return None
+
+
+def read_corpus(name: str, split: Split) -> Corpus:
+    """All documents of one split of a corpus.
+
+    Args:
+        name: c4, wikitext2, ptb, or a file (which has no splits).
+        split: for C4, `train` is the papers' first training shard.
+
+    Raises:
+        UserError: the corpus cannot be had, or holds no text.
+    """
+    path = corpus_file(name, split)
+    documents, origin = _from_hub(name, split) if path is None else _from_file(path, name)
+    if path is not None and _LOCAL.get((name, split)) == C4_SAMPLE:
+        held_out = split == "validation"
+        documents = documents[-C4_HELD_OUT:] if held_out else documents[:-C4_HELD_OUT]
+        origin += f", {'last' if held_out else 'all but the last'} {C4_HELD_OUT} documents"
+    if not any(d.strip() for d in documents):
+        raise UserError(f"corpus {name!r} ({origin}) holds no text")
+    return Corpus(documents, origin)
+
+
+def evaluation_text(name: str) -> tuple[str, str]:
+    """The text that a corpus is scored on, and its origin.
+
+    WikiText-2's and PTB's test rows are joined by two newlines and a space, C4's first 1100
+    validation documents by a space (SparseGPT's protocol); documents of a file by two newlines.
+    """
+    split: Split = "validation" if name == "c4" else "test"
+    corpus = read_corpus(name, split)
+    if name == "c4":
+        return " ".join(corpus.documents[:1100]), corpus.origin
+    return (" " if name == "ptb" else "\n\n").join(corpus.documents), corpus.origin
+
+
+def offline() -> bool:
+    """Whether the user switched the hub off."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _from_file(path: Path, name: str) -> tuple[list[str], str]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    try:
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist(), path.name
+        with opened(path, "rt", encoding="utf-8") as file:
+            if kind == ".jsonl":
+                return [json.loads(line)["text"] for line in file if line.strip()], path.name
+            text = file.read()
+    except (OSError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"corpus {path} cannot be read as {kind or 'text'}: {type(error).__name__} {error}"
+        ) from None
+    if name == "wikitext2":
+        # As in the hub's copy: a blank row is the empty string, any other keeps its own newline.
+        lines = text.split("\n")
+        lines = lines[:-1] if lines and not lines[-1] else lines
+        return ["" if not line.strip() else line + "\n" for line in lines], path.name
+    return text.splitlines() if name == "ptb" else [text], path.name
+
+
+def _from_hub(name: str, split: Split) -> tuple[list[str], str]:
+    import datasets
+
+    repository, options = _HUB[name, split]
+    if "data_files" in options:
+        options = {**options, "data_files": {split: options["data_files"]}}
+    try:
+        rows = datasets.load_dataset(
+            repository, split=split, verification_mode="no_checks", **options
+        )
+    except Exception as error:  # the hub's, the network's and the formats' errors have no base
+        raise UserError(
+            f"corpus {name!r} ({split}) could not be fetched from the hub ({repository}): "
+            f"{type(error).__name__} {str(error).splitlines()[0]}; set CAP_LLM_DATA to a folder "
+            f"that holds {_LOCAL[name, split]}, or give a file"
+        ) from None
+    return list(rows[_COLUMN[name]]), f"{repository} {options.get('name', '')} {split}".strip()

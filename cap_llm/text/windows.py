@@ -1,0 +1,67 @@
+"""Windows of token ids, drawn and cut exactly as SparseGPT and Wanda do."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cap_llm.runtime.errors import UserError
+from cap_llm.text.corpora import Corpus
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, n: int, length: int, seed: int
+) -> torch.Tensor:
+    """Random crops of random documents: ids [n, length].
+
+    A document is drawn until one has more than `length` tokens, then a crop of it is drawn; a
+    document can be drawn twice (sparsegpt, `get_c4`). The draws are Python's own, so that a seed
+    means the same crops as there.
+
+    Raises:
+        UserError: no document is long enough.
+    """
+    draw = random.Random(seed)
+    tokens: dict[int, torch.Tensor] = {}  # long documents are drawn again and again
+
+    def ids_of(i: int) -> torch.Tensor:
+        if i not in tokens:
+            ids = tokenizer(corpus.documents[i]).input_ids
+            tokens[i] = torch.tensor(ids if len(ids) > length else [], dtype=torch.long)
+        return tokens[i]
+
+    windows = []
+    while len(windows) < n:
+        ids = ids_of(draw.randint(0, len(corpus.documents) - 1))
+        if len(ids):
+            start = draw.randint(0, len(ids) - length - 1)
+            windows.append(ids[start : start + length])
+        elif len(tokens) == len(corpus.documents) and not any(len(t) for t in tokens.values()):
+            raise UserError(
+                f"no document of {corpus.origin} is longer than {length} tokens; "
+                "lower --calibration.length or give a corpus of longer documents"
+            )
+    return torch.stack(windows)
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, origin: str, window: int, most: int | None
+) -> torch.Tensor:
+    """The text tokenised once and cut into windows that do not overlap: ids [n, window].
+
+    The tail that does not fill a window is dropped, as in the papers.
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    n = len(ids) // window
+    if n == 0:
+        raise UserError(
+            f"{origin} has {len(ids)} tokens, fewer than one window of {window}; "
+            "lower --evaluate.window or give a longer text"
+        )
+    n = min(n, most or n)
+    return ids[: n * window].reshape(n, window)

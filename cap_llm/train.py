@@ -1,0 +1,126 @@
+"""The entry: reads a recipe and runs its pipeline, one call a stage.
+
+    cap-llm --config opt-125m-50 --output_dir runs/opt
+    deepspeed cap_llm/train.py --config opt-125m-50 --output_dir runs/opt
+    torchrun --nproc_per_node 2 cap_llm/train.py --config my.yaml
+
+On one GPU, several, or CPUs; the same command goes on where an earlier one stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Given this file, Python puts its folder first on the path; the project's belongs there.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cap_llm.runtime.console import Console, quiet_libraries
+
+quiet_libraries()
+
+import contextlib  # noqa: E402
+import signal  # noqa: E402
+import time  # noqa: E402
+
+from cap_llm.config import Config, read_config  # noqa: E402
+from cap_llm.runtime.errors import UserError  # noqa: E402
+
+
+def pipeline(config: Config, config_yaml: str, console: Console) -> None:
+    """Runs the stages that `config` names."""
+    from cap_llm.blockwise.oneshot import oneshot
+    from cap_llm.blockwise.plan import check_everything
+    from cap_llm.evaluation.evaluate import evaluate
+    from cap_llm.evaluation.report import collect, write_report
+    from cap_llm.models.checkpoint import remove_weights
+    from cap_llm.models.source import locate, prepare
+    from cap_llm.runtime.rundir import Run
+    from cap_llm.runtime.world import World
+
+    world = World(config.runtime.device)
+    run = None
+    try:
+        located = locate(config.model)
+        check_everything(located, config, console, world)
+        run = Run(config.output_dir, world, console)
+        run.describe(config.title, config_yaml)
+        source = prepare(located, run)
+        models = {}
+        if config.evaluate.dense or "oneshot" not in config.stages:
+            models["dense"] = source
+        if "oneshot" in config.stages:
+            models["oneshot"] = oneshot(source, config, run)
+        if "evaluate" in config.stages:
+            evaluate(models, config, run)
+        if source != located and "oneshot" in models and not config.runtime.keep_intermediate:
+            remove_weights(source)
+        if world.first:
+            page = write_report(collect(run.path), run.path, config.title, console)
+            console.say(f"report: {page}")
+    finally:
+        if run:
+            run.close()
+        world.close()
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Checks all that can be checked without the work, and predicts what it takes."""
+    from cap_llm.blockwise.plan import check_everything
+    from cap_llm.models.source import locate
+    from cap_llm.runtime.world import World
+
+    world = World(config.runtime.device)
+    try:
+        located = locate(config.model, download=False)
+        check_everything(located, config, console, world, predict=True)
+        console.say("dry run: nothing was written")
+    finally:
+        world.close()
+
+
+def main() -> int:
+    """Runs the command; returns its exit code: 0, 2 for bad input, 128 + signal when stopped."""
+    rank = int(os.environ.get("RANK", 0))
+    console = Console(speaks=rank == 0)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        config, config_yaml, only_check = read_config()
+        config.check()
+        if only_check:
+            dry_run(config, console)
+        else:
+            pipeline(config, config_yaml, console)
+    except UserError as error:
+        if rank == 0:
+            print(f"cap-llm: error: {error}", file=sys.stderr, flush=True)
+        else:
+            # The launcher ends the first rank when another one fails: let it speak before that.
+            time.sleep(2)
+            with contextlib.suppress(BrokenPipeError):
+                print(f"cap-llm: rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except (KeyboardInterrupt, _Stopped) as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        if rank == 0:
+            print(
+                "cap-llm: stopped; give the same command again to go on",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 128 + number
+    return 0
+
+
+class _Stopped(BaseException):
+    """SIGTERM has come; not an Exception, so that nothing on the way takes it for an error."""
+
+
+def _stop(number, frame) -> None:
+    raise _Stopped(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
