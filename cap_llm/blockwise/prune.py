@@ -210,6 +210,9 @@ class _Solver:
             self.mean_square = moments.diagonal.clone()
             self.factor = factorise(moments.hessian, config.damping, name)
             self.added = self.factor.hessian.diagonal() - self.mean_square
+            if config.refit:
+                upper = self.factor.inverse
+                self.inverse = upper.T @ upper
         elif moments:
             self.mean_square = moments.diagonal
 
@@ -236,7 +239,7 @@ class _Solver:
                 mask = choose(scores.magnitude(weight), self.pattern, sparsity, allowed)
             new = weight * mask
         if config.refit:
-            new = refit(new, mask, weight, self.factor.hessian)
+            new = refit(new, mask, weight, self.factor.hessian, self.inverse)
         return new, mask
 
     def error(self, dense: torch.Tensor, new: torch.Tensor) -> float | None:

@@ -1,0 +1,67 @@
+"""The demo: one-shot pruning of a real pretrained model, from nothing but Python packages.
+
+    python eval/demo.py [OUTPUT_DIR]          (`make demo` calls it)
+
+Each row of its table is a run of the real entry under the `deepspeed` launcher. Runs that are
+finished are not repeated, and one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
+
+from cap_llm.runtime.console import Console, duration, quiet_libraries  # noqa: E402
+
+quiet_libraries()
+
+import assets  # noqa: E402
+
+from cap_llm.evaluation.report import collect, write_report  # noqa: E402
+
+METHODS = {
+    "magnitude 50 %": ["--oneshot.method", "magnitude"],
+    "Wanda 50 %": ["--oneshot.method", "wanda"],
+    "SparseGPT 50 %": [],
+    "SparseGPT + refit 50 %": ["--oneshot.refit", "true"],
+    "SparseGPT + refit 2:4": ["--oneshot.refit", "true", "--oneshot.pattern", "2:4"],
+}
+
+
+def main() -> int:
+    """Runs all rows and writes the report; returns the exit code."""
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    console = Console()
+    start = time.monotonic()
+    model = assets.smollm2(console.say)
+    calibration, held_out = assets.wikipedia(console.say)
+    runs = {"dense": ["--stages", "[evaluate]"], **METHODS}
+    lines = []
+    for n, (name, options) in enumerate(runs.items(), 1):
+        console.say(f"\n[{n}/{len(runs)}] {name}", style="bold")
+        folder = out / name.lower().replace(" %", "").replace(" + ", "-").replace(" ", "-")
+        command = [
+            *(str(Path(sys.executable).with_name("deepspeed")), str(ROOT / "cap_llm/train.py")),
+            *("--config", "demo", "--output_dir", str(folder), "--name", name),
+            *("--model.path", str(model), "--calibration.corpus", str(calibration)),
+            *("--evaluate.corpora", f"[{held_out}]", *options),
+        ]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            console.say(f"{name} ended with exit code {code}")
+            return code
+        lines += collect(folder)
+    console.say("")
+    title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"
+    page = write_report(lines, out, title, console)
+    console.say(f"all of it in {duration(time.monotonic() - start)}; report: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
