@@ -338,7 +338,8 @@ def _write_block(
         linear = row.name.removeprefix(model.block_name(i) + ".").removesuffix(".weight")
         tensors[key] = linears[linear].weight.data.to(tensors[key].dtype)
     writer.write(i, tensors)
-    mask_files.save_masks(result.masks, _mask_file(parts, i))
+    if result.masks:
+        mask_files.save_masks(result.masks, _mask_file(parts, i))
     write_json(
         _row_file(parts, i),
         {"seconds": round(result.seconds, 3), "rows": [asdict(r) for r in result.rows]},
@@ -376,7 +377,7 @@ def _finish(
     outside = [key for key in model.checkpoint.names() if key not in inside]
     writer.write(None, model.checkpoint.read(outside))
     writer.finish(source)
-    mask_files.join((_mask_file(parts, i) for i in range(n_blocks)), folder / mask_files.FILE)
+    mask_files.join(sorted(parts.glob("*.safetensors")), folder / mask_files.FILE)
     rows = [Row(**r) for i in range(n_blocks) for r in read_json(_row_file(parts, i))["rows"]]
     total = verify(folder, rows)
     pruned = sum(r.shape[0] * r.shape[1] for r in rows)

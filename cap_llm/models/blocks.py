@@ -21,6 +21,8 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -157,12 +159,9 @@ class BlockModel:
         return self._key[name]
 
     def block_keys(self, i: int) -> list[str]:
-        """The names of all tensors of block i in the files."""
+        """The names of all parameters of block i in the files."""
         prefix = self.block_name(i) + "."
-        inner = next(k for n, k in self._key.items() if n.startswith(prefix))
-        inner_name = next(n for n in self._key if n.startswith(prefix))
-        stored_prefix = inner[: len(inner) - len(inner_name) + len(prefix)]
-        return [k for k in self.checkpoint.names() if k.startswith(stored_prefix)]
+        return [key for name, key in self._key.items() if name.startswith(prefix)]
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
@@ -174,7 +173,8 @@ class BlockModel:
         hidden, calls = self._record(ids)
         shape = tuple(ids.shape)
         if shape not in self._calls:
-            _, again = self._record(ids.flip(-1).roll(1, -1))
+            other = torch.where(ids > 0, ids - 1, ids + 1).flip(-1)  # any other text of this shape
+            _, again = self._record(other)
             for i, (a, b) in enumerate(zip(calls, again, strict=True)):
                 _require_same(self.block_name(i), a, b)
             self._calls = {**self._calls, shape: calls}
@@ -367,29 +367,35 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """For each parameter the name under which the files hold it; tied ones are left out.
 
-    Files saved from the base model lack its prefix (`transformer.` for GPT-2) and the other way
-    round.
+    The two differ for files saved from a base model (GPT-2's lack `transformer.`) and where
+    transformers renamed a module (GPT-NeoX's `embed_out`); its own renaming rules are asked.
 
     Raises:
-        NamesDiffer: the files use other names or shapes; `source.convert` mends the former.
+        NamesDiffer: a parameter is under no name that these rules give.
+        UserError: a shape differs from the one that config.json makes, or is quantised.
     """
-    base = model.base_model_prefix + "."
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    names = model.state_dict()
     keys: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        candidates = (name, name.removeprefix(base), base + name)
-        key = next((c for c in candidates if c in checkpoint), None)
-        if key is None:
+    for key in checkpoint.names():
+        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, names)
+        if name in parameters:
+            keys[name] = key
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, parameter in parameters.items():
+        if name not in keys:
             if name in tied:
                 continue
             raise NamesDiffer(f"{checkpoint.folder} holds no tensor for the parameter {name}")
+        key = keys[name]
         if list(parameter.shape) != checkpoint.shape(key):
             raise UserError(
                 f"{key} in {checkpoint.folder} is {checkpoint.shape(key)}, but its config.json "
                 f"makes it {list(parameter.shape)}; weights and config do not belong together"
             )
         checkpoint.dtype(key)  # refuses quantised storage
-        keys[name] = key
     return keys
 
 
@@ -427,7 +433,8 @@ def _require_same(name: str, a: Call, b: Call) -> None:
     flat_b, _ = tree_flatten((b.args, b.kwargs))
     for x, y in zip(flat_a, flat_b, strict=True):
         if isinstance(x, torch.Tensor) and not torch.equal(x, y):
-            which = next((k for k, v in a.kwargs.items() if v is x), "a positional argument")
+            parts = {k: [id(leaf) for leaf in tree_flatten(v)[0]] for k, v in a.kwargs.items()}
+            which = next((k for k, ids in parts.items() if id(x) in ids), "an argument")
             raise UserError(
                 f"{name} is called with {which}, which depends on the text; "
                 "this model cannot be pruned block by block"

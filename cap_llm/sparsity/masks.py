@@ -25,7 +25,8 @@ FILE = "masks.safetensors"
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
     """Mask [R, C] to bytes [R, ceil(C / 8)]."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+    rows = np.ascontiguousarray(mask.cpu().numpy())  # a transposed mask packs transposed
+    return torch.from_numpy(np.packbits(rows, axis=1))
 
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
@@ -83,6 +84,9 @@ def join(parts: Iterable[Path], path: Path) -> None:
         n_bytes = part.stat().st_size - 8 - length
         bodies.append((part, 8 + length))
         offset += n_bytes
+    header["__metadata__"] = dict(
+        sorted(header["__metadata__"].items())
+    )  # the same bytes each time
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic(path) as temporary, open(temporary, "wb") as out:

@@ -1,0 +1,157 @@
+"""A model seen block by block is the model: every family, bit for bit."""
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES
+
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.source import convert
+from cap_llm.runtime.errors import UserError
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def logits_block_by_block(model: BlockModel) -> torch.Tensor:
+    hidden, calls = model.embed(IDS)
+    for i in range(len(model)):
+        with model.block(i) as block, torch.no_grad():
+            hidden = calls[i].run(block, hidden)
+    return model.head(IDS, hidden)
+
+
+def whole(folder) -> torch.nn.Module:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, config.architectures[0])
+    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blockwise_forward_equals_the_models_own(tiny, family):
+    folder = tiny(family, num_hidden_layers=3) if family not in ("bloom", "gpt2") else tiny(family)
+    with torch.no_grad():
+        expected = whole(folder)(input_ids=IDS).logits
+    assert torch.equal(logits_block_by_block(BlockModel.open(folder, CPU)), expected)
+    assert torch.equal(logits_block_by_block(BlockModel(whole(folder), CPU)), expected)
+
+
+@pytest.mark.parametrize(
+    "family, kwargs",
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+        ("neox", {"use_parallel_residual": False}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ],
+)
+def test_blockwise_forward_holds_for_variants(tiny, family, kwargs):
+    folder = tiny(family, **kwargs)
+    with torch.no_grad():
+        expected = whole(folder)(input_ids=IDS).logits
+    assert torch.equal(logits_block_by_block(BlockModel.open(folder, CPU)), expected)
+
+
+def groups_of(folder) -> list[list[str]]:
+    model = BlockModel.open(folder, CPU)
+    hidden, calls = model.embed(IDS)
+    return [group.names for group in model.groups(0, calls[0], hidden)]
+
+
+def test_linears_that_read_one_input_share_a_group(tiny):
+    attention = [f"self_attn.{n}_proj" for n in "qkv"]
+    assert groups_of(tiny("llama")) == [
+        attention,
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+    assert groups_of(tiny("opt")) == [attention, ["self_attn.out_proj"], ["fc1"], ["fc2"]]
+    assert groups_of(tiny("gpt2"))[0] == ["attn.c_attn"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_every_block_is_prunable_and_nothing_else(tiny, family):
+    folder = tiny(family)
+    model = BlockModel.open(folder, CPU)
+    names = {model.weight_name(i, n) for i in range(len(model)) for n in model.linears(i)}
+    inside = tuple(model.block_name(i) + "." for i in range(len(model)))
+    matrices = {
+        n for n, p in whole(folder).named_parameters() if n.startswith(inside) and p.dim() == 2
+    }
+    assert names == matrices
+    assert not any("embed" in n or "head" in n or "norm" in n for n in names)
+
+
+def test_streaming_holds_one_block_at_a_time(tiny):
+    model = BlockModel.open(tiny("llama"), CPU)
+    with model.block(0) as block:
+        assert all(not p.is_meta for p in block.parameters())
+        assert all(p.is_meta for p in model.blocks[1].parameters())
+    assert all(p.is_meta for b in model.blocks for p in b.parameters())
+
+
+def test_files_saved_from_the_base_model_are_read(tiny, tmp_path):
+    folder = tiny("gpt2")
+    with torch.no_grad():
+        expected = whole(folder)(input_ids=IDS).logits
+    whole(folder).transformer.save_pretrained(tmp_path)  # names lack `transformer.`
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert "wte.weight" in Checkpoint(tmp_path)
+    assert torch.equal(logits_block_by_block(BlockModel.open(tmp_path, CPU)), expected)
+
+
+def test_a_bin_checkpoint_is_converted(tiny, tmp_path):
+    folder = tiny("opt")
+    model = whole(folder)
+    old = tmp_path / "old"
+    old.mkdir()
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            (old / file.name).write_bytes(file.read_bytes())
+    torch.save(model.state_dict(), old / "pytorch_model.bin")
+    convert(old, tmp_path / "new")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    assert torch.equal(logits_block_by_block(BlockModel.open(tmp_path / "new", CPU)), expected)
+    assert (tmp_path / "new" / "tokenizer.json").exists()
+
+
+def test_a_block_that_reads_the_text_itself_is_refused(tiny):
+    model = whole(tiny("llama"))
+
+    class Reader(torch.nn.Module):
+        """Passes something to the blocks that depends on the ids."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids, **kwargs):
+            self.inner.rotary_emb.scale = input_ids.float().mean()
+            return self.inner(input_ids=input_ids, **kwargs)
+
+    rotary = type(model.model.rotary_emb).forward
+
+    def scaled(self, x, position_ids, **kwargs):
+        cos, sin = rotary(self, x, position_ids, **kwargs)
+        return cos * self.scale, sin
+
+    model.model.rotary_emb.forward = scaled.__get__(model.model.rotary_emb)
+    model.model = Reader(model.model)
+    model.model.config = model.config
+    with pytest.raises(UserError, match="position_embeddings, which depends on the text"):
+        BlockModel(model, CPU).embed(IDS)
+
+
+def test_a_block_that_does_not_read_its_predecessor_is_refused(tiny):
+    model = whole(tiny("llama"))
+    hook = model.model.layers[1].register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] + 1, *args[1:]), kwargs), with_kwargs=True
+    )
+    with pytest.raises(UserError, match="layers.1 does not read what"):
+        BlockModel(model, CPU).embed(IDS)
+    hook.remove()

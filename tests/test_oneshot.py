@@ -1,0 +1,281 @@
+"""The real entry on small models: files, numbers, resuming, ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, ROOT
+from safetensors.torch import load_file
+
+from cap_llm.blockwise.perplexity import perplexity
+from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.sparsity.masks import MaskFile
+from cap_llm.train import main
+
+
+@pytest.fixture
+def entry(monkeypatch, text_file, tmp_path):
+    """Runs the entry in this process on a model; returns the run directory and the exit code."""
+
+    def run(model, *options, out="run"):
+        folder = tmp_path / out
+        held_out = tmp_path / "held-out.txt"
+        if not held_out.exists():
+            held_out.write_text(text_file.read_text()[::-1])
+        words = ["cap-llm", "--output_dir", folder, "--model.path", model]
+        words += ["--calibration.corpus", text_file, "--calibration.sequences", 24]
+        words += ["--calibration.length", 64, "--evaluate.corpora", f"[{held_out}]"]
+        words += ["--evaluate.window", 64, "--evaluate.max_windows", 9, "--runtime.device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [str(w) for w in [*words, *options]])
+        return folder, main()
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(folder)
+    return checkpoint.read(checkpoint.names())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_leaves_a_model_that_transformers_loads_with_exact_zeros(tiny, entry, family):
+    source = tiny(family)
+    stages = ["--stages", "[oneshot]"] if family == "bert" else []
+    folder, code = entry(source, *stages)
+    assert code == 0
+    stage = folder / "oneshot"
+    config = transformers.AutoConfig.from_pretrained(stage)
+    cls = getattr(transformers, config.architectures[0])
+    model, info = cls.from_pretrained(stage, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    masks = MaskFile(stage / "masks.safetensors")
+    report = json.loads((stage / "sparsity.json").read_text())
+    assert {row["name"] for row in report["rows"]} == set(masks.columns)
+    for row in report["rows"]:
+        weight = model.get_parameter(row["name"])
+        if isinstance(
+            model.get_submodule(row["name"].removesuffix(".weight")),
+            transformers.pytorch_utils.Conv1D,
+        ):
+            weight = weight.T
+        assert torch.equal(weight != 0, masks.read(row["name"]))
+        assert row["zeros"] == row["masked"] == weight.numel() // 2
+        assert 0 < row["error"] < 1 and row["damping"] == 0.01
+    assert report["pruned_matrices"]["sparsity"] == 0.5
+    everything = weights(stage)
+    zeros = sum(int((t == 0).sum()) for t in everything.values())
+    assert report["whole_model"]["zeros"] == zeros
+    dense = weights(source)
+    assert dense.keys() == everything.keys()
+    changed = {k for k in dense if not torch.equal(dense[k], everything[k])}
+    assert len(changed) == len(report["rows"])  # and nothing else was touched
+    assert json.loads((stage / "done.json").read_text())["peak_memory_bytes"] > 2**20
+    for name in ("config.yaml", "environment.json", "log.txt", "metrics.jsonl", "report.html"):
+        assert (folder / name).exists()
+    assert not (stage / "blocks").exists() and not list(folder.glob(".scratch*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_type_of_the_weights_is_kept(tiny, entry, dtype):
+    folder, code = entry(tiny("llama", dtype=dtype), "--oneshot.refit", "true")
+    assert code == 0
+    assert {t.dtype for t in weights(folder / "oneshot").values()} == {dtype}
+
+
+def test_streamed_perplexity_equals_the_whole_models(tiny, entry, tmp_path):
+    source = tiny("llama")
+    folder, code = entry(source)
+    assert code == 0
+    from cap_llm.text.corpora import evaluation_text
+    from cap_llm.text.tokenizers import load_tokenizer
+    from cap_llm.text.windows import evaluation_windows
+
+    text, origin = evaluation_text(str(tmp_path / "held-out.txt"))
+    windows = evaluation_windows(load_tokenizer(str(source)), text, origin, 64, 9)
+    for stage, model in (("dense", source), ("oneshot", folder / "oneshot")):
+        result = json.loads((folder / stage / "perplexity.json").read_text())
+        entry_ = result["corpora"]["held-out.txt@64"]
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+        assert entry_["ppl_token"] == pytest.approx(perplexity(loaded, windows), rel=1e-6)
+        assert (entry_["windows"], entry_["tokens"], entry_["bos"]) == (9, 9 * 63, "<s>")
+
+
+def test_the_same_command_again_repeats_nothing(tiny, entry):
+    source = tiny("llama")
+    folder, _ = entry(source)
+    before = {p: p.stat().st_mtime_ns for p in (folder / "oneshot").iterdir()}
+    _, code = entry(source)
+    assert code == 0
+    assert {p: p.stat().st_mtime_ns for p in (folder / "oneshot").iterdir()} == before
+
+
+def test_a_later_pass_prunes_inside_the_earlier_mask(tiny, entry):
+    first, _ = entry(tiny("llama"), out="first")
+    second, code = entry(first / "oneshot", "--oneshot.sparsity", "0.75", out="second")
+    assert code == 0
+    old = MaskFile(first / "oneshot" / "masks.safetensors")
+    new = MaskFile(second / "oneshot" / "masks.safetensors")
+    for name in new.columns:
+        a, b = old.read(name), new.read(name)
+        assert not (b & ~a).any() and int((~b).sum()) == round(0.75 * b.numel())
+
+
+def test_the_zeros_of_a_model_pruned_elsewhere_are_a_mask(tiny, entry):
+    first, _ = entry(tiny("llama"), out="first")
+    (first / "oneshot" / "masks.safetensors").unlink()
+    options = ["--oneshot.pattern", "2:4", "--oneshot.earlier_mask", "zeros"]
+    second, code = entry(first / "oneshot", *options, out="second")
+    assert code == 0
+    old, new = weights(first / "oneshot"), weights(second / "oneshot")
+    masks = MaskFile(second / "oneshot" / "masks.safetensors")
+    for name in masks.columns:
+        assert not ((new[name] != 0) & (old[name] == 0)).any()
+        assert (masks.read(name).reshape(-1, 4).sum(1) <= 2).all()
+
+
+def test_layers_by_hand_are_obeyed(tiny, entry):
+    layers = json.dumps({"*.down_proj": 0.25, "model.layers.0.*": 0})
+    folder, code = entry(tiny("llama"), "--oneshot.layers", layers)
+    assert code == 0
+    rows = json.loads((folder / "oneshot" / "sparsity.json").read_text())["rows"]
+    assert {r["name"].split(".")[2] for r in rows} == {"1"}
+    for row in rows:
+        share = row["zeros"] / (row["shape"][0] * row["shape"][1])
+        assert share == (0.25 if "down_proj" in row["name"] else 0.5)
+
+
+def test_magnitude_reads_no_calibration_text(tiny, entry):
+    options = ["--oneshot.method", "magnitude", "--calibration.corpus", "c4"]
+    folder, code = entry(tiny("opt"), *options)
+    assert code == 0
+    assert json.loads((folder / "oneshot" / "done.json").read_text())["calibration"] is None
+
+
+@pytest.mark.parametrize("guard", [0, 8])
+def test_owl_keeps_the_overall_sparsity(tiny, entry, guard):
+    options = ["--oneshot.budget", "owl", "--oneshot.owl.guard_sequences", guard]
+    folder, code = entry(tiny("llama", num_hidden_layers=4), *options)
+    assert code == 0
+    report = json.loads((folder / "oneshot" / "sparsity.json").read_text())
+    assert report["pruned_matrices"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    record = json.loads((folder / "oneshot" / "owl.json").read_text())
+    if guard:
+        better = record["guard_nll"]["owl"] < record["guard_nll"]["uniform"]
+        assert (len(set(record["sparsity"].values())) > 1) == better
+    else:
+        assert len(set(record["sparsity"].values())) > 1
+
+
+def test_an_intermediate_conversion_can_be_dropped(tiny, entry, tmp_path):
+    source, old = tiny("opt"), tmp_path / "old"
+    old.mkdir()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    torch.save(model.state_dict(), old / "pytorch_model.bin")
+    for file in source.glob("*.json"):
+        (old / file.name).write_bytes(file.read_bytes())
+    folder, code = entry(old, "--runtime.keep_intermediate", "false")
+    assert code == 0
+    assert not list((folder / "source").glob("*.safetensors"))
+    transformers.AutoModelForCausalLM.from_pretrained(folder / "oneshot")
+    again, code = entry(old, "--runtime.keep_intermediate", "false")
+    assert code == 0
+
+
+def arguments(model, text_file, out, *options) -> list[str]:
+    words = ["--output_dir", out, "--model.path", model, "--calibration.corpus", text_file]
+    words += ["--calibration.sequences", 7, "--calibration.length", 250, "--stages", "[oneshot]"]
+    return [str(w) for w in [*words, "--runtime.device", "cpu", *options]]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path, end):
+    model = tiny("llama", num_hidden_layers=24)
+    train = [sys.executable, str(ROOT / "cap_llm/train.py")]
+    options = ["--oneshot.refit", "true"]
+    killed = arguments(model, text_file, tmp_path / "killed", *options)
+    process = subprocess.Popen(
+        [*train, *killed], env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    third = tmp_path / "killed" / "oneshot" / "blocks" / "00002.json"
+    deadline = time.monotonic() + 120
+    while not third.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(end)
+    _, errors = process.communicate(timeout=60)
+    if end == signal.SIGTERM:
+        assert process.returncode == 143 and b"give the same command again" in errors
+    assert not (tmp_path / "killed" / "oneshot" / "done.json").exists()
+    for name in ("killed", "whole"):
+        command = arguments(model, text_file, tmp_path / name, *options)
+        subprocess.run([*train, *command], env=environment(), check=True, capture_output=True)
+    a, b = (tmp_path / name / "oneshot" for name in ("killed", "whole"))
+    assert json.loads((a / "done.json").read_text())["resumed_at_block"] >= 3
+    for path in [*b.glob("model*.safetensors"), b / "masks.safetensors"]:
+        assert path.read_bytes() == (a / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_two_ranks_equal_one(tiny, text_file, tmp_path, method):
+    """Seven sequences: an uneven split. Equal up to the order of summation."""
+    model = tiny("llama")
+    options = ["--oneshot.method", method, "--oneshot.refit", "true"]
+    one = arguments(model, text_file, tmp_path / "one", *options)
+    two = arguments(model, text_file, tmp_path / "two", *options)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    train = str(ROOT / "cap_llm/train.py")
+    for command in ([train, *one], [*launcher, train, *two]):
+        done = subprocess.run(
+            [sys.executable, *command], env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("verified:") == 1  # the second rank is silent
+    a, b = (MaskFile(tmp_path / n / "oneshot" / "masks.safetensors") for n in ("one", "two"))
+    agree = sum(int((a.read(n) == b.read(n)).sum()) for n in a.columns)
+    assert agree / sum(a.read(n).numel() for n in a.columns) > 0.995
+    x, y = weights(tmp_path / "one" / "oneshot"), weights(tmp_path / "two" / "oneshot")
+    rows = {}
+    for name in ("one", "two"):
+        report = json.loads((tmp_path / name / "oneshot" / "sparsity.json").read_text())
+        rows[name] = {r["name"]: r for r in report["rows"]}
+    for name in a.columns:
+        assert rows["one"][name]["zeros"] == rows["two"][name]["zeros"]
+        assert rows["one"][name]["error"] == pytest.approx(rows["two"][name]["error"], rel=0.02)
+        same = a.read(name) == b.read(name)
+        assert (x[name] - y[name])[same].norm() < 0.02 * x[name].norm()
+
+
+def test_the_deepspeed_launcher_runs_it_and_tells_its_exit_code(tiny, text_file, tmp_path):
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    out = tmp_path / "run"
+    command = [launcher, str(ROOT / "cap_llm/train.py")]
+    good = arguments(tiny("opt"), text_file, out)
+    done = subprocess.run([*command, *good], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (out / "oneshot" / "done.json").exists()
+    assert "\x1b" not in done.stdout.split("cmd =")[-1]  # no control characters in a log
+    bad = subprocess.run([*command, "--oneshot.sparsity", "2"], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "oneshot.sparsity is 2" in bad.stderr
+
+
+def test_masks_and_weights_survive_a_shared_scratch(tiny, entry):
+    """Activations that do not fit go to disk; the result is the same to the bit."""
+    source = tiny("llama")
+    plenty, _ = entry(source, out="plenty")
+    tight, code = entry(source, "--runtime.activation_gib", "0", out="tight")
+    assert code == 0
+    for path in (plenty / "oneshot").glob("model*.safetensors"):
+        a, b = load_file(path), load_file(tight / "oneshot" / path.name)
+        assert all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,96 @@
+"""The walk gives what the model gives, however little memory it has."""
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES
+
+from cap_llm.blockwise.prune import prune
+from cap_llm.blockwise.walk import MICRO_TOKENS, Walk
+from cap_llm.config import OneshotConfig
+from cap_llm.models.blocks import BlockModel
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(3, 512, (150, 32), generator=torch.Generator().manual_seed(1))
+
+
+def walked(folder, memory: int, tmp_path, change=None) -> list[torch.Tensor]:
+    """The last block's outputs, and the inputs of every linear group, in order."""
+    model = BlockModel.open(folder, CPU)
+    walk = Walk(model, WINDOWS, memory, tmp_path)
+    seen = []
+
+    def note(block):
+        def inner(group, inputs):
+            seen.append(torch.cat([x.reshape(-1, x.shape[-1]).clone() for x in inputs]))
+            for name in group.names:
+                block.get_submodule(name).weight.data.mul_(0.5)
+
+        return inner
+
+    for i in range(len(model)):
+        with model.block(i) as block:
+            walk.visit(i, block, note(block))
+    return seen + [walk.hidden[k] for k in range(len(walk.ids))]
+
+
+def test_batches_are_several_and_the_last_one_is_smaller():
+    assert len(WINDOWS) % (MICRO_TOKENS // WINDOWS.shape[1]) != 0
+    assert len(WINDOWS) > MICRO_TOKENS // WINDOWS.shape[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_waiting_running_again_and_spilling_give_the_same_bits(tiny, family, tmp_path):
+    folder = tiny(family)
+    plenty = walked(folder, 2**30, tmp_path)
+    state = 2048 * 32 * 4  # bytes of one full micro-batch's hidden states
+    for memory in (state * 4, state, 0):  # some wait; none wait and one is in memory; all on disk
+        for a, b in zip(plenty, walked(folder, memory, tmp_path), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_later_linears_see_the_changed_earlier_ones(tiny, family, tmp_path):
+    folder = tiny(family)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    halved = getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
+    wrapped = BlockModel(halved, CPU)
+    for i in range(len(wrapped)):
+        for linear in wrapped.linears(i).values():
+            linear.weight.data.mul_(0.5)
+    hidden, calls = wrapped.embed(WINDOWS[:64])
+    for i in range(len(wrapped)):
+        with torch.no_grad():
+            hidden = calls[i].run(wrapped.blocks[i], hidden)
+    last = walked(folder, 2**30, tmp_path)[-len(WINDOWS.split(64))]
+    assert torch.equal(last, hidden)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4", "1:4", "4:8"])
+@pytest.mark.parametrize("refit", [False, True])
+def test_pruning_in_memory_gives_the_exact_sparsity(tiny, method, pattern, refit):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    sparsity = None if ":" in pattern else 0.6
+    config = OneshotConfig(method=method, pattern=pattern, sparsity=sparsity, refit=refit)
+    masks = prune(model, WINDOWS[:8], config)
+    assert len(masks) == 2 * 7
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        assert torch.equal(weight != 0, mask)
+        if ":" in pattern:
+            n, m = map(int, pattern.split(":"))
+            assert (mask.reshape(-1, m).sum(1) == n).all()
+        elif pattern == "row" or method == "wanda":
+            assert (mask.sum(1) == mask.shape[1] - round(0.6 * mask.shape[1])).all()
+        else:
+            assert int((~mask).sum()) == round(0.6 * mask.numel())
+
+
+def test_conv1d_is_pruned_along_its_inputs(tiny):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("gpt2"))
+    masks = prune(model, WINDOWS[:8], OneshotConfig(pattern="2:4"))
+    mask = masks["transformer.h.0.attn.c_attn.weight"]
+    weight = model.transformer.h[0].attn.c_attn.weight  # [inputs, outputs]
+    assert mask.shape == (96, 32) and torch.equal(weight.T != 0, mask)
+    assert (mask.reshape(96, -1, 4).sum(-1) == 2).all()
