@@ -7,15 +7,19 @@ before anything is loaded.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import re
 import sys
+import types
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
+import yaml
 
 from cap_llm.runtime.errors import UserError
 from cap_llm.sparsity.patterns import Pattern
@@ -101,13 +105,11 @@ class OneshotConfig:
 
     def __post_init__(self):
         pattern = Pattern.parse(self.pattern)
-        if pattern.fixed_sparsity is None:
-            self.sparsity = 0.5 if self.sparsity is None else self.sparsity
-            if not 0 < self.sparsity < 1:
-                raise UserError(
-                    f"oneshot.sparsity is {self.sparsity:g}; it is the share of zeros, in (0, 1)"
-                )
-        elif self.sparsity not in (None, pattern.fixed_sparsity):
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise UserError(
+                f"oneshot.sparsity is {self.sparsity:g}; it is the share of zeros, in (0, 1)"
+            )
+        if pattern.m and self.sparsity not in (None, pattern.fixed_sparsity):
             raise UserError(
                 f"oneshot.sparsity is {self.sparsity:g} but the pattern {self.pattern} fixes it at "
                 f"{pattern.fixed_sparsity:g}; leave sparsity out"
@@ -136,6 +138,17 @@ class OneshotConfig:
                 f"oneshot.block_size {self.block_size} is no multiple of {pattern.m} "
                 f"(pattern {self.pattern}); choose one that is"
             )
+
+    @property
+    def amount(self) -> float:
+        """Share of zeros that is asked for, whatever the pattern."""
+        fixed = Pattern.parse(self.pattern).fixed_sparsity
+        return fixed if fixed is not None else 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether the method reads text; magnitude alone does not."""
+        return self.method != "magnitude" or self.refit or self.budget == "owl"
 
 
 @dataclass
@@ -169,6 +182,12 @@ class RuntimeConfig:
     keep_intermediate: bool = True
     """Keep the weights of a stage when the next one is done. Off, a pipeline holds one model."""
 
+    def __post_init__(self):
+        if self.activation_gib is not None and self.activation_gib < 0:
+            raise UserError(
+                f"runtime.activation_gib is {self.activation_gib:g}; it must be at least 0"
+            )
+
 
 STAGES = ("oneshot", "evaluate")
 
@@ -199,11 +218,27 @@ class Config:
             raise UserError("no model: give --model.path DIRECTORY_OR_HUB_NAME")
         if not self.output_dir:
             raise UserError("no run directory: give --output_dir DIRECTORY")
-        if not self.stages:
-            raise UserError("stages is empty; choose from " + ", ".join(STAGES))
+        if self.stages != [s for s in STAGES if s in self.stages] or not self.stages:
+            raise UserError(
+                f"stages is [{', '.join(self.stages)}]; name some of {', '.join(STAGES)}, each "
+                "once and in this order"
+            )
+        if "evaluate" in self.stages and not self.evaluate.corpora:
+            raise UserError("evaluate.corpora is empty; name a corpus or leave evaluate out")
+        names = [Path(name).name for name in self.evaluate.corpora]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"evaluate.corpora has two files called {name}, which results could not tell "
+                    "apart; rename one"
+                )
         if self.uses_calibration and "evaluate" in self.stages:
-            shared = _corpus_key(self.calibration.corpus) in map(_corpus_key, self.evaluate.corpora)
-            if shared and not self.calibration.allow_scored_corpus:
+            # C4's training and validation documents differ: to calibrate on the one and score the
+            # other is the papers' own protocol. WikiText-2's splits share their style and topics.
+            scored = [_corpus_key(name) for name in self.evaluate.corpora if name != "c4"]
+            if _corpus_key(self.calibration.corpus) in scored and (
+                not self.calibration.allow_scored_corpus
+            ):
                 raise UserError(
                     f"calibration.corpus {self.calibration.corpus!r} is also scored by evaluate: "
                     "choose another one, or set --calibration.allow_scored_corpus true"
@@ -211,11 +246,8 @@ class Config:
 
     @property
     def uses_calibration(self) -> bool:
-        """Whether any stage reads the calibration text; magnitude alone does not."""
-        o = self.oneshot
-        return "oneshot" in self.stages and (
-            o.method != "magnitude" or o.refit or o.budget == "owl"
-        )
+        """Whether any stage reads the calibration text."""
+        return "oneshot" in self.stages and self.oneshot.uses_calibration
 
     @property
     def title(self) -> str:
@@ -225,16 +257,22 @@ class Config:
         if "oneshot" not in self.stages:
             return "dense"
         o = self.oneshot
-        amount = o.pattern if ":" in o.pattern else f"{100 * o.sparsity:g} %"
+        amount = o.pattern if ":" in o.pattern else f"{100 * o.amount:g} %"
         return " ".join(
             [o.method, *(["+ refit"] if o.refit else []), amount]
             + (["row"] if o.pattern == "row" else [])
             + (["OWL"] if o.budget == "owl" else [])
         )
 
-    def to_dict(self) -> dict:
-        """As nested plain dicts."""
-        return dataclasses.asdict(self)
+    def recipe(self, stage: str) -> dict:
+        """All settings that the result of a stage depends on."""
+        settings = {"model": dataclasses.asdict(self.model)}
+        if stage == "oneshot":
+            settings["oneshot"] = dataclasses.asdict(self.oneshot)
+            if self.uses_calibration:
+                settings["calibration"] = dataclasses.asdict(self.calibration)
+                del settings["calibration"]["allow_scored_corpus"]
+        return settings
 
 
 def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
@@ -246,16 +284,18 @@ def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     Raises:
         UserError: an option is unknown, misspelt or of the wrong type.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _resolve_recipe(list(sys.argv[1:] if argv is None else argv))
     parser = make_parser()
+    if argv[:1] == ["--config"]:
+        _check_file(Path(argv[1]), parser)
     try:
-        parsed = parser.parse_args(_resolve_recipe(_without_launcher_options(argv)))
+        parsed = parser.parse_args(argv)
         dry_run = parsed.pop("dry_run")
         parsed.pop("config")
         text = parser.dump(parsed, skip_none=False)
         config = parser.instantiate_classes(parsed)
-    except (jsonargparse.ArgumentError, argparse_error()) as error:
-        raise UserError(_one_line(str(error), parser)) from None
+    except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
+        raise UserError(_explain(str(error), parser)) from None
     settings = Config(**{f.name: config[f.name] for f in dataclasses.fields(Config)})
     return settings, text, dry_run
 
@@ -286,45 +326,102 @@ def recipes() -> list[str]:
     return sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml"))
 
 
-def argparse_error() -> type[Exception]:
-    """The error that jsonargparse's base class raises for malformed options."""
-    import argparse
-
-    return argparse.ArgumentError
-
-
-def _without_launcher_options(argv: list[str]) -> list[str]:
-    """Drops `--local_rank=N`, which the deepspeed launcher adds; `LOCAL_RANK` says the same."""
-    return [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
-
-
 def _resolve_recipe(argv: list[str]) -> list[str]:
-    """Replaces the name after `--config` by the recipe's path."""
+    """Puts `--config PATH` first, so that every other option overrides it; a recipe's name becomes
+    its path. Drops `--local_rank=N`, which the deepspeed launcher adds: `LOCAL_RANK` says the same.
+    """
+    argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    for i, option in enumerate(argv[:-1]):
-        if option != "--config":
-            continue
-        name = argv[i + 1]
-        if name in recipes():
-            argv[i + 1] = str(files("cap_llm") / "recipes" / f"{name}.yaml")
-        elif not Path(name).is_file():
-            near = difflib.get_close_matches(name, recipes(), n=1)
-            hint = f"did you mean {near[0]}?" if near else "recipes: " + ", ".join(recipes())
-            raise UserError(f"--config {name}: neither a file nor a recipe; {hint}")
-    return argv
+    if argv.count("--config") > 1:
+        raise UserError("--config is given twice; give one recipe or file, and options after it")
+    if "--config" not in argv:
+        return argv
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise UserError(
+            "--config needs a recipe's name or a file; recipes: " + ", ".join(recipes())
+        )
+    name, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
+    if name in recipes():
+        name = str(files("cap_llm") / "recipes" / f"{name}.yaml")
+    elif not Path(name).is_file():
+        near = difflib.get_close_matches(name, recipes(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "recipes: " + ", ".join(recipes())
+        raise UserError(f"--config {name}: neither a file nor a recipe; {hint}")
+    return ["--config", name, *rest]
 
 
-def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """jsonargparse's message as one line, with the nearest option where one was misspelt."""
+def _check_file(path: Path, parser: jsonargparse.ArgumentParser) -> None:
+    """Refuses a settings file that is not YAML or holds an unknown field, by its name."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"--config {path} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} holds no settings; see the recipes for examples")
+    known = _options(parser)
+
+    def check(fields: dict, prefix: str) -> None:
+        for key, value in fields.items():
+            option = f"{prefix}{key}"
+            if option not in known:
+                raise UserError(f"{path} sets {option}, which is unknown{_near(option, known)}")
+            if isinstance(value, dict) and not option.endswith(".layers"):
+                check(value, f"{option}.")
+
+    check(content, "")
+
+
+def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """jsonargparse's message as one line in this command's words."""
     message = " ".join(message.split())
-    known = [o for action in parser._actions for o in action.option_strings]
-    for word in message.replace("'", " ").replace(",", " ").replace('"', " ").split():
-        stem = "--" + word.lstrip("-").split("=")[0].rstrip(".:")
-        if stem not in known and ("." in word or word.startswith("--")):
-            near = difflib.get_close_matches(stem, known, n=1, cutoff=0.75)
-            if near:
-                return f"{message}; did you mean {near[0]}?"
-    return f"{message} (see --help)" if "--help" not in message else message
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    value = re.search(r"(?:Got value|Given value): (.*)$", message)
+    if key and value:
+        kind = _field_type(key.group(1))
+        text = f"{key.group(1)} is {value.group(1)!r}; it must be {_describe(kind)}"
+        choices = [c for k in (kind, *get_args(kind)) for c in get_args(k) if isinstance(c, str)]
+        if kind is str:
+            text += " (put it in quotes: YAML reads it as something else)"
+        near = difflib.get_close_matches(value.group(1), choices, n=1)
+        return text + (f"; did you mean {near[0]}?" if near else "")
+    unknown = re.search(r"unrecognized arguments: (\S+)", message)
+    if unknown:
+        option = unknown.group(1).split("=")[0]
+        known = [f"--{o}" for o in _options(parser)]
+        return f"unknown option {option}{_near(option, known)} (see --help)"
+    return f"{message} (see --help)"
+
+
+def _options(parser: jsonargparse.ArgumentParser) -> list[str]:
+    return [o.removeprefix("--") for action in parser._actions for o in action.option_strings]
+
+
+def _near(option: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(option, known, n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _field_type(key: str) -> type:
+    kind: type = Config
+    for part in key.split("."):
+        kind = get_type_hints(kind)[part]
+    return kind
+
+
+def _describe(kind) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is list:
+        return f"a list, like [a, b], of {_describe(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return 'names with numbers, like {"*.down_proj": 0.4}'
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe(k) for k in get_args(kind))
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    return names.get(kind, "null")
 
 
 def _corpus_key(corpus: str) -> str:

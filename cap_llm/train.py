@@ -35,10 +35,11 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.blockwise.plan import check_everything
     from cap_llm.evaluation.evaluate import evaluate
     from cap_llm.evaluation.report import collect, write_report
-    from cap_llm.models.checkpoint import remove_weights
+    from cap_llm.models.checkpoint import config_dict, remove_weights
     from cap_llm.models.source import locate, prepare
     from cap_llm.runtime.rundir import Run
     from cap_llm.runtime.world import World
+    from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     run = None
@@ -46,15 +47,18 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         located = locate(config.model)
         check_everything(located, config, console, world)
         run = Run(config.output_dir, world, console)
+        for stage in ("dense", *config.stages):
+            run.stage(stage, config.recipe(stage))  # refused before anything is written
         run.describe(config.title, config_yaml)
-        source = prepare(located, run)
+        source = prepare(located, config.model, run)
+        texts = read_texts(config, source, config_dict(source).get("vocab_size"))
         models = {}
         if config.evaluate.dense or "oneshot" not in config.stages:
             models["dense"] = source
         if "oneshot" in config.stages:
-            models["oneshot"] = oneshot(source, config, run)
+            models["oneshot"] = oneshot(source, texts, config, run)
         if "evaluate" in config.stages:
-            evaluate(models, config, run)
+            evaluate(models, texts, config, run)
         if source != located and "oneshot" in models and not config.runtime.keep_intermediate:
             remove_weights(source)
         if world.first:
@@ -69,13 +73,17 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
 def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
     from cap_llm.blockwise.plan import check_everything
+    from cap_llm.models.checkpoint import config_dict
     from cap_llm.models.source import locate
     from cap_llm.runtime.world import World
+    from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     try:
         located = locate(config.model, download=False)
         check_everything(located, config, console, world, predict=True)
+        if located and located.is_dir():
+            read_texts(config, located, config_dict(located).get("vocab_size"))
         console.say("dry run: nothing was written")
     finally:
         world.close()

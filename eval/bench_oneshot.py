@@ -8,7 +8,11 @@ The calibration ids are drawn once and handed to every contender; each runs in a
 on the same number of threads; the results are scored by one function on the same windows. Timed is
 everything from opening the model directory to the last pruned block; imports and the writing of the
 result are not. Beside the contenders stands the floor: the arithmetic that no implementation of the
-algorithm avoids, at the best matrix rate this machine reaches. On CPUs.
+algorithm avoids, at the best matrix rate this machine reaches. On CPUs, under Linux.
+
+The machine must be idle: two threads that wait for each other beside a stranger take ten times as
+long, and not every contender equally. So what other processes burn during a run is measured, the
+least disturbed rounds count, and no ratio is printed of a run that was disturbed.
 
 The corpora are found as `cap_llm` finds them (`CAP_LLM_DATA` or the hub).
 """
@@ -21,6 +25,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -43,6 +48,7 @@ TITLES = {
 PHASES = ("load", "forward", "hessian", "solve", "propagate")
 SPARSITY, DAMPING, BLOCK_SIZE = 0.5, 0.01, 128
 GIB = 2**30
+IDLE = 0.1  # cores that others may use during a run that counts
 
 
 def main() -> None:
@@ -77,7 +83,7 @@ def parse() -> argparse.Namespace:
     add("--window", type=int, default=1024, help="tokens a scored window of WikiText-2")
     add("--windows", type=int, default=16, help="scored windows")
     add("--contenders", nargs="+", choices=TITLES, default=list(TITLES), help="who runs")
-    add("--repeats", type=int, default=1, help="rounds; each contender's fastest run counts")
+    add("--repeats", type=int, default=1, help="rounds; the fastest undisturbed run counts")
     add("--blocks", type=int, help="keep only the model's first blocks (to try the script)")
     add("--activation-gib", type=float, help="cap_llm's memory for activations (0.25 with shapes)")
     add("--threads", type=int, default=os.cpu_count(), help="of every contender")
@@ -112,9 +118,13 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict:
             if name == "peer" and not args.peer_python:
                 continue
             runs[name].append(measure(name, model, args, scratch))
-            say(f"{TITLES[name]}: {runs[name][-1]['seconds']['total']:.1f} s")
+            last = runs[name][-1]
+            say(
+                f"{TITLES[name]}: {last['seconds']['total']:.1f} s, others used "
+                f"{last['others']:.2f} cores"
+            )
     rates.append(matrix_rates(config))
-    best = {name: min(r, key=lambda run: run["seconds"]["total"]) for name, r in runs.items()}
+    best = {name: min(r, key=_rank) for name, r in runs.items()}
     for name, run in best.items():
         run["zeros"] = share_of_zeros(scratch / name)
         run["perplexity"] = score(scratch / name, windows, scratch)
@@ -128,7 +138,10 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict:
         "dense_perplexity": score(model, windows, scratch),
         "matrix_rates": rates,
         "contenders": best,
-        "all_totals": {n: [run["seconds"]["total"] for run in r] for n, r in runs.items()},
+        "all_runs": {
+            n: [{"total": run["seconds"]["total"], "others": run["others"]} for run in r]
+            for n, r in runs.items()
+        },
     }
     if "ours" in best:
         report["floor"] = floor(best["ours"].pop("groups"), ids.shape, config, rate)
@@ -186,6 +199,7 @@ def measure(name: str, model: Path, args: argparse.Namespace, scratch: Path) -> 
         command = [sys.executable, Path(__file__).resolve(), "--child", job]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     log = args.work / f"{name}.log"
+    before = busy_seconds()
     with open(log, "w") as file:
         ended = subprocess.run(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
@@ -193,7 +207,27 @@ def measure(name: str, model: Path, args: argparse.Namespace, scratch: Path) -> 
     if ended.returncode:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         sys.exit(f"{TITLES[name]} ended with code {ended.returncode} (all of it: {log}):\n{tail}")
-    return json.loads(result.read_text())
+    others = busy_seconds()
+    others = (others[0] - before[0]) / (others[1] - before[1])
+    return json.loads(result.read_text()) | {"others": round(max(0.0, others), 3)}
+
+
+def busy_seconds() -> tuple[float, float]:
+    """Processor seconds spent on this machine by others than this process's family, and the time.
+
+    Time that the machine's host took away counts as spent by others.
+    """
+    with open("/proc/stat") as lines:
+        user, nice, system, _, _, irq, soft_irq, steal = map(int, next(lines).split()[1:9])
+    ticks = user + nice + system + irq + soft_irq + steal
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    own = sum(u.ru_utime + u.ru_stime for u in used)
+    return ticks / os.sysconf("SC_CLK_TCK") - own, time.perf_counter()
+
+
+def _rank(run: dict) -> tuple[bool, float]:
+    """Undisturbed runs first, then the fastest."""
+    return run["others"] > IDLE, run["seconds"]["total"]
 
 
 def texts(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,9 +246,12 @@ def texts(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 def score(folder: Path, windows: torch.Tensor, scratch: Path) -> float:
     """Perplexity in fp32 of a model directory on ids [N, T]; the same code for every contender."""
     from cap_llm.blockwise.perplexity import streamed_nll
+    from cap_llm.models.blocks import BlockModel
     from cap_llm.runtime.world import World
 
-    nll = streamed_nll(folder, windows, World("cpu"), None, scratch)
+    world = World("cpu")
+    model = BlockModel.open(folder, world.device)
+    nll = streamed_nll(model, windows, world, None, scratch)
     return math.exp(nll / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
@@ -289,6 +326,13 @@ class Clock:
         finally:
             self.seconds[name] += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def processor(self) -> Iterator[None]:
+        """Adds the processor's seconds, of all threads: far from threads x wall, others ran too."""
+        start = time.process_time()
+        yield
+        self.seconds["processor"] += time.process_time() - start
+
 
 def run_ours(job: dict) -> None:
     """cap_llm's own walk and solver, with a clock around their parts."""
@@ -330,7 +374,7 @@ def run_ours(job: dict) -> None:
     source, out = Path(job["model"]), Path(job["out"])
     out.mkdir(parents=True)
     matrices = 0.0
-    with clock("all"), tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with clock("all"), clock.processor(), tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         with clock("load"):
             model = BlockModel.open(source, world.device)
             plan = uniform(model, settings)
@@ -373,7 +417,7 @@ def run_plain(job: dict) -> None:
     imports = status_peak()
     clock = Clock()
     ids = read_ids(job)
-    with clock("total"):
+    with clock("total"), clock.processor():
         with clock("load"):
             model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
             model.config.use_cache = False
@@ -589,19 +633,20 @@ def show(report: dict) -> None:
     scored = "{} x {}".format(*report["scored"])
     print(
         f"\nSparseGPT {100 * SPARSITY:g} %, {report['blocks']} blocks, {n} x {length} tokens, "
-        f"{report['threads']} threads; seconds; memory in GiB\n"
+        f"{report['threads']} threads; seconds; others in cores, memory in GiB\n"
     )
-    heads = ["", *PHASES, "total", "peak", "imports", "zeros %", f"ppl {scored}"]
+    heads = ["", *PHASES, "total", "others", "peak", "imports", "zeros %", f"ppl {scored}"]
     print("| " + " | ".join(heads) + " |")
     print("|---" * len(heads) + "|")
-    print(f"| dense |{' |' * 9} {report['dense_perplexity']:.4f} |")
+    print(f"| dense |{' |' * 10} {report['dense_perplexity']:.4f} |")
     for name, title in TITLES.items():
         run = report["contenders"].get(name)
         if not run:
-            print(f"| {title} | not measured |{' |' * 9}")
+            print(f"| {title} | not measured |{' |' * 10}")
             continue
         seconds = [run["seconds"].get(p) for p in (*PHASES, "total")]
         cells = ["in forward" if s is None else f"{s:.1f}" for s in seconds]
+        cells.append(f"{run['others']:.2f}" + (" (disturbed)" if run["others"] > IDLE else ""))
         cells += [f"{run[key] / GIB:.2f}" for key in ("peak_bytes", "imports_bytes")]
         cells += [f"{100 * run['zeros']:.2f}", f"{run['perplexity']:.4f}"]
         print(f"| {title} | " + " | ".join(cells) + " |")
@@ -613,11 +658,17 @@ def show(report: dict) -> None:
         f"\nfloor: {bound['total_flops'] / 1e12:.3f} Tflop at {bound['rate'] / 1e9:.1f} Gflop/s = "
         f"{bound['seconds']:.1f} s ({parts})"
     )
-    print(f"cap_llm: {ours / bound['seconds']:.2f} x the floor")
+    calm = {name for name, run in report["contenders"].items() if run["others"] <= IDLE}
+    if "ours" not in calm:
+        print("cap_llm was disturbed by other processes: no ratios; run again on an idle machine")
+        return
+    print(f"cap_llm: floor / time = {100 * bound['seconds'] / ours:.0f} %")
     for name in ("plain", "peer"):
-        if name in report["contenders"]:
+        if name in calm:
             other = report["contenders"][name]["seconds"]["total"]
             print(f"{TITLES[name]}: {other / ours:.2f} x the time of cap_llm")
+        elif name in report["contenders"]:
+            print(f"{TITLES[name]}: disturbed by other processes, no ratio; run again")
 
 
 def say(text: str) -> None:

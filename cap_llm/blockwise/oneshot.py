@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise import owl
-from cap_llm.blockwise.perplexity import next_token_nll
+from cap_llm.blockwise.perplexity import head_nll
 from cap_llm.blockwise.prune import PrunedBlock, Row, matrix, prune_block, uniform
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config, OneshotConfig
@@ -32,18 +32,17 @@ from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.sparsity import masks as mask_files
 from cap_llm.sparsity.patterns import Pattern
-from cap_llm.text.corpora import read_corpus
-from cap_llm.text.tokenizers import load_tokenizer
-from cap_llm.text.windows import calibration_windows
+from cap_llm.text.reading import Texts
 
 STAGE = "oneshot"
 
 
-def oneshot(source: Path, config: Config, run: Run) -> Path:
+def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
     """Prunes the model of directory `source`.
 
     Args:
         source: a directory of safetensors.
+        texts: with the calibration ids, where the method reads any.
         config: the run's settings.
         run: the run directory.
 
@@ -53,9 +52,7 @@ def oneshot(source: Path, config: Config, run: Run) -> Path:
     Raises:
         UserError: see the messages; whatever is finished is kept.
     """
-    recipe = {"model": asdict(config.model), "oneshot": asdict(config.oneshot)}
-    if config.uses_calibration:
-        recipe["calibration"] = asdict(config.calibration)
+    recipe = config.recipe(STAGE)
     folder, done = run.stage(STAGE, recipe)
     if done:
         run.console.say(f"oneshot: done already, in {folder}")
@@ -66,18 +63,18 @@ def oneshot(source: Path, config: Config, run: Run) -> Path:
     plan = by_hand(uniform(model, settings), settings)
     check_shapes(model, plan, settings)
     parts = folder / "blocks"
-    if world.first:
-        parts.mkdir(exist_ok=True)
-        sweep(folder, parts)
-    world.barrier()
-    windows, origin = calibration(source, config) if config.uses_calibration else (None, None)
+    windows = texts.calibration
     if windows is not None and len(windows) < world.size:
         raise UserError(
             f"calibration.sequences is {len(windows)}, fewer than the {world.size} ranks; "
             "give at least one sequence a rank"
         )
+    if world.first:
+        parts.mkdir(parents=True, exist_ok=True)
+        sweep(folder, parts)
+    world.barrier()
     if settings.budget == "owl":
-        plan = _owl(source, model, plan, windows, config, run, folder)
+        plan = _owl(model, plan, windows, config, run, folder)
     earlier = _earlier_mask(source, settings, plan)
     writer = ShardWriter(folder, len(model))
     finished = _finished(parts, writer, len(model))
@@ -108,6 +105,7 @@ def oneshot(source: Path, config: Config, run: Run) -> Path:
                     model, i, block, walk, settings, plan, world, earlier, bar.phase
                 )
                 bar.phase("writing")
+                run.bind(folder, recipe)
                 if world.first:
                     _write_block(model, i, block, result, writer, parts)
             world.barrier()
@@ -123,7 +121,7 @@ def oneshot(source: Path, config: Config, run: Run) -> Path:
         "seconds": round(seconds, 2),
         "resumed_at_block": finished,
         "peak_memory_bytes": peak,
-        "calibration": origin,
+        "calibration": texts.origin,
         "budget": "owl" if settings.budget == "owl" and len(set(plan.values())) > 1 else "uniform",
     }
     if world.device.type == "cuda":
@@ -137,17 +135,6 @@ def activation_bytes(config: Config) -> int | None:
     """Bytes for activations as configured; None: decide when the work starts."""
     gib = config.runtime.activation_gib
     return None if gib is None else int(gib * 2**30)
-
-
-def calibration(source: Path, config: Config) -> tuple[torch.Tensor, str]:
-    """The calibration ids [N, T] and where they come from."""
-    c = config.calibration
-    tokenizer = load_tokenizer(
-        config.model.tokenizer or str(source), _vocab_size(source) if source.is_dir() else None
-    )
-    corpus = read_corpus(c.corpus, "train")
-    windows = calibration_windows(tokenizer, corpus, c.sequences, c.length, c.seed)
-    return windows, f"{c.sequences} x {c.length} tokens of {corpus.origin}, seed {c.seed}"
 
 
 def check_shapes(model: BlockModel, plan: dict[str, float], settings: OneshotConfig) -> None:
@@ -171,10 +158,6 @@ def sweep(folder: Path, parts: Path) -> None:
             path.unlink()
 
 
-def _vocab_size(source: Path) -> int | None:
-    return read_json(source / "config.json").get("vocab_size")
-
-
 def by_hand(plan: dict[str, float], settings: OneshotConfig) -> dict[str, float]:
     """Applies `oneshot.layers`; a later entry wins."""
     for wanted, sparsity in settings.layers.items():
@@ -195,7 +178,6 @@ def _matches(name: str, wanted: str) -> bool:
 
 
 def _owl(
-    source: Path,
     model: BlockModel,
     plan: dict[str, float],
     windows: torch.Tensor,
@@ -222,7 +204,7 @@ def _owl(
         sizes = [
             sum(m.weight.numel() for m in model.linears(i).values()) for i in range(len(model))
         ]
-        for i, s in enumerate(owl.allocate(shares, sizes, config.oneshot.sparsity, settings)):
+        for i, s in enumerate(owl.allocate(shares, sizes, config.oneshot.amount, settings)):
             uneven |= dict.fromkeys([n for n in names[i] if n not in named], round(s, 6))
         record = {"outlier_percent": shares, "sparsity": uneven}
         if guard:
@@ -239,6 +221,7 @@ def _owl(
                 f"OWL guard: held-out loss {nll['owl']:.4f} against {nll['uniform']:.4f} uniform; "
                 f"{'OWL' if better else 'uniform'} is used"
             )
+    run.bind(folder, config.recipe(STAGE))
     if run.world.first:
         write_json(path, record)
     run.world.barrier()
@@ -267,11 +250,7 @@ def _proxy_nll(
             if scored:
                 scored.forward(i, block)
         advance()
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for k, ids in enumerate(scored.ids if scored else ()):
-        total += next_token_nll(model.head(ids, scored.hidden[k]), ids)
-    world.sum(total)
-    return total.item() / (held_out.shape[0] * (held_out.shape[1] - 1))
+    return head_nll(model, scored, world) / (held_out.shape[0] * (held_out.shape[1] - 1))
 
 
 def _earlier_mask(

@@ -43,47 +43,47 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
 
 @torch.no_grad()
 def streamed_nll(
-    folder: Path,
+    model: BlockModel,
     windows: torch.Tensor,
     world: World,
     memory: int | None,
     scratch: Path,
     advance: Callable[[], None] = lambda: None,
 ) -> float:
-    """Summed negative log-likelihood of ids [N, T] under the model of a directory, over all ranks.
+    """Summed negative log-likelihood of ids [N, T] under a model, over all ranks.
 
     Args:
-        folder: the model directory.
+        model: the model, streamed block by block.
         windows: all windows; each rank takes its share.
         world: the ranks.
         memory: bytes for activations, see `Walk`.
         scratch: a folder to spill to.
-        advance: called after each block and once for the head.
+        advance: called after each block.
 
     Raises:
         UserError: the model is no causal language model, or its output is not finite.
     """
-    model = BlockModel.open(folder, world.device)
     if not model.is_causal:
         raise UserError(
             f"{type(model.model).__name__} gives no next-token logits, so it has no perplexity; "
             "leave evaluate out of --stages"
         )
     mine = windows[list(world.share(len(windows)))]
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    if len(mine):
-        walk = Walk(model, mine, memory, scratch)
+    walk = Walk(model, mine, memory, scratch) if len(mine) else None
+    if walk:
         for i in range(len(model)):
             with model.block(i) as block:
                 walk.forward(i, block)
             advance()
-        for k, ids in enumerate(walk.ids):
-            rows = max(1, LOGIT_TOKENS // ids.shape[1])
-            hidden = walk.hidden[k]
-            for part, states in zip(ids.split(rows), hidden.split(rows), strict=True):
-                total += next_token_nll(model.head(part, states), part)
-        advance()
-    world.sum(total)
-    if not bool(total.isfinite()):
-        raise UserError(f"the perplexity of {folder} is not finite: the model overflows")
-    return total.item()
+    return head_nll(model, walk, world)
+
+
+@torch.no_grad()
+def head_nll(model: BlockModel, walk: Walk | None, world: World) -> float:
+    """Summed negative log-likelihood of the ids of a walk that has passed all blocks."""
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for k, ids in enumerate(walk.ids if walk else ()):
+        rows = max(1, LOGIT_TOKENS // ids.shape[1])
+        for part, states in zip(ids.split(rows), walk.hidden[k].split(rows), strict=True):
+            total += next_token_nll(model.head(part, states), part)
+    return world.sum(total).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -12,14 +13,13 @@ from cap_llm.blockwise.cache import free_memory
 from cap_llm.blockwise.oneshot import by_hand, check_shapes
 from cap_llm.blockwise.prune import matrix, uniform
 from cap_llm.config import Config
-from cap_llm.models.blocks import BlockModel, model_class, skeleton
+from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, config_dict
 from cap_llm.models.source import needs_conversion
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 from cap_llm.text.corpora import corpus_file
-from cap_llm.text.tokenizers import load_tokenizer
 
 RESERVE = 2**28  # bytes of disk for logs, masks' parts and file systems' own needs
 
@@ -56,7 +56,6 @@ def check_everything(
         return
     facts = config_dict(located)
     _check_positions(config, facts)
-    load_tokenizer(config.model.tokenizer or str(located), facts.get("vocab_size"))
     model = BlockModel(skeleton(located), torch.device("cpu"))
     if "evaluate" in config.stages and not model.is_causal:
         raise UserError(
@@ -73,6 +72,8 @@ def check_everything(
         )
         return
     checkpoint = Checkpoint(located)  # opens every shard: truncated ones show here
+    with contextlib.suppress(NamesDiffer):  # those are converted
+        match_names(model.model, checkpoint)
     estimate = _estimate(model, checkpoint, config, world)
     _check_disk(estimate["disk"], config)
     text = f"memory {size(estimate['memory'])} a rank, disk {size(estimate['disk'])}"

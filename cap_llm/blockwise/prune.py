@@ -98,10 +98,8 @@ def prune(
 
 def uniform(model: BlockModel, config: OneshotConfig) -> dict[str, float]:
     """The same sparsity for every prunable weight, by name."""
-    pattern = Pattern.parse(config.pattern)
-    sparsity = config.sparsity if pattern.fixed_sparsity is None else pattern.fixed_sparsity
     return {
-        model.weight_name(i, linear): sparsity
+        model.weight_name(i, linear): config.amount
         for i in range(len(model))
         for linear in model.linears(i)
     }

@@ -19,6 +19,7 @@ from torch import nn
 
 from cap_llm.blockwise.cache import ActivationCache, free_memory
 from cap_llm.models.blocks import BlockModel, Call, Group
+from cap_llm.runtime.errors import UserError
 
 MICRO_TOKENS = 2048  # tokens a forward; enough for full matrix rates, few enough for the caches
 
@@ -45,11 +46,14 @@ class Walk:
             self.calls.append(calls)
 
     @torch.no_grad()
-    def forward(self, i: int, block: nn.Module, after: Callable[[], None] = lambda: None) -> None:
-        """Takes all micro-batches through block i as it stands."""
+    def forward(self, i: int, block: nn.Module) -> None:
+        """Takes all micro-batches through block i as it stands.
+
+        Raises:
+            UserError: its output is not finite.
+        """
         for k in range(len(self.ids)):
-            self.hidden[k] = self.calls[k][i].run(block, self.hidden[k])
-            after()
+            self._pass_on(i, k, self.calls[k][i].run(block, self.hidden[k]))
 
     @torch.no_grad()
     def visit(
@@ -77,10 +81,19 @@ class Walk:
             for g, group in enumerate(groups):
                 change(group, (lane.input(g) for lane in lanes))
             for k, lane in enumerate(lanes):
-                self.hidden[k] = lane.finish(len(groups))
+                self._pass_on(i, k, lane.finish(len(groups)))
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _pass_on(self, i: int, k: int, output: torch.Tensor) -> None:
+        # Later norms may turn infinity into something finite, so it is caught here.
+        if not bool(output.sum().isfinite()) and not bool(output.isfinite().all()):
+            raise UserError(
+                f"the output of {self.model.block_name(i)} is not finite: the model overflows; "
+                "check its weights, or use one stored in bfloat16 or float32"
+            )
+        self.hidden[k] = output
 
     def _held_bytes(self, block: nn.Module, groups: list[Group]) -> int:
         """Upper bound of what one waiting micro-batch holds: all inputs and outputs of linears."""

@@ -45,7 +45,11 @@ class Checkpoint:
         self._header: dict[str, tuple[list[int], str]] = {}
         if (folder / INDEX).exists():
             index = read_json(folder / INDEX)
-            shards = sorted(set(index.get("weight_map", {}).values()))
+            try:
+                weight_map = dict(index["weight_map"])
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{folder / INDEX} has no weight_map; get the file again") from None
+            shards = sorted(set(weight_map.values()))
         else:
             shards = [SINGLE]
         for shard in shards:
@@ -184,6 +188,9 @@ def config_dict(folder: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is no model directory: it has no config.json")
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; get the file again")
+    return content

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import ModelConfig
 from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import INDEX, SINGLE, Checkpoint, config_dict
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import write_json
 from cap_llm.runtime.rundir import Run
 from cap_llm.text.corpora import offline
 
@@ -32,13 +33,11 @@ def locate(config: ModelConfig, download: bool = True) -> Path | None:
         if not path.exists():
             raise UserError(f"model.path {path} does not exist")
         if path.is_dir():
-            quantised = config_dict(path).get("quantization_config")
-            if quantised:
-                raise UserError(
-                    f"model.path {path} is quantised ({quantised.get('quant_method')}); "
-                    "give the unquantised model"
-                )
+            if config_dict(path).get("quantization_config"):
+                raise UserError(f"model.path {path} is quantised; give the unquantised model")
         return path
+    if path.is_file():
+        raise UserError(f"model.path {path} is a file; give the model's directory, or a .gguf file")
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
         near = []
         if path.parent.is_dir():
@@ -53,7 +52,7 @@ def needs_conversion(folder: Path) -> bool:
     return not any((folder / name).exists() for name in (INDEX, SINGLE))
 
 
-def prepare(located: Path, run: Run) -> Path:
+def prepare(located: Path, config: ModelConfig, run: Run) -> Path:
     """A directory that can be streamed: `located` itself, or its conversion in the run directory.
 
     Raises:
@@ -65,12 +64,14 @@ def prepare(located: Path, run: Run) -> Path:
             return located
         except NamesDiffer as error:
             run.console.say(f"{error}; rewriting the model with transformers' names")
-    folder = run.path / "source"
-    if run.world.first and not (folder / "done.json").exists():
+    recipe = {"model": asdict(config)}
+    folder, done = run.stage("source", recipe)
+    if not done:
         run.console.say(f"converting {located.name} to safetensors, once")
-        convert(located, folder)
-        write_json(folder / "done.json", {"from": str(located)})
-    run.world.barrier()
+        run.bind(folder, recipe)
+        if run.world.first:
+            convert(located, folder)
+        run.finish_stage(folder, {"from": str(located)})
     return folder
 
 
@@ -81,18 +82,27 @@ def convert(source: Path, folder: Path) -> None:
     unpickler) and directories whose tensors have other names than the model's parameters.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: transformers cannot read it, or it lacks weights.
     """
     where = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
     root = str(source.parent if where else source)
+    disable_progress_bar()
     try:
-        model = model_class(source).from_pretrained(
-            root, dtype="float32" if where else "auto", use_safetensors=None, **where
+        model, info = model_class(source).from_pretrained(
+            root, dtype="float32" if where else "auto", output_loading_info=True, **where
         )
+    except UserError:
+        raise
     except Exception as error:  # every format fails in a way of its own
         raise UserError(
-            f"{source} cannot be read by transformers: {str(error).splitlines()[0]}"
+            f"{source} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
         ) from None
+    if info["missing_keys"]:
+        # transformers would invent them
+        raise UserError(
+            f"{source} lacks {len(info['missing_keys'])} of the weights that its config.json asks "
+            f"for, {sorted(info['missing_keys'])[0]} among them; get the model again"
+        )
     # transformers marks a de-quantised GGUF model as quantised still, and refuses to save it
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
@@ -101,10 +111,11 @@ def convert(source: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     if where:
         AutoTokenizer.from_pretrained(root, **where).save_pretrained(folder)
-    else:
-        for file in source.iterdir():
-            if file.suffix in {p[1:] for p in _CONFIG_FILES} and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        return
+    for file in source.iterdir():
+        wanted = any(file.match(pattern) for pattern in _CONFIG_FILES)
+        if wanted and not file.name.endswith(".index.json") and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def _download(config: ModelConfig, download: bool) -> Path | None:

@@ -26,23 +26,26 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner only
         os.replace(temporary, path)
-    except Exception as error:  # safetensors reports a full disk by an exception of its own
+    except Exception as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = True
-        else:
-            full = "No space left" in str(error) or "os error 28" in str(error)
-        if full:
-            raise UserError(
-                f"the disk of {path.parent} is full while writing {path.name}; what was finished "
-                "is kept: free some space and give the same command again"
-            ) from error
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        # safetensors reports a full disk by an exception of its own
+        if isinstance(error, OSError) or "os error" in str(error):
+            raise disk_error(path.parent, path.name, error) from error
         raise
     except BaseException:  # Ctrl-C and SIGTERM
         temporary.unlink(missing_ok=True)
         raise
+
+
+def disk_error(folder: Path, name: str, error: Exception) -> UserError:
+    """What to tell the user when `name` in `folder` could not be written."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error) or "os error 28" in str(error):
+        return UserError(
+            f"the disk of {folder} is full while writing {name}; what was finished is kept: "
+            "free some space and give the same command again"
+        )
+    return UserError(f"cannot write {folder / name}: {getattr(error, 'strerror', None) or error}")
 
 
 def _umask() -> int:

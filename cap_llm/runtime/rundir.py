@@ -1,7 +1,7 @@
 """The run directory: one pipeline's settings, log, metrics, and one folder a stage.
 
     config.yaml  environment.json  log.txt  metrics.jsonl  report.md  report.html
-    <stage>/recipe.json   what the stage was asked to do, written when it starts
+    <stage>/recipe.json   what the stage was asked to do, written before its first result
     <stage>/done.json     written last: the stage is finished and verified
 
 A run directory belongs to one pipeline. Giving the same command again goes on where it stopped; a
@@ -25,7 +25,7 @@ import torch
 
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import atomic, read_json, write_json
+from cap_llm.runtime.files import atomic, disk_error, read_json, write_json
 from cap_llm.runtime.world import World
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
@@ -44,8 +44,8 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output_dir {path} cannot be made: {error.strerror}") from None
-        strangers = [p.name for p in self.path.iterdir() if p.name != "run.lock"]
-        if strangers and not (self.path / "config.yaml").exists():
+        strangers = [path.name for path in self.path.iterdir()]
+        if strangers and "run.lock" not in strangers:
             raise UserError(
                 f"output_dir {path} holds other files ({strangers[0]}, ...); choose a new directory"
             )
@@ -72,10 +72,15 @@ class Run:
             now = round(time.time(), 3)
             for name, value in values.items():
                 line = {"stage": stage, "step": step, "name": name, "value": value, "time": now}
-                self._metrics.write(json.dumps(line) + "\n")
+                try:
+                    self._metrics.write(json.dumps(line) + "\n")
+                except OSError as error:
+                    raise disk_error(self.path, "metrics.jsonl", error) from None
 
     def stage(self, name: str, recipe: dict) -> tuple[Path, dict | None]:
         """The folder of stage `name`, and its `done.json` if it is finished.
+
+        Writes nothing: until the stage has something to keep (`bind`), its recipe may change.
 
         Raises:
             UserError: the folder holds this stage with other settings.
@@ -90,12 +95,15 @@ class Run:
                     "choose another output_dir or remove that folder"
                 )
         self.world.barrier()  # all ranks have read before the first one writes
+        done = folder / "done.json"
+        return folder, read_json(done) if done.exists() else None
+
+    def bind(self, folder: Path, recipe: dict) -> None:
+        """Records what a stage was asked to do, before its first result is written."""
         if self.world.first and not (folder / "recipe.json").exists():
             folder.mkdir(exist_ok=True)
             write_json(folder / "recipe.json", recipe)
         self.world.barrier()
-        done = folder / "done.json"
-        return folder, read_json(done) if done.exists() else None
 
     def finish_stage(self, folder: Path, summary: dict) -> None:
         """Marks a stage as finished; its last write."""

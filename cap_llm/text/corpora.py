@@ -68,6 +68,7 @@ def corpus_file(name: str, split: Split) -> Path | None:
         if not path.is_file():
             raise UserError(f"corpus {name!r} is neither a file nor one of {', '.join(NAMES)}")
         return path
+    option = "calibration.corpus FILE" if split == "train" else "evaluate.corpora [FILE]"
     relative = _LOCAL[name, split]
     root = os.environ.get("CAP_LLM_DATA")
     if root and (Path(root) / relative).is_file():
@@ -76,7 +77,7 @@ def corpus_file(name: str, split: Split) -> Path | None:
         where = f"{root}/{relative}" if root else f"CAP_LLM_DATA (unset)/{relative}"
         raise UserError(
             f"corpus {name!r} ({split}) is not at {where}, and the hub is switched off "
-            "(HF_HUB_OFFLINE): put the file there or give --calibration.corpus FILE"
+            f"(HF_HUB_OFFLINE): put the file there or give --{option}"
         )
     return None
 
@@ -102,6 +103,17 @@ def read_corpus(name: str, split: Split) -> Corpus:
     return Corpus(documents, origin)
 
 
+def calibration_corpus(name: str) -> Corpus:
+    """The documents to draw calibration text from.
+
+    The rows of WikiText-2 and PTB are joined by spaces into one document (sparsegpt, `datautils`).
+    """
+    corpus = read_corpus(name, "train")
+    if name in ("wikitext2", "ptb"):
+        return Corpus([" ".join(corpus.documents)], corpus.origin)
+    return corpus
+
+
 def evaluation_text(name: str) -> tuple[str, str]:
     """The text that a corpus is scored on, and its origin.
 
@@ -121,20 +133,23 @@ def offline() -> bool:
 
 
 def _from_file(path: Path, name: str) -> tuple[list[str], str]:
-    opened = gzip.open if path.suffix == ".gz" else open
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     try:
         if kind == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist(), path.name
+            return _parquet(path), path.name
+        opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
             if kind == ".jsonl":
-                return [json.loads(line)["text"] for line in file if line.strip()], path.name
+                return [_text(line, n, path) for n, line in enumerate(file, 1) if line.strip()], (
+                    path.name
+                )
             text = file.read()
-    except (OSError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the file, of gzip, of UTF-8 or of pyarrow
         raise UserError(
-            f"corpus {path} cannot be read as {kind or 'text'}: {type(error).__name__} {error}"
+            f"corpus {path} cannot be read as {kind or 'text'}: "
+            f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
         ) from None
     if name == "wikitext2":
         # As in the hub's copy: a blank row is the empty string, any other keeps its own newline.
@@ -142,6 +157,32 @@ def _from_file(path: Path, name: str) -> tuple[list[str], str]:
         lines = lines[:-1] if lines and not lines[-1] else lines
         return ["" if not line.strip() else line + "\n" for line in lines], path.name
     return text.splitlines() if name == "ptb" else [text], path.name
+
+
+def _text(line: str, number: int, path: Path) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(
+            f'corpus {path}, line {number}: not a JSON object with a text, like {{"text": "..."}}'
+        )
+    return text
+
+
+def _parquet(path: Path) -> list[str]:
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    if "text" not in file.schema_arrow.names:
+        raise UserError(
+            f"corpus {path} has no column `text`; its columns: {', '.join(file.schema_arrow.names)}"
+        )
+    texts = file.read(columns=["text"])["text"].to_pylist()
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"corpus {path}: the column `text` holds values that are no text")
+    return texts
 
 
 def _from_hub(name: str, split: Split) -> tuple[list[str], str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers import normalizers
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from cap_llm.runtime.errors import UserError
@@ -34,11 +35,18 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
         elif {"vocab.json", "merges.txt"} <= files and "tokenizer_config.json" not in files:
             tokenizer = _byte_level(folder)
         else:
+            if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+                raise UserError(f"--model.tokenizer {path} does not exist")
             tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a different one for each way of being damaged
+        reason = "it holds no tokenizer files"
+        if "tokenizer.json" in files or not folder.is_dir():
+            reason = f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
         raise UserError(
-            f"no tokenizer can be read from {path}: {str(error).splitlines()[0]}; "
-            "give --model.tokenizer DIRECTORY_OR_FILE"
+            f"no tokenizer can be read from {path}: {reason}; give "
+            "--model.tokenizer DIRECTORY_OR_FILE"
         ) from None
     if vocab_size and not vocab_size // 2 <= len(tokenizer) <= vocab_size:
         # Models may carry unused rows in their embedding; the other way round is a mix-up.
@@ -88,7 +96,7 @@ def _sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     merges.sort(key=lambda merge: -merge[0])
     settings_file = path.parent / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
-    return LlamaTokenizer(
+    tokenizer = LlamaTokenizer(
         vocab=vocab,
         merges=[merge[1:] for merge in merges],
         add_bos_token=settings.get("add_bos_token", True),
@@ -96,3 +104,8 @@ def _sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         eos_token=pieces.id_to_piece(pieces.eos_id()),
         unk_token=pieces.id_to_piece(pieces.unk_id()),
     )
+    # a space goes in front of every text, also of one that starts with a space
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    return tokenizer
