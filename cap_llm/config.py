@@ -218,7 +218,9 @@ class Config:
             raise UserError("no model: give --model.path DIRECTORY_OR_HUB_NAME")
         if not self.output_dir:
             raise UserError("no run directory: give --output_dir DIRECTORY")
-        if self.stages != [s for s in STAGES if s in self.stages] or not self.stages:
+        if not self.stages:
+            raise UserError(f"stages is empty; name some of {', '.join(STAGES)}")
+        if self.stages != [s for s in STAGES if s in self.stages]:
             raise UserError(
                 f"stages is [{', '.join(self.stages)}]; name some of {', '.join(STAGES)}, each "
                 "once and in this order"
@@ -268,7 +270,9 @@ class Config:
         """All settings that the result of a stage depends on."""
         settings = {"model": dataclasses.asdict(self.model)}
         if stage == "oneshot":
-            settings["oneshot"] = dataclasses.asdict(self.oneshot)
+            settings["oneshot"] = dataclasses.asdict(self.oneshot) | {
+                "sparsity": self.oneshot.amount
+            }
             if self.uses_calibration:
                 settings["calibration"] = dataclasses.asdict(self.calibration)
                 del settings["calibration"]["allow_scored_corpus"]
@@ -286,8 +290,8 @@ def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     """
     argv = _resolve_recipe(list(sys.argv[1:] if argv is None else argv))
     parser = make_parser()
-    if argv[:1] == ["--config"]:
-        _check_file(Path(argv[1]), parser)
+    if argv[:1] == ["--config"] and not _check_file(Path(argv[1]), parser):
+        argv = argv[2:]  # a file of comments: the defaults
     try:
         parsed = parser.parse_args(argv)
         dry_run = parsed.pop("dry_run")
@@ -351,16 +355,23 @@ def _resolve_recipe(argv: list[str]) -> list[str]:
     return ["--config", name, *rest]
 
 
-def _check_file(path: Path, parser: jsonargparse.ArgumentParser) -> None:
-    """Refuses a settings file that is not YAML or holds an unknown field, by its name."""
+def _check_file(path: Path, parser: jsonargparse.ArgumentParser) -> bool:
+    """Refuses a settings file that is not YAML or holds an unknown field, by its name.
+
+    Returns:
+        Whether it sets anything.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"--config {path} is not valid YAML: {' '.join(str(error).split())}"
         ) from None
+    content = {} if content is None else content
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} holds no settings; see the recipes for examples")
+        raise UserError(
+            f"--config {path} holds {str(content)[:40]!r} instead of settings; see the recipes"
+        )
     known = _options(parser)
 
     def check(fields: dict, prefix: str) -> None:
@@ -372,6 +383,7 @@ def _check_file(path: Path, parser: jsonargparse.ArgumentParser) -> None:
                 check(value, f"{option}.")
 
     check(content, "")
+    return bool(content)
 
 
 def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:

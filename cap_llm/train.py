@@ -35,7 +35,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.blockwise.plan import check_everything
     from cap_llm.evaluation.evaluate import evaluate
     from cap_llm.evaluation.report import collect, write_report
-    from cap_llm.models.checkpoint import config_dict, remove_weights
+    from cap_llm.models.checkpoint import remove_weights
     from cap_llm.models.source import locate, prepare
     from cap_llm.runtime.rundir import Run
     from cap_llm.runtime.world import World
@@ -46,12 +46,13 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     try:
         located = locate(config.model)
         check_everything(located, config, console, world)
+        texts = read_texts(config, located) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
         for stage in ("dense", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
         run.describe(config.title, config_yaml)
         source = prepare(located, config.model, run)
-        texts = read_texts(config, source, config_dict(source).get("vocab_size"))
+        texts = texts or read_texts(config, source)
         models = {}
         if config.evaluate.dense or "oneshot" not in config.stages:
             models["dense"] = source
@@ -73,7 +74,6 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
 def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
     from cap_llm.blockwise.plan import check_everything
-    from cap_llm.models.checkpoint import config_dict
     from cap_llm.models.source import locate
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
@@ -83,7 +83,7 @@ def dry_run(config: Config, console: Console) -> None:
         located = locate(config.model, download=False)
         check_everything(located, config, console, world, predict=True)
         if located and located.is_dir():
-            read_texts(config, located, config_dict(located).get("vocab_size"))
+            read_texts(config, located)
         console.say("dry run: nothing was written")
     finally:
         world.close()

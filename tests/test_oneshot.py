@@ -101,7 +101,7 @@ def test_streamed_perplexity_equals_the_whole_models(tiny, entry, tmp_path):
     windows = evaluation_windows(load_tokenizer(str(source)), text, origin, 64, 9)
     for stage, model in (("dense", source), ("oneshot", folder / "oneshot")):
         result = json.loads((folder / stage / "perplexity.json").read_text())
-        entry_ = result["corpora"]["held-out.txt@64"]
+        entry_ = result["corpora"]["held-out.txt@64 first 9"]
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
         assert entry_["ppl_token"] == pytest.approx(perplexity(loaded, windows), rel=1e-6)
         assert (entry_["windows"], entry_["tokens"], entry_["bos"]) == (9, 9 * 63, "<s>")

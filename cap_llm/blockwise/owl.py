@@ -73,7 +73,7 @@ def allocate(
     for _ in range(len(wanted)):
         wanted = [min(0.99, max(0.01, s)) for s in wanted]
         off = sparsity - sum(s * n for s, n in zip(wanted, sizes, strict=True)) / total
-        free = [i for i, s in enumerate(wanted) if 0.01 < s < 0.99]
+        free = [i for i, s in enumerate(wanted) if (s < 0.99 if off > 0 else s > 0.01)]
         if abs(off) < 1e-12 or not free:
             break
         share = off * total / sum(sizes[i] for i in free)

@@ -16,6 +16,7 @@ from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.console import duration
+from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import LIBRARIES, Run, environment
 from cap_llm.text.reading import ScoredText, Texts
@@ -65,6 +66,8 @@ def _score(folder: Path, title: str, text: ScoredText, config: Config, run: Run)
         with run.console.bar(title, len(model), "blocks") as bar:
             memory = activation_bytes(config)
             nll = streamed_nll(model, text.windows, run.world, memory, Path(scratch), bar.advance)
+    if not math.isfinite(nll):
+        raise UserError(f"the perplexity of {folder} is not finite: the model overflows")
     n_windows, window = text.windows.shape
     scored = n_windows * (window - 1)
     return {

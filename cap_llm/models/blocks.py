@@ -388,7 +388,9 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
         if name not in keys:
             if name in tied:
                 continue
-            raise NamesDiffer(f"{checkpoint.folder} holds no tensor for the parameter {name}")
+            raise NamesDiffer(
+                f"{checkpoint.folder} holds no tensor for the parameter {name}; get the model again"
+            )
         key = keys[name]
         if list(parameter.shape) != checkpoint.shape(key):
             raise UserError(

@@ -32,9 +32,10 @@ def locate(config: ModelConfig, download: bool = True) -> Path | None:
     if path.is_dir() or path.suffix == ".gguf":
         if not path.exists():
             raise UserError(f"model.path {path} does not exist")
-        if path.is_dir():
-            if config_dict(path).get("quantization_config"):
-                raise UserError(f"model.path {path} is quantised; give the unquantised model")
+        quantised = config_dict(path).get("quantization_config") if path.is_dir() else None
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise UserError(f"model.path {path} is quantised ({method}); give it unquantised")
         return path
     if path.is_file():
         raise UserError(f"model.path {path} is a file; give the model's directory, or a .gguf file")
@@ -58,19 +59,23 @@ def prepare(located: Path, config: ModelConfig, run: Run) -> Path:
     Raises:
         UserError: transformers cannot read the model.
     """
+    names_differ = None
     if not needs_conversion(located):
         try:
             match_names(skeleton(located), Checkpoint(located))
             return located
         except NamesDiffer as error:
-            run.console.say(f"{error}; rewriting the model with transformers' names")
+            names_differ = error
     recipe = {"model": asdict(config)}
     folder, done = run.stage("source", recipe)
     if not done:
         run.console.say(f"converting {located.name} to safetensors, once")
         run.bind(folder, recipe)
         if run.world.first:
-            convert(located, folder)
+            try:
+                convert(located, folder)
+            except UserError as error:
+                raise (names_differ or error) from None
         run.finish_stage(folder, {"from": str(located)})
     return folder
 

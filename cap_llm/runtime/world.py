@@ -6,6 +6,7 @@ A world of one rank needs no process group: every call below is then free.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 
@@ -35,6 +36,8 @@ class World:
             # Ranks of one node share its cores; more threads than cores slow all of them down.
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        if self.device.type == "cpu":
+            _reuse_freed_memory()
         self._owns_group = False
         if self.size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -81,6 +84,18 @@ class World:
         if self._owns_group:
             dist.destroy_process_group()
             self._owns_group = False
+
+
+def _reuse_freed_memory() -> None:
+    """Keeps glibc from handing every freed activation back to the kernel.
+
+    A forward frees and asks for the same few megabytes over and over; to map and clear them anew
+    each time costs a tenth of it. Blocks above 32 MiB still go back at once.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def _device(name: str, local_rank: int) -> torch.device:

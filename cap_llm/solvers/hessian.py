@@ -7,13 +7,14 @@ factorised once for all of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from cap_llm.runtime.errors import UserError
 
-TILE = 256  # columns; the share of the symmetric product that is computed twice shrinks with it
+TILE = 256  # columns at most; what is computed twice of the symmetric product shrinks with it
 RETRIES = 3
 
 
@@ -37,8 +38,9 @@ class Moments:
         if self._sum.dim() == 1:
             self._sum += x.square().sum(0)
             return
-        for i in range(0, x.shape[1], TILE):
-            self._sum[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, x[:, i:])
+        tile = math.ceil(x.shape[1] / math.ceil(x.shape[1] / TILE))  # even tiles
+        for i in range(0, x.shape[1], tile):
+            self._sum[i : i + tile, i:].addmm_(x[:, i : i + tile].T, x[:, i:])
 
     def merge(self, world) -> None:
         """Adds what all ranks have seen; exact, whatever their shares."""

@@ -44,7 +44,7 @@ def sparsegpt(
     inside = torch.ones_like(weight, dtype=torch.bool) if allowed is None else allowed
     quota = _Quota(pattern, sparsity, inside)
     tile = pattern.m * max(1, TILE // pattern.m) if pattern.m else TILE
-    w = weight.T.contiguous()
+    w = weight.T.clone(memory_format=torch.contiguous_format)
     w[factor.dead] = 0
     w *= inside.T
     mask = torch.empty_like(inside)

@@ -38,7 +38,7 @@ def save_masks(masks: dict[str, torch.Tensor], path: Path) -> None:
     """Writes masks [R, C] by weight name, atomically."""
     columns = {name: str(mask.shape[1]) for name, mask in masks.items()}
     with atomic(path) as temporary:
-        save_file({n: pack(m) for n, m in masks.items()}, temporary, metadata=columns)
+        save_file({n: pack(m) for n, m in masks.items()}, temporary, metadata=columns or None)
 
 
 class MaskFile:

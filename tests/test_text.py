@@ -1,0 +1,353 @@
+"""Text: tokenizers give the ids the models were trained on, corpora the rows the papers score, and
+windows the draws of SparseGPT. The references are written here, from the published code."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from cap_llm.runtime.errors import UserError
+from cap_llm.text.corpora import (
+    C4_HELD_OUT,
+    Corpus,
+    calibration_corpus,
+    evaluation_text,
+    read_corpus,
+)
+from cap_llm.text.tokenizers import bos_rule, load_tokenizer
+from cap_llm.text.windows import calibration_windows, evaluation_windows
+
+
+@pytest.fixture(scope="module")
+def opt(data):
+    """OPT's tokenizer, from `vocab.json` and `merges.txt` alone."""
+    return load_tokenizer(str(data / "tokenizers" / "opt"), 50272)
+
+
+@pytest.fixture(scope="module")
+def llama(data):
+    """LLaMA's tokenizer, from `tokenizer.model` alone."""
+    return load_tokenizer(str(data / "tokenizers" / "llama"), 32000)
+
+
+@pytest.fixture(scope="module")
+def pieces(data):
+    """sentencepiece itself."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = data / "tokenizers" / "llama" / "tokenizer.model"
+    return sentencepiece.SentencePieceProcessor(model_file=str(file))
+
+
+@pytest.fixture(autouse=True)
+def local_corpora(request, monkeypatch):
+    """Names of corpora mean the folder of data, in tests that use it."""
+    if "data" in request.fixturenames:
+        monkeypatch.setenv("CAP_LLM_DATA", str(request.getfixturevalue("data")))
+
+
+class Letters:
+    """A tokenizer whose ids are the characters' code points, behind a BOS of id 0."""
+
+    def __call__(self, text: str, return_tensors: str | None = None):
+        ids = [0, *map(ord, text)]
+        return _Encoding(torch.tensor([ids]) if return_tensors else ids)
+
+
+class _Encoding:
+    def __init__(self, input_ids):
+        self.input_ids = input_ids
+
+
+def get_c4(documents: list[str], tokenizer, n: int, length: int, seed: int) -> torch.Tensor:
+    """The calibration draw of sparsegpt's `datautils.get_c4`, on Python's global generator."""
+    state = random.getstate()
+    random.seed(seed)
+    loader = []
+    for _ in range(n):
+        while True:
+            i = random.randint(0, len(documents) - 1)
+            encoded = tokenizer(documents[i], return_tensors="pt").input_ids
+            if encoded.shape[1] > length:
+                break
+        i = random.randint(0, encoded.shape[1] - length - 1)
+        loader.append(encoded[:, i : i + length])
+    random.setstate(state)
+    return torch.cat(loader)
+
+
+# tokenizers
+
+
+def test_opt_starts_a_text_with_the_end_token_and_only_once(opt):
+    assert opt("hello").input_ids[0] == 2
+    assert opt("hello").input_ids.count(2) == 1
+    assert bos_rule(opt) == "</s>"
+    assert opt.decode(opt("hello  world\n").input_ids[1:]) == "hello  world\n"
+
+
+def test_opt_gives_the_papers_number_of_tokens_on_wikitext2(data, opt):
+    text, _ = evaluation_text("wikitext2")
+    assert len(opt(text).input_ids) == 287_645
+
+
+def test_llama_gives_the_papers_number_of_tokens_on_wikitext2(data, llama):
+    text, _ = evaluation_text("wikitext2")
+    assert len(llama(text).input_ids) == 341_469
+    assert bos_rule(llama) == "<s>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello world",
+        "doubled  spaces   and    more ",
+        "line\nline\n\n = Title = \n\n\ttab",
+        "naïve café — Ærøskøbing “quotes” 東京 Привет",
+        "emoji 😀👩‍👩‍👧 flags 🇩🇪, bytes ⁂\u200b",
+        "1234567890 3.14159 @-@ </a>",
+        "",
+        "\n",
+        "a",
+    ],
+)
+def test_llama_from_the_piece_file_equals_sentencepiece(llama, pieces, text):
+    assert llama(text).input_ids == [pieces.bos_id(), *pieces.encode(text)]
+
+
+def test_llama_equals_sentencepiece_on_the_real_corpora(data, llama, pieces):
+    text = evaluation_text("wikitext2")[0][:200_000]
+    assert llama(text).input_ids == [pieces.bos_id(), *pieces.encode(text)]
+    for document in read_corpus("c4", "train").documents[:50]:
+        assert llama(document).input_ids == [pieces.bos_id(), *pieces.encode(document)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="aeThe  \n\t.,=@-09<>é東😀", max_size=30))
+def test_llama_equals_sentencepiece_on_any_text(llama, pieces, text):
+    assume(not text.startswith(" "))
+    assert llama(text).input_ids == [pieces.bos_id(), *pieces.encode(text)]
+
+
+@pytest.mark.parametrize("text", [" ", " leading space", "  two", " \n = Title ="])
+def test_llama_equals_sentencepiece_on_a_text_that_starts_with_a_space(llama, pieces, text):
+    assert llama(text).input_ids == [pieces.bos_id(), *pieces.encode(text)]
+
+
+def test_the_piece_file_itself_can_be_given(data, llama):
+    other = load_tokenizer(str(data / "tokenizers" / "llama" / "tokenizer.model"))
+    assert other("Hello  world\n").input_ids == llama("Hello  world\n").input_ids
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "neox", "gpt2", "bloom"])
+def test_a_full_tokenizer_directory_is_read_as_it_was_saved(tiny, family):
+    tokenizer = load_tokenizer(str(tiny(family)), 512)
+    ids = tokenizer("some  words\nand é").input_ids
+    assert ids[0] == 0
+    assert tokenizer.decode(ids[1:]) == "some  words\nand é"
+
+
+def test_a_byte_level_tokenizer_without_an_end_token_is_gpt2s(tmp_path):
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    entries = [*sorted(ByteLevel.alphabet()), "he", "<|endoftext|>"]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\n")
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer("he").input_ids == [vocabulary["he"]]
+    assert bos_rule(tokenizer) == "none"
+
+
+@pytest.mark.parametrize(("vocabulary", "fits"), [(512, True), (600, True), (511, False)])
+def test_a_tokenizer_must_not_have_more_entries_than_the_model(tiny, vocabulary, fits):
+    folder = str(tiny("llama"))
+    if fits:
+        assert len(load_tokenizer(folder, vocabulary)) == 512
+    else:
+        with pytest.raises(UserError, match=r"512 entries but the model 511.*--model.tokenizer"):
+            load_tokenizer(folder, vocabulary)
+
+
+def test_a_tokenizer_far_smaller_than_the_model_is_a_mix_up(tiny):
+    with pytest.raises(UserError, match="512 entries but the model 32000"):
+        load_tokenizer(str(tiny("llama")), 32000)
+
+
+# calibration windows
+
+
+@pytest.mark.parametrize(("seed", "n", "length"), [(0, 16, 256), (1, 8, 512), (7, 4, 64)])
+def test_calibration_draws_are_sparsegpts(data, opt, seed, n, length):
+    corpus = Corpus(read_corpus("c4", "train").documents[:300], "C4 sample")
+    ours = calibration_windows(opt, corpus, n, length, seed)
+    assert torch.equal(ours, get_c4(corpus.documents, opt, n, length, seed))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    documents=st.lists(st.text(alphabet="abc", max_size=30), min_size=1, max_size=6),
+    n=st.integers(1, 8),
+    length=st.integers(1, 12),
+    seed=st.integers(0, 2**32),
+)
+def test_calibration_draws_are_sparsegpts_on_any_documents(documents, n, length, seed):
+    corpus = Corpus([*documents, "a" * length + "b"], "letters")  # one is always long enough
+    ours = calibration_windows(Letters(), corpus, n, length, seed)
+    assert ours.shape == (n, length)
+    assert torch.equal(ours, get_c4(corpus.documents, Letters(), n, length, seed))
+
+
+def test_calibration_draws_leave_pythons_generator_alone():
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    calibration_windows(Letters(), Corpus(["abcdefgh"], "letters"), 4, 3, seed=0)
+    assert random.random() == expected
+
+
+def test_a_document_of_exactly_the_length_is_too_short():
+    # five letters and the BOS are six tokens; SparseGPT wants more than the length
+    with pytest.raises(UserError, match=r"no document of letters.*longer than 6 tokens"):
+        calibration_windows(Letters(), Corpus(["abcde"], "letters"), 2, 6, seed=0)
+    assert calibration_windows(Letters(), Corpus(["abcde"], "letters"), 2, 5, seed=0).shape == (
+        2,
+        5,
+    )
+
+
+def test_wikitext2_can_calibrate_at_the_papers_length(data, llama):
+    # SparseGPT's get_wikitext2 crops " ".join(rows); no single row has more than 910 tokens
+    corpus = calibration_corpus("wikitext2")
+    assert len(corpus.documents) == 1
+    assert calibration_windows(llama, corpus, 2, 2048, seed=0).shape == (2, 2048)
+
+
+# evaluation windows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_letters=st.integers(1, 60),
+    window=st.integers(2, 20),
+    most=st.one_of(st.none(), st.integers(1, 5)),
+)
+def test_evaluation_windows_do_not_overlap_and_drop_the_tail(n_letters, window, most):
+    text = "".join(map(chr, range(100, 100 + n_letters)))
+    ids = [0, *map(ord, text)]
+    n = len(ids) // window
+    if n == 0:
+        with pytest.raises(UserError, match=f"has {len(ids)} tokens, fewer than one window"):
+            evaluation_windows(Letters(), text, "letters", window, most)
+        return
+    n = min(n, most or n)
+    windows = evaluation_windows(Letters(), text, "letters", window, most)
+    assert windows.shape == (n, window)
+    assert windows.reshape(-1).tolist() == ids[: n * window]
+
+
+def test_wikitext2_gives_the_papers_number_of_windows(data, opt):
+    text, origin = evaluation_text("wikitext2")
+    windows = evaluation_windows(opt, text, origin, 2048, None)
+    assert windows.shape == (287_645 // 2048, 2048)
+    assert (windows[:, 0] == 2).sum() == 1  # one BOS for the whole text, not one a window
+
+
+# corpora
+
+
+def test_wikitext2_rows_follow_the_hubs_copy(data):
+    lines = (data / "wikitext2" / "wiki.test.raw").read_text().split("\n")
+    rows = read_corpus("wikitext2", "test").documents
+    assert len(rows) == 4358
+    assert rows[:2] == ["", " = Robert Boulter = \n"]
+    assert all(row == "" or (row.endswith("\n") and row.strip()) for row in rows)
+    assert [r.strip() for r in rows] == [line.strip() for line in lines[:4358]]
+    text, _ = evaluation_text("wikitext2")
+    assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English")
+
+
+def test_the_splits_of_the_c4_sample_do_not_overlap(data):
+    train, held_out = (read_corpus("c4", split) for split in ("train", "validation"))
+    assert len(train.documents) == 2000 - C4_HELD_OUT
+    assert len(held_out.documents) == C4_HELD_OUT
+    assert not set(train.documents) & set(held_out.documents)
+    assert train.origin != held_out.origin
+    assert evaluation_text("c4")[0] == " ".join(held_out.documents)
+
+
+def test_the_splits_of_wikitext2_are_three_texts(data):
+    splits = {split: read_corpus("wikitext2", split) for split in ("train", "validation", "test")}
+    assert len(splits["validation"].documents) == 3760
+    articles = {
+        split: {d for d in corpus.documents if d.startswith(" = ") and not d.startswith(" = = ")}
+        for split, corpus in splits.items()
+    }
+    assert not articles["test"] & articles["validation"]
+    assert not articles["test"] & articles["train"]
+
+
+DOCUMENTS = ["First  document\nof two lines.\n", "Second — with “quotes”, 東京 and 😀."]
+
+
+def _write(folder, kind: str):
+    path = folder / f"text{kind}"
+    opened = gzip.open if kind.endswith(".gz") else open
+    if kind == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.table({"text": DOCUMENTS, "id": [1, 2]})
+        pyarrow.parquet.write_table(table, path)
+    elif ".jsonl" in kind:
+        with opened(path, "wt", encoding="utf-8") as file:
+            file.write(json.dumps({"text": DOCUMENTS[0], "url": "x"}) + "\n\n")
+            file.write(json.dumps({"text": DOCUMENTS[1]}, ensure_ascii=False))  # no last newline
+    else:
+        with opened(path, "wt", encoding="utf-8") as file:
+            file.write("\n\n".join(DOCUMENTS))
+    return path
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_file_of_documents_gives_its_documents(tmp_path, kind):
+    corpus = read_corpus(str(_write(tmp_path, kind)), "train")
+    assert corpus.documents == DOCUMENTS
+    assert corpus.origin == f"text{kind}"
+
+
+@pytest.mark.parametrize("kind", [".txt", ".txt.gz"])
+def test_a_text_file_is_one_document(tmp_path, kind):
+    assert read_corpus(str(_write(tmp_path, kind)), "train").documents == ["\n\n".join(DOCUMENTS)]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_every_kind_of_file_is_scored_as_the_same_text(tmp_path, kind):
+    assert evaluation_text(str(_write(tmp_path, kind)))[0] == "\n\n".join(DOCUMENTS)
+
+
+def test_text_and_json_are_read_as_utf8_in_any_locale(tmp_path, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C")
+    assert "東京" in read_corpus(str(_write(tmp_path, ".txt")), "train").documents[0]
+
+
+def test_a_ptb_row_is_a_line_and_rows_are_joined_by_a_space(tmp_path, monkeypatch):
+    (tmp_path / "ptb").mkdir()
+    (tmp_path / "ptb" / "ptb.test.txt").write_text(" no it was n't \n but <unk> was \n")
+    monkeypatch.setenv("CAP_LLM_DATA", str(tmp_path))
+    assert read_corpus("ptb", "test").documents == [" no it was n't ", " but <unk> was "]
+    assert evaluation_text("ptb")[0] == " no it was n't   but <unk> was "
+
+
+def test_a_local_folder_without_the_corpus_is_named_when_the_hub_is_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAP_LLM_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        UserError, match=r"'c4' \(train\) is not at .*c4.sample-2000.*hub is switch"
+    ):
+        read_corpus("c4", "train")
