@@ -30,6 +30,7 @@ class Moments:
         self.tokens, self.full = 0, full
         shape = (columns, columns) if full else (columns,)
         self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._tile = math.ceil(columns / math.ceil(columns / TILE))  # all tiles equal
 
     def add(self, x: torch.Tensor) -> None:
         """Adds the tokens of x [..., C]. Only the upper triangle of tiles is computed."""
@@ -38,9 +39,8 @@ class Moments:
         if self._sum.dim() == 1:
             self._sum += x.square().sum(0)
             return
-        tile = math.ceil(x.shape[1] / math.ceil(x.shape[1] / TILE))  # even tiles
-        for i in range(0, x.shape[1], tile):
-            self._sum[i : i + tile, i:].addmm_(x[:, i : i + tile].T, x[:, i:])
+        for i in range(0, x.shape[1], self._tile):
+            self._sum[i : i + self._tile, i:].addmm_(x[:, i : i + self._tile].T, x[:, i:])
 
     def merge(self, world) -> None:
         """Adds what all ranks have seen; exact, whatever their shares."""
@@ -62,9 +62,9 @@ class Moments:
             )
         if self._sum.dim() == 2:
             # tile by tile: a transposed copy of the whole would double the memory
-            for i in range(0, self._sum.shape[0], TILE):
-                rows = self._sum[i : i + TILE, i:]
-                self._sum[i:, i : i + TILE] = rows.T.clone()
+            for i in range(0, self._sum.shape[0], self._tile):
+                rows = self._sum[i : i + self._tile, i:]
+                self._sum[i:, i : i + self._tile] = rows.T.clone()
         return self
 
     @property
