@@ -44,7 +44,7 @@ class CalibrationConfig:
     """The text that shows the solvers what the inputs of each matrix look like."""
 
     corpus: str = "c4"
-    """c4, wikitext2, ptb, or a file: .txt, .jsonl (field `text`), .parquet, each also as .gz."""
+    """c4, wikitext2, ptb, or a file: .txt or .jsonl (field `text`), also as .gz, or .parquet."""
     sequences: int = 128
     """Number of sequences, drawn as in SparseGPT and Wanda."""
     length: int = 2048
@@ -61,7 +61,7 @@ class CalibrationConfig:
 
 @dataclass
 class OwlConfig:
-    """OWL: blocks with many outlying activations keep more weights (METHODS 6.4)."""
+    """OWL: blocks with many outlying activations keep more weights (Yin et al. 2024)."""
 
     strength: float = 0.08
     """Largest departure of a block's sparsity from the mean (the paper's lambda)."""
@@ -89,7 +89,7 @@ class OneshotConfig:
     sparsity: float | None = None
     """Share of zeros, in (0, 1). Default 0.5; an N:M pattern fixes it."""
     refit: bool = False
-    """Then re-solve the weights that stay by least squares on the same mask (METHODS 3.6)."""
+    """Then re-solve the weights that stay by least squares on the same mask."""
     damping: float = 0.01
     """Ridge on the Hessian, as a share of its mean diagonal; raised tenfold where it fails."""
     block_size: int = 128

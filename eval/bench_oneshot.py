@@ -457,7 +457,7 @@ def run_plain(job: dict) -> None:
 
 
 class PlainHessian:
-    """The running mean of 2 x x^T over sequences (METHODS 3.1)."""
+    """The running mean of 2 x x^T over sequences, as in the released code."""
 
     def __init__(self, columns: int):
         self.mean, self.n = torch.zeros(columns, columns), 0

@@ -1,4 +1,4 @@
-"""Slow reference solvers in float64, written from METHODS 3 and 6.4: loops and sorts, no tricks.
+"""Slow reference solvers in float64, written from the papers: loops and sorts, no tricks.
 
 Also the inputs that the tests of the solvers share: correlated activations, and real layers.
 """
@@ -62,7 +62,7 @@ def error(weight: torch.Tensor, dense: torch.Tensor, hessian: torch.Tensor) -> f
 def sparsegpt(
     weight, hessian, pattern: Pattern, sparsity: float, allowed=None, block_size: int = 128
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """METHODS 3.1 column by column, every update over all columns to the right. `hessian` damped.
+    """SparseGPT column by column, every update over all columns to the right. `hessian` damped.
 
     The share of a block is what the total asks for up to its end, so that the whole is exact.
     """
@@ -120,7 +120,7 @@ def wanda_score(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def owl(shares: list[float], sizes: list[int], sparsity: float, strength: float) -> list[float]:
-    """METHODS 6.4 before clamping: sparsity of each block from its outlier share."""
+    """OWL before clamping: sparsity of each block from its outlier share."""
     low, high = min(shares), max(shares)
     keep = [2 * strength * (d - low) / (high - low) for d in shares]
     mean = sum(k * n for k, n in zip(keep, sizes, strict=True)) / sum(sizes)

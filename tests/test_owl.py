@@ -83,7 +83,7 @@ def test_the_mean_is_kept_where_both_bounds_cut():
 
 
 def outlier_share(model: LlamaForCausalLM, ids: torch.Tensor, i: int, threshold: float) -> float:
-    """METHODS 6.4 by plain hooks on the dense model."""
+    """The released code's measure, by plain hooks on the dense model."""
     scores = []
     handles = [
         module.register_forward_pre_hook(
