@@ -49,7 +49,7 @@ def wikipedia(say: Callable[[str], None] = print) -> tuple[Path, Path]:
         articles = []
         with bz2.open(source) as pages:
             for title, markup, _ in extract_pages(pages, filter_namespaces=("0",)):
-                text = " ".join(filter_wiki(markup).split())
+                text = " ".join(filter_wiki(markup).replace("'''", "").replace("''", "").split())
                 if len(text) >= SHORTEST:
                     articles.append({"title": title, "text": text})
         for name, wanted in (("calibration", False), ("held-out", True)):

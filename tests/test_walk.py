@@ -5,6 +5,7 @@ import torch
 import transformers
 from conftest import FAMILIES
 
+from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.blockwise.prune import prune
 from cap_llm.blockwise.walk import MICRO_TOKENS, Walk
 from cap_llm.config import OneshotConfig
@@ -94,3 +95,12 @@ def test_conv1d_is_pruned_along_its_inputs(tiny):
     weight = model.transformer.h[0].attn.c_attn.weight  # [inputs, outputs]
     assert mask.shape == (96, 32) and torch.equal(weight.T != 0, mask)
     assert (mask.reshape(96, -1, 4).sum(-1) == 2).all()
+
+
+def test_overwriting_the_cache_takes_no_further_memory(tmp_path):
+    cache = ActivationCache(CPU, 2**20, tmp_path)
+    for _ in range(5):
+        for k in range(3):
+            cache[k] = torch.full((1000,), float(k))
+        assert cache.left == 2**20 - 3 * 4000
+    assert [cache[k][0].item() for k in range(3)] == [0, 1, 2] and not cache.spilled

@@ -50,7 +50,9 @@ class ActivationCache:
         return self._end
 
     def __setitem__(self, i: int, tensor: torch.Tensor) -> None:
-        place = self._place.setdefault(i, self._assign(tensor.nbytes))
+        if i not in self._place:
+            self._place[i] = self._assign(tensor.nbytes)
+        place = self._place[i]
         if place == "device":
             self._memory[i] = tensor
         elif place == "host":

@@ -90,6 +90,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
             bar.phase("embedding")
             mine = windows[list(world.share(len(windows)))]
             walk = Walk(model, mine, activation_bytes(config), Path(scratch))
+        model.drop_outside()
         for i in range(len(model)):
             if i < finished and not walk:
                 bar.advance()

@@ -165,6 +165,7 @@ def prune_block(
                 inside = earlier(full_name, dense)
                 tick = time.monotonic()
                 new, mask = solver(dense, sparsities[full_name], _check(inside, full_name))
+                mask = mask.contiguous()  # as the other ranks receive it
                 # What follows must see the weights as they will be stored.
                 new = new.to(stored_dtype(model, full_name))
                 seconds = time.monotonic() - tick

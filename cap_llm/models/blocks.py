@@ -150,9 +150,17 @@ class BlockModel:
             yield block
         finally:
             for module in block.modules():
-                for name, p in module._parameters.items():
-                    if p is not None:
-                        module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=False)
+                _drop_weights(module)
+
+    def drop_outside(self) -> None:
+        """Frees what lies outside the blocks (embedding, head) of a streamed model.
+
+        For a walk that has embedded its text and needs no logits.
+        """
+        inside = {module for block in self.blocks for module in block.modules()}
+        for module in self.model.modules():
+            if self.checkpoint and module not in inside:
+                _drop_weights(module)
 
     def key(self, name: str) -> str:
         """The name under which the files hold parameter `name`."""
@@ -441,6 +449,12 @@ def _require_same(name: str, a: Call, b: Call) -> None:
                 f"{name} is called with {which}, which depends on the text; "
                 "this model cannot be pruned block by block"
             )
+
+
+def _drop_weights(module: nn.Module) -> None:
+    for name, p in module._parameters.items():
+        if p is not None:
+            module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=False)
 
 
 def _meta(value):
