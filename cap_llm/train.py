@@ -52,6 +52,8 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             run.stage(stage, config.recipe(stage))  # refused before anything is written
         run.describe(config.title, config_yaml)
         source = prepare(located, config.model, run)
+        if source != located:
+            check_everything(source, config, console, world)
         texts = texts or read_texts(config, source)
         models = {}
         if config.evaluate.dense or "oneshot" not in config.stages:
@@ -60,15 +62,16 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             models["oneshot"] = oneshot(source, texts, config, run)
         if "evaluate" in config.stages:
             evaluate(models, texts, config, run)
-        if source != located and "oneshot" in models and not config.runtime.keep_intermediate:
-            remove_weights(source)
+        world.barrier()
         if world.first:
+            if source != located and "oneshot" in models and not config.runtime.keep_intermediate:
+                remove_weights(source)
             page = write_report(collect(run.path), run.path, config.title, console)
             console.say(f"report: {page}")
     finally:
         if run:
             run.close()
-        world.close()
+    world.close()
 
 
 def dry_run(config: Config, console: Console) -> None:
@@ -101,7 +104,9 @@ def main() -> int:
             dry_run(config, console)
         else:
             pipeline(config, config_yaml, console)
-    except UserError as error:
+    except (UserError, MemoryError, torch_out_of_memory()) as error:
+        if not isinstance(error, UserError):
+            error = "out of memory: lower --runtime.activation_gib or --calibration.sequences"
         if rank == 0:
             print(f"cap-llm: error: {error}", file=sys.stderr, flush=True)
         else:
@@ -109,6 +114,8 @@ def main() -> int:
             time.sleep(2)
             with contextlib.suppress(BrokenPipeError):
                 print(f"cap-llm: rank {rank}: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            os._exit(2)  # to take leave of ranks that wait in a collective would wait for them
         return 2
     except (KeyboardInterrupt, _Stopped) as error:
         number = error.args[0] if error.args else signal.SIGINT
@@ -120,6 +127,12 @@ def main() -> int:
             )
         return 128 + number
     return 0
+
+
+def torch_out_of_memory() -> type[Exception]:
+    """torch's error for a full GPU; torch is imported late, for a quick `--help`."""
+    torch = sys.modules.get("torch")
+    return torch.OutOfMemoryError if torch else MemoryError
 
 
 class _Stopped(BaseException):

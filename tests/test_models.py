@@ -104,6 +104,31 @@ def test_files_saved_from_the_base_model_are_read(tiny, tmp_path):
     assert torch.equal(logits_block_by_block(BlockModel.open(tmp_path, CPU)), expected)
 
 
+def test_buffers_that_are_stored_are_read(tmp_path):
+    """Gemma 4 scales each block's output by a stored buffer."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.3)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = whole(tmp_path)(input_ids=IDS).logits
+    assert torch.equal(logits_block_by_block(BlockModel.open(tmp_path, CPU)), expected)
+
+
 def test_a_bin_checkpoint_is_converted(tiny, tmp_path):
     folder = tiny("opt")
     model = whole(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -10,13 +11,26 @@ import psutil
 import torch
 
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import ranks_on_node
+
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device (for the CPU: of main memory)."""
+    """Bytes that this rank can still take on a device (for the CPU: its share of main memory).
+
+    Heeds the limit of a control group (a SLURM job's, a container's) where there is one.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    for limit, used in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, free) // ranks_on_node()
 
 
 class ActivationCache:

@@ -7,7 +7,7 @@ forward, with the weights as written, which gives the same activations bit for b
 
 from __future__ import annotations
 
-import fnmatch
+import re
 import shutil
 import tempfile
 import time
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise import owl
 from cap_llm.blockwise.perplexity import head_nll
-from cap_llm.blockwise.prune import PrunedBlock, Row, matrix, prune_block, uniform
+from cap_llm.blockwise.prune import PrunedBlock, Row, matches, plan_sparsities, prune_block
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config, OneshotConfig
 from cap_llm.models.blocks import BlockModel, match_names, skeleton
@@ -52,17 +52,19 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
     Raises:
         UserError: see the messages; whatever is finished is kept.
     """
+    world = run.world
     recipe = config.recipe(STAGE)
     folder, done = run.stage(STAGE, recipe)
+    parts = folder / "blocks"
     if done:
+        if world.first:
+            shutil.rmtree(parts, ignore_errors=True)  # if it was killed before it could
         run.console.say(f"oneshot: done already, in {folder}")
         return folder
     start = time.monotonic()
-    settings, world = config.oneshot, run.world
+    settings = config.oneshot
     model = BlockModel.open(source, world.device)
-    plan = by_hand(uniform(model, settings), settings)
-    check_shapes(model, plan, settings)
-    parts = folder / "blocks"
+    plan = plan_sparsities(model, settings)
     windows = texts.calibration
     if windows is not None and len(windows) < world.size:
         raise UserError(
@@ -72,13 +74,14 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
     if world.first:
         parts.mkdir(parents=True, exist_ok=True)
         sweep(folder, parts)
+        _refuse_other_text(parts, texts)
     world.barrier()
     if settings.budget == "owl":
         plan = _owl(model, plan, windows, config, run, folder)
     earlier = _earlier_mask(source, settings, plan)
     writer = ShardWriter(folder, len(model))
-    finished = _finished(parts, writer, len(model))
-    world.barrier()
+    # the first rank's view counts, as for `done`
+    finished = world.gather(_finished(parts, writer, len(model)))[0]
     if finished:
         run.console.say(f"oneshot: going on at block {finished + 1} of {len(model)}")
     with (
@@ -118,16 +121,19 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
     if world.first:
         _finish(model, source, folder, parts, writer, run)
     seconds = time.monotonic() - start
+    seconds += sum(read_json(_row_file(parts, i))["seconds"] for i in range(finished))
     summary = {
         "seconds": round(seconds, 2),
         "resumed_at_block": finished,
         "peak_memory_bytes": peak,
         "calibration": texts.origin,
-        "budget": "owl" if settings.budget == "owl" and len(set(plan.values())) > 1 else "uniform",
+        "budget": "owl" if plan != plan_sparsities(model, settings) else "uniform",
     }
     if world.device.type == "cuda":
         summary["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(world.device)
     run.finish_stage(folder, summary)
+    if world.first:
+        shutil.rmtree(parts)
     run.console.say(f"oneshot: done in {duration(seconds)}, {size(peak)} at most, in {folder}")
     return folder
 
@@ -138,44 +144,11 @@ def activation_bytes(config: Config) -> int | None:
     return None if gib is None else int(gib * 2**30)
 
 
-def check_shapes(model: BlockModel, plan: dict[str, float], settings: OneshotConfig) -> None:
-    """Refuses a pattern that does not divide a matrix, before any work.
-
-    Raises:
-        UserError: names the matrix.
-    """
-    pattern = Pattern.parse(settings.pattern)
-    for i in range(len(model)):
-        for linear, module in model.linears(i).items():
-            name = model.weight_name(i, linear)
-            if plan.get(name):
-                pattern.check(name, matrix(module).shape)
-
-
 def sweep(folder: Path, parts: Path) -> None:
     """Removes what a killed writer left half-written."""
     for place in (folder, parts):
         for path in place.glob(".*.tmp"):
             path.unlink()
-
-
-def by_hand(plan: dict[str, float], settings: OneshotConfig) -> dict[str, float]:
-    """Applies `oneshot.layers`; a later entry wins."""
-    for wanted, sparsity in settings.layers.items():
-        names = [n for n in plan if _matches(n, wanted)]
-        if not names:
-            raise UserError(
-                f"oneshot.layers names {wanted!r}, which matches no prunable matrix; they are "
-                f"called like {next(iter(plan)).removesuffix('.weight')}"
-            )
-        plan = plan | dict.fromkeys(names, sparsity)
-    if not any(plan.values()):
-        raise UserError("oneshot.layers leaves every matrix dense; nothing is left to prune")
-    return plan
-
-
-def _matches(name: str, wanted: str) -> bool:
-    return fnmatch.fnmatchcase(name.removesuffix(".weight"), wanted)
 
 
 def _owl(
@@ -188,13 +161,23 @@ def _owl(
 ) -> dict[str, float]:
     """The uneven plan, if it beats the even one on held-out text; computed once and kept."""
     path = folder / "owl.json"
-    run.world.barrier()
-    if path.exists():
-        return read_json(path)["sparsity"]
+    known = run.world.gather(read_json(path) if path.exists() else None)[0]
+    if known:
+        return known["sparsity"]
     settings = config.oneshot.owl
     guard = min(settings.guard_sequences, len(windows) // 2)
+    if guard and not model.is_causal:
+        raise UserError(
+            f"{type(model.model).__name__} has no perplexity for OWL's guard to compare; set "
+            "--oneshot.owl.guard_sequences 0"
+        )
+    if len(windows) - guard < run.world.size:
+        raise UserError(
+            f"calibration.sequences is {len(windows)}; OWL's guard leaves {len(windows) - guard} "
+            f"for {run.world.size} ranks: give more, or a smaller --oneshot.owl.guard_sequences"
+        )
     held_out, seen = windows[:guard], windows[guard:]
-    named = {n for w in config.oneshot.layers for n in plan if _matches(n, w)}
+    named = {n for w in config.oneshot.layers for n in plan if matches(n, w)}
     uneven = dict(plan)
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
         mine = seen[list(run.world.share(len(seen)))]
@@ -242,6 +225,7 @@ def _proxy_nll(
     """Mean loss a token of the model pruned by Wanda to `plan`, on held-out ids [N, T]."""
     settings = OneshotConfig(method="wanda", pattern=config.oneshot.pattern, sparsity=0.5)
     world, memory = run.world, activation_bytes(config)
+    memory = None if memory is None else memory // 2  # for two walks at once
     walk = Walk(model, seen[list(world.share(len(seen)))], memory, scratch)
     mine = held_out[list(world.share(len(held_out)))]
     scored = Walk(model, mine, memory, scratch) if len(mine) else None
@@ -278,6 +262,19 @@ def _earlier_mask(
         return inside
 
     return earlier
+
+
+def _refuse_other_text(parts: Path, texts: Texts) -> None:
+    """Holds the calibration ids against those that the finished blocks were made with."""
+    path = parts / "calibration.json"
+    record = {"ids_sha256": texts.calibration_digest}
+    begun = path.exists() and (parts.parent / "recipe.json").exists()
+    if begun and read_json(path) != record:
+        raise UserError(
+            f"the calibration text or tokenizer has changed since {parts.parent} was begun; bring "
+            "it back, or choose another output_dir"
+        )
+    write_json(path, record)
 
 
 def _finished(parts: Path, writer: ShardWriter, n_blocks: int) -> int:
@@ -326,6 +323,11 @@ def _write_block(
     )
 
 
+def _kind(name: str) -> str:
+    """A weight's place in its block: `mlp.up_proj` of `model.layers.3.mlp.up_proj.weight`."""
+    return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
+
+
 def _report_block(run: Run, i: int, n_blocks: int, result: PrunedBlock) -> None:
     if not result.rows:
         run.console.say(f"block {i + 1:>3}/{n_blocks}  {result.seconds:6.1f} s  left dense")
@@ -334,7 +336,7 @@ def _report_block(run: Run, i: int, n_blocks: int, result: PrunedBlock) -> None:
     sparsity = sum(r.zeros for r in result.rows) / weights
     text = f"block {i + 1:>3}/{n_blocks}  {result.seconds:6.1f} s  sparsity {sparsity:.4f}"
     values = {"sparsity": sparsity, "seconds": result.seconds}
-    errors = {r.name.split(".")[-2]: r.error for r in result.rows if r.error is not None}
+    errors = {_kind(r.name): r.error for r in result.rows if r.error is not None}
     if errors:
         mean = sum(errors.values()) / len(errors)
         worst = max(errors, key=errors.get)
@@ -377,10 +379,9 @@ def _finish(
             "whole_model": {"weights": n_weights, "zeros": total, "sparsity": total / n_weights},
         },
     )
-    shutil.rmtree(parts)
     by_kind: dict[str, list[Row]] = {}
     for row in rows:
-        by_kind.setdefault(row.name.split(".")[-2], []).append(row)
+        by_kind.setdefault(_kind(row.name), []).append(row)
     table = []
     for kind, group in by_kind.items():
         weights = sum(r.shape[0] * r.shape[1] for r in group)

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from cap_llm.blockwise.cache import free_memory
-from cap_llm.blockwise.oneshot import by_hand, check_shapes
-from cap_llm.blockwise.prune import matrix, uniform
+from cap_llm.blockwise.prune import matrix, plan_sparsities
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, config_dict
@@ -63,8 +62,7 @@ def check_everything(
             "set --stages [oneshot]"
         )
     if "oneshot" in config.stages:
-        plan = by_hand(uniform(model, config.oneshot), config.oneshot)
-        check_shapes(model, plan, config.oneshot)
+        plan_sparsities(model, config.oneshot)
     if needs_conversion(located):
         console.say(
             f"model {located}: its weights are no safetensors and are rewritten once, which holds "

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -66,16 +67,13 @@ def prune(
     model: PreTrainedModel,
     windows: torch.Tensor | None,
     config: OneshotConfig | None = None,
-    sparsities: dict[str, float] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Prunes a transformers model in memory, in place.
 
     Args:
         model: any model whose blocks are linears; it stays on its device.
         windows: calibration ids [N, T]; None for magnitude.
-        config: method and pattern; `budget` and `earlier_mask` belong to the stage.
-        sparsities: sparsity by weight name where it is not `config`'s; 0 leaves a weight dense.
-
+        config: method, pattern and `layers`; `budget` and `earlier_mask` belong to the stage.
     Returns:
         The masks [R, C] by weight name, true where a weight stays.
 
@@ -83,17 +81,36 @@ def prune(
         UserError: the model cannot be walked, or the pattern does not fit it.
     """
     config = config or OneshotConfig()
-    blocks = BlockModel(model, model.device)
-    plan = {**uniform(blocks, config), **(sparsities or {})}
-    walk = None
+    if windows is None and config.uses_calibration:
+        raise UserError(f"{config.method} needs calibration ids; only magnitude goes without")
+    was = (model.training, model.config.use_cache, [p.requires_grad for p in model.parameters()])
     masks: dict[str, torch.Tensor] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        if windows is not None:
-            walk = Walk(blocks, windows, None, Path(scratch))
-        for i in range(len(blocks)):
-            with blocks.block(i) as block:
-                masks |= prune_block(blocks, i, block, walk, config, plan, World("cpu")).masks
+    try:
+        blocks = BlockModel(model, model.device)
+        plan = plan_sparsities(blocks, config)
+        world = World.alone(model.device)
+        with tempfile.TemporaryDirectory() as scratch:
+            walk = None if windows is None else Walk(blocks, windows, None, Path(scratch))
+            for i in range(len(blocks)):
+                with blocks.block(i) as block:
+                    masks |= prune_block(blocks, i, block, walk, config, plan, world).masks
+    finally:
+        model.train(was[0])
+        model.config.use_cache = was[1]
+        for p, requires_grad in zip(model.parameters(), was[2], strict=True):
+            p.requires_grad_(requires_grad)
     return masks
+
+
+def plan_sparsities(model: BlockModel, settings: OneshotConfig) -> dict[str, float]:
+    """The sparsity of every prunable weight by its name: `settings.layers` over the uniform one.
+
+    Raises:
+        UserError: an entry of `layers` matches nothing, or the pattern does not divide a matrix.
+    """
+    plan = by_hand(uniform(model, settings), settings)
+    _check_shapes(model, plan, settings)
+    return plan
 
 
 def uniform(model: BlockModel, config: OneshotConfig) -> dict[str, float]:
@@ -103,6 +120,40 @@ def uniform(model: BlockModel, config: OneshotConfig) -> dict[str, float]:
         for i in range(len(model))
         for linear in model.linears(i)
     }
+
+
+def by_hand(plan: dict[str, float], settings: OneshotConfig) -> dict[str, float]:
+    """Applies `oneshot.layers`; a later entry wins."""
+    for wanted, sparsity in settings.layers.items():
+        names = [n for n in plan if matches(n, wanted)]
+        if not names:
+            raise UserError(
+                f"oneshot.layers names {wanted!r}, which matches no prunable matrix; they are "
+                f"called like {next(iter(plan)).removesuffix('.weight')}"
+            )
+        plan = plan | dict.fromkeys(names, sparsity)
+    if not any(plan.values()):
+        raise UserError("oneshot.layers leaves every matrix dense; nothing is left to prune")
+    return plan
+
+
+def matches(name: str, wanted: str) -> bool:
+    """Whether an entry of `oneshot.layers` means a weight."""
+    return fnmatch.fnmatchcase(name.removesuffix(".weight"), wanted)
+
+
+def _check_shapes(model: BlockModel, plan: dict[str, float], settings: OneshotConfig) -> None:
+    """Refuses a pattern that does not divide a matrix, before any work.
+
+    Raises:
+        UserError: names the matrix.
+    """
+    pattern = Pattern.parse(settings.pattern)
+    for i in range(len(model)):
+        for linear, module in model.linears(i).items():
+            name = model.weight_name(i, linear)
+            if plan.get(name):
+                pattern.check(name, matrix(module).shape)
 
 
 def prune_block(
@@ -263,11 +314,6 @@ def stored_dtype(model: BlockModel, name: str) -> torch.dtype:
     if model.checkpoint:
         return model.checkpoint.dtype(model.key(name))
     return model.model.get_parameter(name).dtype
-
-
-def row_dict(row: Row) -> dict:
-    """A row as it is written."""
-    return asdict(row)
 
 
 def _spread(names: list[str], linears: dict[str, nn.Module], size: int) -> dict[str, int]:

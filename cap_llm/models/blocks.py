@@ -167,7 +167,7 @@ class BlockModel:
         return self._key[name]
 
     def block_keys(self, i: int) -> list[str]:
-        """The names of all parameters of block i in the files."""
+        """The names of all parameters and persistent buffers of block i in the files."""
         prefix = self.block_name(i) + "."
         return [key for name, key in self._key.items() if name.startswith(prefix)]
 
@@ -263,7 +263,7 @@ class BlockModel:
                         "this model cannot be pruned block by block"
                     )
                 calls.append(call)
-                passed.append(hidden.clone())
+                passed[:] = [hidden.clone()]  # one is enough, and the last block needs none
                 if i == len(self) - 1:
                     raise _LastBlock
                 return (passed[-1],) if self._returns_tuple else passed[-1]
@@ -300,21 +300,28 @@ class BlockModel:
         """Loads what lies outside the blocks, and brings all buffers to the device."""
         inside = tuple(self.block_name(i) + "." for i in range(len(self)))
         for path, module in self.model.named_modules():
-            if not (path + ".").startswith(inside):
-                self._fill(module, path + "." if path else "", recurse=False)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
+            if not (path + ".").startswith(inside):
+                self._fill(module, path + "." if path else "", recurse=False)
         self.model.tie_weights()
 
     def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
-        names = {n: prefix + n for n, _ in module.named_parameters(recurse=recurse)}
-        names = {n: full for n, full in names.items() if full in self._key}
-        tensors = self.checkpoint.read(self._key[full] for full in names.values())
-        for name, full in names.items():
-            owner = module.get_submodule(name.rpartition(".")[0])
-            tensor = tensors.pop(self._key[full]).to(self.device, self.dtype)
-            owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor, requires_grad=False)
+        names = [n for n, _ in module.named_parameters(recurse=recurse)]
+        names += [n for n, _ in module.named_buffers(recurse=recurse)]
+        names = [n for n in names if prefix + n in self._key]
+        tensors = self.checkpoint.read(self._key[prefix + n] for n in names)
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            tensor = tensors.pop(self._key[prefix + name]).to(self.device)
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.dtype)
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = tensor
+            else:
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 class _LastBlock(Exception):
@@ -382,30 +389,30 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
         NamesDiffer: a parameter is under no name that these rules give.
         UserError: a shape differs from the one that config.json makes, or is quantised.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = model.state_dict(keep_vars=True)  # parameters and persistent buffers
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    names = model.state_dict()
     keys: dict[str, str] = {}
     for key in checkpoint.names():
-        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, names)
-        if name in parameters:
+        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, tensors)
+        if name in tensors:
             keys[name] = key
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name, parameter in parameters.items():
+    for name, tensor in tensors.items():
         if name not in keys:
-            if name in tied:
-                continue
+            if name in tied or not isinstance(tensor, nn.Parameter):
+                continue  # old files lack some buffers, which then keep their computed values
             raise NamesDiffer(
                 f"{checkpoint.folder} holds no tensor for the parameter {name}; get the model again"
             )
         key = keys[name]
-        if list(parameter.shape) != checkpoint.shape(key):
+        if list(tensor.shape) != checkpoint.shape(key):
             raise UserError(
                 f"{key} in {checkpoint.folder} is {checkpoint.shape(key)}, but its config.json "
-                f"makes it {list(parameter.shape)}; weights and config do not belong together"
+                f"makes it {list(tensor.shape)}; weights and config do not belong together"
             )
-        checkpoint.dtype(key)  # refuses quantised storage
+        if isinstance(tensor, nn.Parameter):
+            checkpoint.dtype(key)  # refuses quantised storage
     return keys
 
 

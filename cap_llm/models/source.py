@@ -140,8 +140,8 @@ def _download(config: ModelConfig, download: bool) -> Path | None:
         )
 
     try:
-        folder = fetch([*_CONFIG_FILES, "*.safetensors"])
-        if not list(folder.glob("*.safetensors")):
+        folder = fetch([*_CONFIG_FILES, "model*.safetensors"])
+        if not list(folder.glob("model*.safetensors")):
             folder = fetch([*_CONFIG_FILES, "pytorch_model*.bin"])
     except Exception as error:  # the hub's and the network's errors have no common base
         if not download and not offline():

@@ -56,10 +56,6 @@ class Console:
         """Prints a line of plain text."""
         self._print(text, style=style, markup=False)
 
-    def warn(self, text: str) -> None:
-        """Prints a line that the user should not miss."""
-        self.say(f"warning: {text}", style="yellow")
-
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table; the first column is text, the others are figures."""
         table = Table(title=title, title_justify="left", title_style="bold")
@@ -91,7 +87,8 @@ class Console:
             return
         self._out.print(*args, **options)
         if self._log:
-            self._log.print(*args, **options)
+            with contextlib.suppress(OSError):  # a full disk is reported where results are written
+                self._log.print(*args, **options)
 
 
 class _LoggedBar(Bar):

@@ -94,9 +94,10 @@ class Run:
                     f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
                     "choose another output_dir or remove that folder"
                 )
-        self.world.barrier()  # all ranks have read before the first one writes
-        done = folder / "done.json"
-        return folder, read_json(done) if done.exists() else None
+        done = read_json(folder / "done.json") if (folder / "done.json").exists() else None
+        # The first rank's view counts: a shared file system may show ranks different things. All
+        # have read, too, before the first one writes.
+        return folder, self.world.gather(done)[0]
 
     def bind(self, folder: Path, recipe: dict) -> None:
         """Records what a stage was asked to do, before its first result is written."""

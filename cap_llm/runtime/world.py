@@ -28,21 +28,28 @@ class World:
     def __init__(self, device: str = "auto"):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = _device(device, local_rank)
+        self.device = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        elif "OMP_NUM_THREADS" not in os.environ:
-            # Ranks of one node share its cores; more threads than cores slow all of them down.
-            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-        if self.device.type == "cpu":
+            torch.set_float32_matmul_precision("highest")  # no TF32 in Hessians and solvers
+        else:
+            if "OMP_NUM_THREADS" not in os.environ:
+                # Ranks of one node share its cores; more threads than cores slow all of them down.
+                cores = len(os.sched_getaffinity(0))
+                torch.set_num_threads(max(1, cores // ranks_on_node()))
             _reuse_freed_memory()
         self._owns_group = False
         if self.size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
             self._owns_group = True
+
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """A world of this process only, whatever launched it; changes no global state."""
+        world = cls.__new__(cls)
+        world.rank, world.size, world.device, world._owns_group = 0, 1, device, False
+        return world
 
     @property
     def first(self) -> bool:
@@ -84,6 +91,14 @@ class World:
         if self._owns_group:
             dist.destroy_process_group()
             self._owns_group = False
+
+
+def ranks_on_node() -> int:
+    """Ranks that share this machine, from what the launchers say (torchrun, deepspeed)."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
 
 
 def _reuse_freed_memory() -> None:

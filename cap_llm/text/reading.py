@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 
 from cap_llm.config import Config
+from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
-from cap_llm.text.corpora import calibration_corpus, evaluation_text
+from cap_llm.text.corpora import NAMES, calibration_corpus, corpus_file, evaluation_text
 from cap_llm.text.tokenizers import bos_rule, load_tokenizer
 from cap_llm.text.windows import calibration_windows, evaluation_windows
+
+C4_WINDOWS = 256  # as many the papers score of C4's validation documents
 
 
 @dataclass
@@ -37,7 +40,7 @@ class ScoredText:
     @property
     def digest(self) -> str:
         """A checksum of the ids: of the text, the tokenizer and the cut."""
-        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()[:16]
+        return _digest(self.windows)
 
 
 @dataclass
@@ -47,6 +50,11 @@ class Texts:
     calibration: torch.Tensor | None
     origin: str | None
     scored: list[ScoredText]
+
+    @property
+    def calibration_digest(self) -> str | None:
+        """A checksum of the calibration ids."""
+        return None if self.calibration is None else _digest(self.calibration)
 
 
 def read_texts(config: Config, model: Path) -> Texts:
@@ -62,11 +70,14 @@ def read_texts(config: Config, model: Path) -> Texts:
     vocab_size = read_json(model / "config.json").get("vocab_size")
     tokenizer = load_tokenizer(config.model.tokenizer or str(model), vocab_size)
     texts = Texts(None, None, [])
+    if config.uses_calibration and "evaluate" in config.stages:
+        _refuse_scored_file(config)
     if "evaluate" in config.stages:
         e = config.evaluate
         for name in e.corpora:
             text, origin = evaluation_text(name)
-            windows = evaluation_windows(tokenizer, text, origin, e.window, e.max_windows)
+            most = min(e.max_windows or C4_WINDOWS, C4_WINDOWS) if name == "c4" else e.max_windows
+            windows = evaluation_windows(tokenizer, text, origin, e.window, most)
             texts.scored.append(
                 ScoredText(name, windows, origin, bos_rule(tokenizer), e.max_windows)
             )
@@ -76,3 +87,21 @@ def read_texts(config: Config, model: Path) -> Texts:
         texts.calibration = calibration_windows(tokenizer, corpus, c.sequences, c.length, c.seed)
         texts.origin = f"{c.sequences} x {c.length} tokens of {corpus.origin}, seed {c.seed}"
     return texts
+
+
+def _digest(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+
+
+def _refuse_scored_file(config: Config) -> None:
+    """Refuses a calibration file that is what a scored corpus is read from."""
+    c = config.calibration
+    if c.corpus in NAMES or c.allow_scored_corpus:
+        return
+    for name in set(config.evaluate.corpora) & set(NAMES):
+        file = corpus_file(name, "validation" if name == "c4" else "test")
+        if file and file.resolve() == Path(c.corpus).resolve():
+            raise UserError(
+                f"calibration.corpus {c.corpus} is the text of {name}, which evaluate scores: "
+                "choose another one, or set --calibration.allow_scored_corpus true"
+            )
