@@ -8,6 +8,7 @@ finished are not repeated, and one that was stopped goes on.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from cap_llm.runtime.console import Console, duration, quiet_libraries  # noqa: 
 quiet_libraries()
 
 import assets  # noqa: E402
+import torch  # noqa: E402
 
 from cap_llm.evaluation.report import collect, write_report  # noqa: E402
 
@@ -40,6 +42,9 @@ def main() -> int:
     start = time.monotonic()
     model = assets.smollm2(console.say)
     calibration, held_out = assets.wikipedia(console.say)
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns at every start
     runs = {"dense": ["--stages", "[evaluate]"], **METHODS}
     lines = []
     for n, (name, options) in enumerate(runs.items(), 1):
@@ -51,7 +56,7 @@ def main() -> int:
             *("--model.path", str(model), "--calibration.corpus", str(calibration)),
             *("--evaluate.corpora", f"[{held_out}]", *options),
         ]
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, env=environment, check=False).returncode
         if code:
             console.say(f"{name} ended with exit code {code}")
             return code

@@ -74,7 +74,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
     if world.first:
         parts.mkdir(parents=True, exist_ok=True)
         sweep(folder, parts)
-        _refuse_other_text(parts, texts)
+        _refuse_other_text(folder, texts)
     world.barrier()
     if settings.budget == "owl":
         plan = _owl(model, plan, windows, config, run, folder)
@@ -264,15 +264,15 @@ def _earlier_mask(
     return earlier
 
 
-def _refuse_other_text(parts: Path, texts: Texts) -> None:
+def _refuse_other_text(folder: Path, texts: Texts) -> None:
     """Holds the calibration ids against those that the finished blocks were made with."""
-    path = parts / "calibration.json"
+    path = folder / "calibration.json"
     record = {"ids_sha256": texts.calibration_digest}
-    begun = path.exists() and (parts.parent / "recipe.json").exists()
+    begun = path.exists() and (folder / "recipe.json").exists()
     if begun and read_json(path) != record:
         raise UserError(
-            f"the calibration text or tokenizer has changed since {parts.parent} was begun; bring "
-            "it back, or choose another output_dir"
+            f"the calibration text or tokenizer has changed since {folder} was begun; bring it "
+            "back, or choose another output_dir"
         )
     write_json(path, record)
 

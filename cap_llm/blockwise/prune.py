@@ -81,12 +81,13 @@ def prune(
         UserError: the model cannot be walked, or the pattern does not fit it.
     """
     config = config or OneshotConfig()
-    if windows is None and config.uses_calibration:
-        raise UserError(f"{config.method} needs calibration ids; only magnitude goes without")
-    was = (model.training, model.config.use_cache, [p.requires_grad for p in model.parameters()])
+    use_cache = getattr(model.config, "use_cache", None)
+    was = (model.training, [p.requires_grad for p in model.parameters()])
     masks: dict[str, torch.Tensor] = {}
     try:
         blocks = BlockModel(model, model.device)
+        if windows is None and config.uses_calibration:
+            raise UserError(f"{config.method} needs calibration ids; only magnitude goes without")
         plan = plan_sparsities(blocks, config)
         world = World.alone(model.device)
         with tempfile.TemporaryDirectory() as scratch:
@@ -96,8 +97,8 @@ def prune(
                     masks |= prune_block(blocks, i, block, walk, config, plan, world).masks
     finally:
         model.train(was[0])
-        model.config.use_cache = was[1]
-        for p, requires_grad in zip(model.parameters(), was[2], strict=True):
+        model.config.use_cache = use_cache
+        for p, requires_grad in zip(model.parameters(), was[1], strict=True):
             p.requires_grad_(requires_grad)
     return masks
 

@@ -83,8 +83,10 @@ def write_report(lines: list[Line], folder: Path, title: str, console: Console) 
     """
     measures = list(dict.fromkeys(key for line in lines for key in line.perplexity))
     columns = ["model"]
-    columns += [f"{m.partition('@')[0]} ppl_token@{m.partition('@')[2]}" for m in measures]
-    columns += ["sparsity", "whole model", "seconds", "peak memory"]
+    for measure in measures:
+        corpus, _, window = measure.partition("@")
+        columns.append(f"{Path(corpus).stem}\nppl_token@{window}")
+    columns += ["sparsity", "whole\nmodel", "time", "peak\nmemory"]
     rows = [
         [
             line.name,
@@ -99,6 +101,7 @@ def write_report(lines: list[Line], folder: Path, title: str, console: Console) 
     notes = list(dict.fromkeys(f"{ln.name}: {ln.calibration}" for ln in lines if ln.calibration))
     facts = read_json(Path(lines[0].origin) / "environment.json") if lines else {}
     console.table(title, columns, rows)
+    columns = [" ".join(c.split()) for c in columns]
     markdown = [f"# {title}", "", "| " + " | ".join(columns) + " |"]
     markdown.append("| --- |" + " ---: |" * (len(columns) - 1))
     markdown += ["| " + " | ".join(row) + " |" for row in rows]

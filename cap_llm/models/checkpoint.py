@@ -22,7 +22,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # what a model directory holds besides weights: configuration and tokenizer, never code
 _SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NOT_COPIED = {"sparsity.json", "recipe.json", "done.json", "perplexity.json", "owl.json"}
+_NOT_COPIED = {"sparsity.json", "recipe.json", "done.json", "perplexity.json"} | {
+    "owl.json",
+    "calibration.json",
+}
 
 DTYPES = {
     "F64": torch.float64,
