@@ -14,6 +14,7 @@ import torch
 TOLERANCE = 1e-4  # of a row's squared error: the most that a further iteration could still gain
 MOST = 100  # iterations
 CHECK = 3  # iterations between two looks at which rows have converged
+BATCH = 2**22  # weights solved at once: rows are independent, and there are eight copies of them
 
 
 def refit(
@@ -37,6 +38,12 @@ def refit(
     """
     if inverse is None:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    n = max(1, BATCH // weight.shape[1])
+    batches = zip(weight.split(n), mask.split(n), target.split(n), strict=True)
+    return torch.cat([_conjugate_gradients(*batch, hessian, inverse) for batch in batches])
+
+
+def _conjugate_gradients(weight, mask, target, hessian, inverse) -> torch.Tensor:
     result = weight * mask
     rows = torch.arange(len(weight), device=weight.device)
     x, m = result.clone(), mask.to(weight.dtype)
