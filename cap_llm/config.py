@@ -7,24 +7,13 @@ before anything is loaded.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import re
-import sys
-import types
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
-
-import jsonargparse
-import yaml
+from typing import Literal
 
 from cap_llm.runtime.errors import UserError
 from cap_llm.sparsity.patterns import Pattern
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass
@@ -152,6 +141,272 @@ class OneshotConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """What recovery minimises: a weighted sum. A weight of 0 switches a term off."""
+
+    ce: float = 0.2
+    """Cross-entropy of the next token."""
+    kl: float = 0.8
+    """Divergence from the dense model's next-token distribution."""
+    temperature: float = 1.0
+    """Of the two distributions; the term is scaled by its square."""
+    feature: float = 0.0
+    """SquareHead: relative squared error of each block's output against the dense model's."""
+    prc: float = 0.1
+    """Contrast with the pre-trained (dense) model."""
+    snc: float = 0.1
+    """Contrast with the student's own snapshots of earlier rungs."""
+    fic: float = 0.1
+    """Contrast with a fine-tuned model (recover.finetuned); off without one."""
+
+    def __post_init__(self):
+        for name in ("ce", "kl", "feature", "prc", "snc", "fic"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"recover.objective.{name} is {getattr(self, name):g}; it must be at least 0"
+                )
+        if self.temperature <= 0:
+            raise UserError(
+                f"recover.objective.temperature is {self.temperature:g}; it must be above 0"
+            )
+        if not self.weights:
+            raise UserError("recover.objective has no weight above 0; give one, such as kl")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights above 0."""
+        names = ("ce", "kl", "feature", "prc", "snc", "fic")
+        return {n: getattr(self, n) for n in names if getattr(self, n)}
+
+
+@dataclass
+class ContrastConfig:
+    """The units of the contrasts, their candidates, and the loss on them."""
+
+    segments: int = 8
+    """Units a sequence that are means over equal parts of it; 0: none."""
+    token_positions: int = 64
+    """Units a sequence that are single tokens, at positions drawn once; 0: none."""
+    segment_weight: float = 1.0
+    """Share of the segments in a contrast."""
+    token_weight: float = 1.0
+    """Share of the tokens in a contrast."""
+    segment_temperature: float = 0.1
+    """Of the softmax over a segment's candidates."""
+    token_temperature: float = 0.07
+    """Of the softmax over a token's candidates."""
+    supervised: float = 0.1
+    """Weight, within a contrast, of the part whose positives have the same next token."""
+    frequent_ids: int = 200
+    """The most frequent ids of the text are no labels."""
+    extra_sequences: int = 32
+    """Further sequences of the bank whose units are candidates, drawn anew each micro-batch."""
+    dim: int = 256
+    """Dimensions after the random projection."""
+    bank_gib: float = 16.0
+    """Most disk that one bank may take, in GiB."""
+    snapshots: int = 4
+    """Most snapshots that are kept: the latest rungs."""
+
+    def __post_init__(self):
+        for name, least in (
+            ("segments", 0),
+            ("token_positions", 0),
+            ("frequent_ids", 0),
+            ("extra_sequences", 0),
+            ("dim", 2),
+            ("snapshots", 1),
+        ):
+            _at_least(f"recover.contrast.{name}", getattr(self, name), least)
+        for name in ("segment_temperature", "token_temperature"):
+            if getattr(self, name) <= 0:
+                raise UserError(
+                    f"recover.contrast.{name} is {getattr(self, name):g}; it must be above 0"
+                )
+        if not self.segments + self.token_positions:
+            raise UserError(
+                "recover.contrast has neither segments nor token_positions; give one, or set the "
+                "weights recover.objective.prc, snc and fic to 0"
+            )
+
+
+@dataclass
+class RecoverConfig:
+    """Training of the pruned model towards the dense one, its zeros kept."""
+
+    teacher: str | None = None
+    """The dense model (directory or hub name), where this run does not start from it."""
+    finetuned: str | None = None
+    """A fine-tuned model of the same width for FiC: a directory, a hub name, or `train`, which
+    first trains the dense model on the recovery text."""
+    corpus: str = "c4"
+    """Text to train on: c4, wikitext2, ptb, or a file."""
+    length: int = 1024
+    """Tokens a sequence."""
+    sequences: int | None = None
+    """Distinct sequences to train on. Default: as many as one rung's tokens fill."""
+    held_out: int = 16
+    """Sequences of other documents of the corpus, never trained on, for the gate and the curve."""
+    tokens: int = 2_000_000
+    """Tokens to train on, each rung."""
+    batch: int = 16
+    """Sequences a step, over all ranks."""
+    micro_batch: int = 1
+    """Sequences a rank passes at once. Contrasts find their candidates in one micro-batch of all
+    ranks, so ranks x micro_batch is part of what a run is where a contrast is on."""
+    ladder: list[str] = field(default_factory=list)
+    """Rungs to prune to before each training: [0.3, 0.4, 0.5] or [2:4]. Empty: train as it is."""
+    gate: float | None = None
+    """The ladder ends with an error at a rung whose held-out perplexity, after training, is more
+    than this many times the dense model's."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    warmup: float = 0.03
+    """Share of a rung's steps until it is reached; then it falls to a tenth by a cosine."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: no limit."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the models compute in; master weights are fp32. auto: float32 on CPUs, else bfloat16."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    seed: int = 0
+    """Seed of packing, order, positions and draws."""
+    deepspeed: str = "zero2"
+    """zero0, zero1, zero2, zero3, zero3_offload, or a DeepSpeed JSON file."""
+    teacher_deepspeed: str = "auto"
+    """The teacher's: auto (sharded if the student is), teacher, teacher_zero3,
+    teacher_zero3_offload, or a file."""
+    resume: bool | str = "auto"
+    """auto: from the last complete checkpoint if there is one; true: there must be one; false:
+    train this rung from its start; or a checkpoint's folder."""
+    checkpoint_steps: int = 200
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints that are kept."""
+    evaluate_steps: int = 100
+    """Steps between two measurements of the held-out perplexity."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the package tensorboard)."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (needs the package wandb)."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+
+    # What a model sees of its first positions is unlike all others: attention sinks.
+    SKIP = 4
+
+    def __post_init__(self):
+        for name, least in (
+            ("length", 2 * self.SKIP),
+            ("held_out", 1),
+            ("batch", 1),
+            ("micro_batch", 1),
+            ("checkpoint_steps", 1),
+            ("keep_checkpoints", 1),
+            ("evaluate_steps", 1),
+        ):
+            _at_least(f"recover.{name}", getattr(self, name), least)
+        if self.sequences is not None:
+            _at_least("recover.sequences", self.sequences, 1)
+        if self.tokens < self.batch * self.length:
+            raise UserError(
+                f"recover.tokens is {self.tokens}, less than one step of {self.batch} x "
+                f"{self.length} tokens"
+            )
+        if self.lr <= 0 or self.weight_decay < 0 or self.clip < 0 or not 0 <= self.warmup < 1:
+            raise UserError(
+                f"recover.lr {self.lr:g}, weight_decay {self.weight_decay:g}, clip {self.clip:g}, "
+                f"warmup {self.warmup:g}: lr must be above 0, weight_decay and clip at least 0, "
+                "warmup in [0, 1)"
+            )
+        if self.gate is not None and self.gate <= 1:
+            raise UserError(f"recover.gate is {self.gate:g}; it must be above 1")
+        rungs = [Rung.parse(text) for text in self.ladder]
+        for before, rung in zip(rungs, rungs[1:], strict=False):
+            if rung.sparsity <= before.sparsity:
+                raise UserError(
+                    f"recover.ladder goes from {before} to {rung}; masks only grow: each rung must "
+                    "be sparser than the one before"
+                )
+        most = self.length - self.SKIP - 1
+        if self.contrasts and self.contrast.token_positions > most:
+            raise UserError(
+                f"recover.contrast.token_positions is {self.contrast.token_positions}, but a "
+                f"sequence of {self.length} tokens has {most}; lower it"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a rung."""
+        return self.tokens // (self.batch * self.length)
+
+    @property
+    def n_sequences(self) -> int:
+        """Distinct sequences that are asked for."""
+        return self.sequences or self.steps * self.batch
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether any contrast is on."""
+        o = self.objective
+        return bool(o.prc or o.snc or (o.fic and self.finetuned))
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches of a step.
+
+        Raises:
+            UserError: micro-batches and ranks do not make the batch.
+        """
+        at_once = ranks * self.micro_batch
+        if self.batch % at_once:
+            raise UserError(
+                f"recover.batch is {self.batch}, no multiple of {ranks} ranks x micro_batch "
+                f"{self.micro_batch}; change --recover.batch or --recover.micro_batch"
+            )
+        return self.batch // at_once
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder: a share of zeros, or an N:M pattern."""
+
+    text: str
+    sparsity: float
+
+    @classmethod
+    def parse(cls, text: str) -> Rung:
+        """Reads `0.5` or `2:4`.
+
+        Raises:
+            UserError: it is neither.
+        """
+        if ":" in text:
+            return cls(text, Pattern.parse(text).fixed_sparsity)
+        try:
+            sparsity = float(text)
+        except ValueError:
+            sparsity = 0.0
+        if not 0 < sparsity < 1:
+            raise UserError(
+                f"recover.ladder has the rung {text!r}; give a share of zeros in (0, 1) or N:M"
+            )
+        return cls(text, sparsity)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def apply(self, oneshot: OneshotConfig) -> OneshotConfig:
+        """The one-shot settings that prune to this rung, inside the earlier mask."""
+        pattern = self.text if ":" in self.text else oneshot.pattern
+        if ":" not in self.text and ":" in pattern:
+            pattern = "unstructured"
+        sparsity = None if ":" in pattern else self.sparsity
+        return dataclasses.replace(oneshot, pattern=pattern, sparsity=sparsity, earlier_mask="auto")
+
+
+@dataclass
 class EvaluateConfig:
     """Perplexity as the papers measure it: rows joined, one BOS, non-overlapping windows."""
 
@@ -189,7 +444,21 @@ class RuntimeConfig:
             )
 
 
-STAGES = ("oneshot", "evaluate")
+STAGES = ("oneshot", "recover", "evaluate")
+
+# Settings of recover that change how it is computed or watched, not what it gives beyond rounding.
+_NOT_OF_THE_RESULT = (
+    "micro_batch",
+    "gradient_checkpointing",
+    "deepspeed",
+    "teacher_deepspeed",
+    "resume",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "evaluate_steps",
+    "tensorboard",
+    "wandb",
+)
 
 
 @dataclass
@@ -200,11 +469,15 @@ class Config:
     """The run directory. The same command goes on where an earlier one stopped."""
     name: str = ""
     """What the report calls this run. Default: made from the method and the pattern."""
-    stages: list[Literal["oneshot", "evaluate"]] = field(default_factory=lambda: list(STAGES))
-    """What is done, in this order: oneshot, evaluate."""
+    stages: list[Literal["oneshot", "recover", "evaluate"]] = field(
+        default_factory=lambda: ["oneshot", "evaluate"]
+    )
+    """What is done, in this order: oneshot, recover, evaluate. What the run directory already holds
+    of an earlier stage is where the next one starts."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     oneshot: OneshotConfig = field(default_factory=OneshotConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -245,11 +518,19 @@ class Config:
                     f"calibration.corpus {self.calibration.corpus!r} is also scored by evaluate: "
                     "choose another one, or set --calibration.allow_scored_corpus true"
                 )
+        if "recover" in self.stages and "evaluate" in self.stages:
+            scored = [_corpus_key(name) for name in self.evaluate.corpora if name != "c4"]
+            if _corpus_key(self.recover.corpus) in scored:
+                raise UserError(
+                    f"recover.corpus {self.recover.corpus!r} is also scored by evaluate: choose "
+                    "another text to train on"
+                )
 
     @property
     def uses_calibration(self) -> bool:
         """Whether any stage reads the calibration text."""
-        return "oneshot" in self.stages and self.oneshot.uses_calibration
+        prunes = "oneshot" in self.stages or ("recover" in self.stages and self.recover.ladder)
+        return bool(prunes) and self.oneshot.uses_calibration
 
     @property
     def title(self) -> str:
@@ -257,7 +538,7 @@ class Config:
         if self.name:
             return self.name
         if "oneshot" not in self.stages:
-            return "dense"
+            return "recovered" if "recover" in self.stages else "dense"
         o = self.oneshot
         amount = o.pattern if ":" in o.pattern else f"{100 * o.amount:g} %"
         return " ".join(
@@ -269,171 +550,22 @@ class Config:
     def recipe(self, stage: str) -> dict:
         """All settings that the result of a stage depends on."""
         settings = {"model": dataclasses.asdict(self.model)}
-        if stage == "oneshot":
+        if stage == "dense":
+            return settings
+        prunes = stage == "oneshot" or self.recover.ladder
+        if prunes:
             settings["oneshot"] = dataclasses.asdict(self.oneshot) | {
                 "sparsity": self.oneshot.amount
             }
-            if self.uses_calibration:
+            if self.oneshot.uses_calibration:
                 settings["calibration"] = dataclasses.asdict(self.calibration)
                 del settings["calibration"]["allow_scored_corpus"]
+        if stage == "recover":
+            recover = dataclasses.asdict(self.recover)
+            for name in _NOT_OF_THE_RESULT:
+                del recover[name]
+            settings["recover"] = recover
         return settings
-
-
-def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
-    """Reads the command line: a recipe or file, then overrides.
-
-    Returns:
-        The settings, the same as YAML, and whether only a dry run was asked for.
-
-    Raises:
-        UserError: an option is unknown, misspelt or of the wrong type.
-    """
-    argv = _resolve_recipe(list(sys.argv[1:] if argv is None else argv))
-    parser = make_parser()
-    if argv[:1] == ["--config"] and not _check_file(Path(argv[1]), parser):
-        argv = argv[2:]  # a file of comments: the defaults
-    try:
-        parsed = parser.parse_args(argv)
-        dry_run = parsed.pop("dry_run")
-        parsed.pop("config")
-        text = parser.dump(parsed, skip_none=False)
-        config = parser.instantiate_classes(parsed)
-    except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
-        raise UserError(_explain(str(error), parser)) from None
-    settings = Config(**{f.name: config[f.name] for f in dataclasses.fields(Config)})
-    return settings, text, dry_run
-
-
-def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command; its help shows every option with meaning and default."""
-    parser = jsonargparse.ArgumentParser(
-        prog="cap-llm",
-        exit_on_error=False,
-        description="Prunes a language model and measures it. Recipes: " + ", ".join(recipes()),
-    )
-    parser.add_argument(
-        "--config", action=jsonargparse.ActionConfigFile, help="A recipe's name or a YAML file."
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="Check all that can be checked, predict memory, disk and hours, and stop.",
-    )
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = files("cap_llm") / "recipes"
-    names = (path.name for path in folder.iterdir())
-    return sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml"))
-
-
-def _resolve_recipe(argv: list[str]) -> list[str]:
-    """Puts `--config PATH` first, so that every other option overrides it; a recipe's name becomes
-    its path. Drops `--local_rank=N`, which the deepspeed launcher adds: `LOCAL_RANK` says the same.
-    """
-    argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    if argv.count("--config") > 1:
-        raise UserError("--config is given twice; give one recipe or file, and options after it")
-    if "--config" not in argv:
-        return argv
-    at = argv.index("--config")
-    if at + 1 == len(argv):
-        raise UserError(
-            "--config needs a recipe's name or a file; recipes: " + ", ".join(recipes())
-        )
-    name, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
-    if name in recipes():
-        name = str(files("cap_llm") / "recipes" / f"{name}.yaml")
-    elif not Path(name).is_file():
-        near = difflib.get_close_matches(name, recipes(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "recipes: " + ", ".join(recipes())
-        raise UserError(f"--config {name}: neither a file nor a recipe; {hint}")
-    return ["--config", name, *rest]
-
-
-def _check_file(path: Path, parser: jsonargparse.ArgumentParser) -> bool:
-    """Refuses a settings file that is not YAML or holds an unknown field, by its name.
-
-    Returns:
-        Whether it sets anything.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"--config {path} is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise UserError(
-            f"--config {path} holds {str(content)[:40]!r} instead of settings; see the recipes"
-        )
-    known = _options(parser)
-
-    def check(fields: dict, prefix: str) -> None:
-        for key, value in fields.items():
-            option = f"{prefix}{key}"
-            if option not in known:
-                raise UserError(f"{path} sets {option}, which is unknown{_near(option, known)}")
-            if isinstance(value, dict) and not option.endswith(".layers"):
-                check(value, f"{option}.")
-
-    check(content, "")
-    return bool(content)
-
-
-def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """jsonargparse's message as one line in this command's words."""
-    message = " ".join(message.split())
-    key = re.search(r'Parser key "([\w.]+)"', message)
-    value = re.search(r"(?:Got value|Given value): (.*)$", message)
-    if key and value:
-        kind = _field_type(key.group(1))
-        text = f"{key.group(1)} is {value.group(1)!r}; it must be {_describe(kind)}"
-        choices = [c for k in (kind, *get_args(kind)) for c in get_args(k) if isinstance(c, str)]
-        if kind is str:
-            text += " (put it in quotes: YAML reads it as something else)"
-        near = difflib.get_close_matches(value.group(1), choices, n=1)
-        return text + (f"; did you mean {near[0]}?" if near else "")
-    unknown = re.search(r"unrecognized arguments: (\S+)", message)
-    if unknown:
-        option = unknown.group(1).split("=")[0]
-        known = [f"--{o}" for o in _options(parser)]
-        return f"unknown option {option}{_near(option, known)} (see --help)"
-    return f"{message} (see --help)"
-
-
-def _options(parser: jsonargparse.ArgumentParser) -> list[str]:
-    return [o.removeprefix("--") for action in parser._actions for o in action.option_strings]
-
-
-def _near(option: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(option, known, n=1, cutoff=0.7)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _field_type(key: str) -> type:
-    kind: type = Config
-    for part in key.split("."):
-        kind = get_type_hints(kind)[part]
-    return kind
-
-
-def _describe(kind) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    if get_origin(kind) is list:
-        return f"a list, like [a, b], of {_describe(get_args(kind)[0])}"
-    if get_origin(kind) is dict:
-        return 'names with numbers, like {"*.down_proj": 0.4}'
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_describe(k) for k in get_args(kind))
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
-    return names.get(kind, "null")
 
 
 def _corpus_key(corpus: str) -> str:

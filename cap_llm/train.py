@@ -22,11 +22,12 @@ from cap_llm.runtime.console import Console, quiet_libraries
 quiet_libraries()
 
 import contextlib  # noqa: E402
-import signal  # noqa: E402
 import time  # noqa: E402
 
-from cap_llm.config import Config, read_config  # noqa: E402
+from cap_llm.command_line import read_config  # noqa: E402
+from cap_llm.config import Config  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
+from cap_llm.runtime.interrupt import Stopped, stop_at_once  # noqa: E402
 
 
 def pipeline(config: Config, config_yaml: str, console: Console) -> None:
@@ -56,16 +57,24 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             check_everything(source, config, console, world)
         texts = texts or read_texts(config, source)
         models = {}
-        if config.evaluate.dense or "oneshot" not in config.stages:
+        if config.evaluate.dense or config.stages == ["evaluate"]:
             models["dense"] = source
         if "oneshot" in config.stages:
             models["oneshot"] = oneshot(source, texts, config, run)
+        if "recover" in config.stages:
+            from cap_llm.recovery.recover import recover, starting_points
+
+            student, dense = starting_points(source, config, run)
+            models["recover"] = recover(student, dense, texts, config, run)
         if "evaluate" in config.stages:
             evaluate(models, texts, config, run)
         world.barrier()
         if world.first:
-            if source != located and "oneshot" in models and not config.runtime.keep_intermediate:
-                remove_weights(source)
+            made = [stage for stage in ("oneshot", "recover") if stage in models]
+            if made and not config.runtime.keep_intermediate:
+                for path in [source, *(models[stage] for stage in made[:-1])]:
+                    if path != located:
+                        remove_weights(path)
             page = write_report(collect(run.path), run.path, config.title, console)
             console.say(f"report: {page}")
     finally:
@@ -96,7 +105,7 @@ def main() -> int:
     """Runs the command; returns its exit code: 0, 2 for bad input, 128 + signal when stopped."""
     rank = int(os.environ.get("RANK", 0))
     console = Console(speaks=rank == 0)
-    signal.signal(signal.SIGTERM, _stop)
+    stop_at_once()
     try:
         config, config_yaml, only_check = read_config()
         config.check()
@@ -117,8 +126,8 @@ def main() -> int:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os._exit(2)  # to take leave of ranks that wait in a collective would wait for them
         return 2
-    except (KeyboardInterrupt, _Stopped) as error:
-        number = error.args[0] if error.args else signal.SIGINT
+    except Stopped as error:
+        number = error.args[0]
         if rank == 0:
             print(
                 "cap-llm: stopped; give the same command again to go on",
@@ -133,14 +142,6 @@ def torch_out_of_memory() -> type[Exception]:
     """torch's error for a full GPU; torch is imported late, for a quick `--help`."""
     torch = sys.modules.get("torch")
     return torch.OutOfMemoryError if torch else MemoryError
-
-
-class _Stopped(BaseException):
-    """SIGTERM has come; not an Exception, so that nothing on the way takes it for an error."""
-
-
-def _stop(number, frame) -> None:
-    raise _Stopped(number)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from cap_llm import config as config_module
-from cap_llm.config import Config, OneshotConfig, make_parser, read_config, recipes
+from cap_llm.command_line import make_parser, read_config, recipes
+from cap_llm.config import Config, OneshotConfig
 from cap_llm.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

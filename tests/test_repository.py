@@ -5,7 +5,8 @@ import sys
 
 from conftest import ROOT
 
-ORDER = ["runtime", "sparsity", "config", "text", "models", "solvers", "blockwise", "evaluation"]
+ORDER = ["runtime", "sparsity", "config", "command_line", "text", "models"]
+ORDER += ["solvers", "blockwise", "recovery", "evaluation"]
 
 
 def test_imports_point_one_way():

@@ -37,7 +37,7 @@ from cap_llm.text.reading import Texts
 STAGE = "oneshot"
 
 
-def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
+def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = STAGE) -> Path:
     """Prunes the model of directory `source`.
 
     Args:
@@ -45,6 +45,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
         texts: with the calibration ids, where the method reads any.
         config: the run's settings.
         run: the run directory.
+        stage: its folder in the run directory.
 
     Returns:
         The directory of the pruned model.
@@ -54,7 +55,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run) -> Path:
     """
     world = run.world
     recipe = config.recipe(STAGE)
-    folder, done = run.stage(STAGE, recipe)
+    folder, done = run.stage(stage, recipe)
     parts = folder / "blocks"
     if done:
         if world.first:
@@ -362,23 +363,7 @@ def _finish(
     mask_files.join(sorted(parts.glob("*.safetensors")), folder / mask_files.FILE)
     rows = [Row(**r) for i in range(n_blocks) for r in read_json(_row_file(parts, i))["rows"]]
     total = verify(folder, rows)
-    pruned = sum(r.shape[0] * r.shape[1] for r in rows)
-    zeros = sum(r.zeros for r in rows)
-    n_weights = sum(torch.Size(model.checkpoint.shape(k)).numel() for k in model.checkpoint.names())
-    write_json(
-        folder / "sparsity.json",
-        {
-            "model": source.name,
-            "rows": [asdict(r) for r in rows],
-            "pruned_matrices": {
-                "count": len(rows),
-                "weights": pruned,
-                "zeros": zeros,
-                "sparsity": zeros / pruned,
-            },
-            "whole_model": {"weights": n_weights, "zeros": total, "sparsity": total / n_weights},
-        },
-    )
+    pruned, zeros, n_weights = write_sparsity(folder, source.name, rows, total)
     by_kind: dict[str, list[Row]] = {}
     for row in rows:
         by_kind.setdefault(_kind(row.name), []).append(row)
@@ -404,6 +389,39 @@ def _finish(
         f"verified: {zeros:,} zeros in {pruned:,} pruned weights ({100 * zeros / pruned:.2f} %), "
         f"{100 * total / n_weights:.2f} % of the whole model"
     )
+
+
+def write_sparsity(
+    folder: Path, model: str, rows: list[Row], total_zeros: int
+) -> tuple[int, int, int]:
+    """Writes `sparsity.json` of a model directory.
+
+    Returns:
+        Pruned weights, zeros among them, and weights of the whole model.
+    """
+    pruned = sum(r.shape[0] * r.shape[1] for r in rows)
+    zeros = sum(r.zeros for r in rows)
+    checkpoint = Checkpoint(folder)
+    n_weights = sum(torch.Size(checkpoint.shape(k)).numel() for k in checkpoint.names())
+    write_json(
+        folder / "sparsity.json",
+        {
+            "model": model,
+            "rows": [asdict(r) for r in rows],
+            "pruned_matrices": {
+                "count": len(rows),
+                "weights": pruned,
+                "zeros": zeros,
+                "sparsity": zeros / max(1, pruned),
+            },
+            "whole_model": {
+                "weights": n_weights,
+                "zeros": total_zeros,
+                "sparsity": total_zeros / n_weights,
+            },
+        },
+    )
+    return pruned, zeros, n_weights
 
 
 def verify(folder: Path, rows: list[Row]) -> int:

@@ -49,7 +49,8 @@ def collect(folder: Path) -> list[Line]:
         raise UserError(f"{folder} is no run directory: it has no environment.json")
     title = read_json(folder / "environment.json")["run"]
     lines = []
-    for stage in ("dense", "oneshot"):
+    stages = [s for s in ("dense", "oneshot", "recover") if (folder / s).is_dir()]
+    for stage in stages:
         place = folder / stage
         scored = place / "perplexity.json"
         done = place / "done.json"
@@ -63,7 +64,7 @@ def collect(folder: Path) -> list[Line]:
             sparsity = (counts["pruned_matrices"]["sparsity"], counts["whole_model"]["sparsity"])
         lines.append(
             Line(
-                "dense" if stage == "dense" else title,
+                _name(stage, title, stages),
                 {key: entry["ppl_token"] for key, entry in corpora.items()},
                 sparsity,
                 summary.get("seconds"),
@@ -73,6 +74,13 @@ def collect(folder: Path) -> list[Line]:
             )
         )
     return lines
+
+
+def _name(stage: str, title: str, stages: list[str]) -> str:
+    """What the table calls a stage's model: the run's last one bears the run's name."""
+    if stage == "dense":
+        return "dense"
+    return title if stage == stages[-1] else f"{title}, {stage} only"
 
 
 def write_report(lines: list[Line], folder: Path, title: str, console: Console) -> Path:

@@ -99,18 +99,21 @@ class BlockModel:
             self._load_outside()
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device) -> BlockModel:
+    def open(
+        cls, folder: Path, device: torch.device, dtype: torch.dtype | None = None
+    ) -> BlockModel:
         """Opens a model directory for streaming.
 
-        It computes in float32 on a CPU and in the stored type on a GPU.
+        It computes in `dtype`; by default in float32 on a CPU and in the stored type on a GPU.
 
         Raises:
             UserError: the directory is damaged or the model cannot be walked block by block.
         """
         checkpoint = Checkpoint(folder)
         model = skeleton(folder)
-        dtype = torch.float32
-        if device.type != "cpu":
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
+        elif dtype is None:
             prefix, _ = find_blocks(model)
             names = [n for n in checkpoint.names() if n.startswith(prefix)] or checkpoint.names()
             dtype = checkpoint.dtype(names[0])

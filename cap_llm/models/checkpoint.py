@@ -25,6 +25,8 @@ _SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_COPIED = {"sparsity.json", "recipe.json", "done.json", "perplexity.json"} | {
     "owl.json",
     "calibration.json",
+    "rung.json",
+    "recovery.json",
 }
 
 DTYPES = {

@@ -53,7 +53,7 @@ def needs_conversion(folder: Path) -> bool:
     return not any((folder / name).exists() for name in (INDEX, SINGLE))
 
 
-def prepare(located: Path, config: ModelConfig, run: Run) -> Path:
+def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source") -> Path:
     """A directory that can be streamed: `located` itself, or its conversion in the run directory.
 
     Raises:
@@ -67,7 +67,7 @@ def prepare(located: Path, config: ModelConfig, run: Run) -> Path:
         except NamesDiffer as error:
             names_differ = error
     recipe = {"model": asdict(config)}
-    folder, done = run.stage("source", recipe)
+    folder, done = run.stage(stage, recipe)
     if not done:
         run.console.say(f"converting {located.name} to safetensors, once")
         run.bind(folder, recipe)

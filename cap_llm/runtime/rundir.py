@@ -37,6 +37,7 @@ class Run:
     def __init__(self, path: str, world: World, console: Console):
         self.path, self.world, self.console = Path(path), world, console
         self._metrics = self._lock = None
+        self._trackers: list = []
         self._start = time.time()
         if not world.first:
             return
@@ -76,6 +77,12 @@ class Run:
                     self._metrics.write(json.dumps(line) + "\n")
                 except OSError as error:
                     raise disk_error(self.path, "metrics.jsonl", error) from None
+            for tracker in self._trackers:
+                tracker.log(stage, step, values)
+
+    def track_with(self, tracker) -> None:
+        """Also gives all metrics from now on to `tracker` (`log`, `close`)."""
+        self._trackers.append(tracker)
 
     def stage(self, name: str, recipe: dict) -> tuple[Path, dict | None]:
         """The folder of stage `name`, and its `done.json` if it is finished.
@@ -102,7 +109,7 @@ class Run:
     def bind(self, folder: Path, recipe: dict) -> None:
         """Records what a stage was asked to do, before its first result is written."""
         if self.world.first and not (folder / "recipe.json").exists():
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "recipe.json", recipe)
         self.world.barrier()
 
@@ -115,7 +122,7 @@ class Run:
 
     def close(self) -> None:
         """Closes files and lets another job have the directory."""
-        for file in (self._metrics, self._lock):
+        for file in (*self._trackers, self._metrics, self._lock):
             if file:
                 file.close()
 

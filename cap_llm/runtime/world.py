@@ -81,6 +81,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def concat(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors, equal in shape, one after another along the first dimension."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
     def barrier(self) -> None:
         """Returns once all ranks are here."""
         if self.size > 1:

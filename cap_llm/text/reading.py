@@ -12,6 +12,7 @@ from cap_llm.config import Config
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
 from cap_llm.text.corpora import NAMES, calibration_corpus, corpus_file, evaluation_text
+from cap_llm.text.packing import PackedText, pack
 from cap_llm.text.tokenizers import bos_rule, load_tokenizer
 from cap_llm.text.windows import calibration_windows, evaluation_windows
 
@@ -45,11 +46,13 @@ class ScoredText:
 
 @dataclass
 class Texts:
-    """Calibration ids [N, T] with their origin, where a stage reads them, and the scored texts."""
+    """Calibration ids [N, T] with their origin and the recovery text, where a stage reads them, and
+    the scored texts."""
 
     calibration: torch.Tensor | None
     origin: str | None
     scored: list[ScoredText]
+    recovery: PackedText | None = None
 
     @property
     def calibration_digest(self) -> str | None:
@@ -86,6 +89,10 @@ def read_texts(config: Config, model: Path) -> Texts:
         corpus = calibration_corpus(c.corpus)
         texts.calibration = calibration_windows(tokenizer, corpus, c.sequences, c.length, c.seed)
         texts.origin = f"{c.sequences} x {c.length} tokens of {corpus.origin}, seed {c.seed}"
+    if "recover" in config.stages:
+        r = config.recover
+        corpus = calibration_corpus(r.corpus)
+        texts.recovery = pack(tokenizer, corpus, r.n_sequences, r.held_out, r.length, r.seed)
     return texts
 
 

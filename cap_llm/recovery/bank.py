@@ -1,0 +1,95 @@
+"""The bank: units of a frozen model for every sequence of the recovery text, on disk.
+
+    bank.json   what the rows were made of and from: checked before they are used again
+    rows.bin    [N, U, d] bfloat16, memory-mapped, row = id of the sequence
+    there.bin   [N] bytes: 1 where a row is written; set after the row itself
+
+A row is written by one rank and read by any, in whatever order: it is found by its sequence's id,
+never by the order of a sampler.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import disk_error, read_json, write_json
+from cap_llm.runtime.world import World
+
+
+class Bank:
+    """An open bank.
+
+    Args:
+        folder: where it lies; made if it is not there.
+        facts: of what the rows are made (text, model, sizes); a bank of other facts is refused.
+        shape: (N, U, d).
+        world: the ranks; all open the bank together.
+
+    Raises:
+        UserError: the folder holds a bank of something else, or the disk is full.
+    """
+
+    def __init__(self, folder: Path, facts: dict, shape: tuple[int, int, int], world: World):
+        self.folder, self.shape, self.world = folder, shape, world
+        facts = facts | {"shape": list(shape)}
+        path = folder / "bank.json"
+        if world.first:
+            known = read_json(path) if path.exists() else None
+            if known and (other := [k for k in facts if known["facts"].get(k) != facts[k]]):
+                raise UserError(
+                    f"the bank {folder} was made from other data: its {other[0]} was "
+                    f"{known['facts'].get(other[0])!r} and is {facts[other[0]]!r} now; remove that "
+                    "folder to build it anew"
+                )
+            if not known:
+                folder.mkdir(parents=True, exist_ok=True)
+                n, units, dim = shape
+                for name, size in (("there.bin", n), ("rows.bin", 2 * n * units * dim)):
+                    try:
+                        with open(folder / name, "wb") as file:
+                            file.truncate(size)
+                    except OSError as error:
+                        raise disk_error(folder, name, error) from None
+                write_json(path, {"facts": facts})
+        world.barrier()
+        self._rows = np.memmap(folder / "rows.bin", np.uint16, "r+", shape=shape)
+        self._there = np.memmap(folder / "there.bin", np.uint8, "r+", shape=shape[:1])
+        self._describe(read_json(path))
+
+    def _describe(self, content: dict) -> None:
+        centre = content.get("centre")
+        self.centre = torch.tensor(centre) if centre else None
+        self.mean_cosine = content.get("mean_cosine")
+        self.effective_rank = content.get("effective_rank")
+
+    def settle(self, centre: torch.Tensor, mean_cosine: float, effective_rank: float) -> None:
+        """Fixes the centre [d] of the rows, once, with the spread of a sample around it."""
+        path = self.folder / "bank.json"
+        measures = {"mean_cosine": mean_cosine, "effective_rank": effective_rank}
+        content = read_json(path) | measures | {"centre": centre.tolist()}
+        if self.world.first:
+            write_json(path, content)
+        self.world.barrier()
+        self._describe(content)
+
+    def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keeps rows [B, U, d] of length-1 vectors for sequences [B]."""
+        self._rows[ids.numpy()] = rows.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
+        self._there[ids.numpy()] = 1
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows [B, U, d] of sequences [B], fp32."""
+        return torch.from_numpy(self._rows[ids.numpy()]).view(torch.bfloat16).float()
+
+    def has(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which sequences [B] have a row, boolean."""
+        return torch.from_numpy(self._there[ids.numpy()]).bool()
+
+    def flush(self) -> None:
+        """Brings this rank's rows to the disk, before a checkpoint relies on them."""
+        self._rows.flush()
+        self._there.flush()

@@ -1,0 +1,155 @@
+"""Checkpoints of a training: complete or not there, and resumed on any number of ranks.
+
+    checkpoints/step-000200/...            DeepSpeed's own files, written by all ranks
+    checkpoints/step-000200/complete.json  written last: step, ranks, ZeRO stage, recipe
+
+The same number of ranks loads these files; another number loads DeepSpeed's universal form of them,
+made once where it is needed. Nothing random is stored: order, banks' rows and draws follow from the
+seed and the step.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cap_llm.config import RecoverConfig
+from cap_llm.recovery.engines import stage_of
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.world import World
+
+COMPLETE = "complete.json"
+
+
+@dataclass
+class Found:
+    """A complete checkpoint to go on from.
+
+    Attributes:
+        path: its folder; in the universal form, where that is needed.
+        step: the steps that it has done.
+        state: what else the training keeps in it.
+    """
+
+    path: Path
+    step: int
+    state: dict
+
+
+def find(
+    folder: Path,
+    settings: dict,
+    recipe: dict,
+    config: RecoverConfig,
+    world: World,
+    console: Console,
+) -> Found | None:
+    """The checkpoint to resume from by `recover.resume`; call before the engine is made.
+
+    Sets `checkpoint.load_universal` in the DeepSpeed `settings` where the ranks have changed.
+
+    Raises:
+        UserError: there is none where one must be, or it belongs to another recipe or ZeRO stage.
+    """
+    if world.first and config.resume is False:
+        shutil.rmtree(folder, ignore_errors=True)
+    if world.first and folder.exists():
+        for path in folder.iterdir():
+            if not (path / COMPLETE).exists():
+                shutil.rmtree(path)  # its writer was killed
+    world.barrier()
+    if config.resume in (True, False, "auto"):
+        complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
+        path = complete[-1] if complete and config.resume is not False else None
+        if path is None and config.resume is True:
+            raise UserError(f"recover.resume is true, but {folder} holds no complete checkpoint")
+    else:
+        path = Path(str(config.resume))
+        if not (path / COMPLETE).exists():
+            raise UserError(f"recover.resume {path} is no complete checkpoint: no {COMPLETE} in it")
+    path = world.gather(path)[0]  # the first rank's view counts
+    if path is None:
+        return None
+    facts = read_json(path / COMPLETE)
+    for key, value in {"recipe": recipe, "zero_stage": stage_of(settings)}.items():
+        if facts[key] != value:
+            what = f"{key} {facts[key]}" if key != "recipe" else "another recipe"
+            raise UserError(
+                f"the checkpoint {path} was made with {what}; go on with the same settings, or "
+                "start anew with --recover.resume false"
+            )
+    if facts["ranks"] != world.size and stage_of(settings) > 0:
+        console.say(
+            f"the checkpoint of {facts['ranks']} ranks is converted for {world.size}", style="dim"
+        )
+        settings["checkpoint"] = {"load_universal": True}
+        path = _universal(path, stage_of(settings), world)
+    return Found(path, facts["step"], facts["state"])
+
+
+def save(
+    engine, folder: Path, step: int, state: dict, recipe: dict, stage: int, keep: int, world: World
+) -> None:
+    """Writes a checkpoint with all ranks, marks it complete, and removes the oldest ones."""
+    tag = f"step-{step:06d}"
+    if world.first:
+        shutil.rmtree(folder / tag, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        failure = None
+    except Exception as error:  # torch's zip writer has errors of its own for a full disk
+        failure = f"{' '.join(str(error).split())[:160]}"
+    failures = [f for f in world.gather(failure) if f]
+    if failures:
+        raise UserError(
+            f"the checkpoint {folder / tag} cannot be written ({failures[0]}); the one before "
+            "it is kept: free some space and give the same command again"
+        )
+    if world.first:
+        facts = {"step": step, "ranks": world.size, "zero_stage": stage, "state": state}
+        write_json(folder / tag / COMPLETE, facts | {"recipe": recipe})
+        complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
+        for path in complete[:-keep]:
+            (path / COMPLETE).unlink()
+            shutil.rmtree(path)
+    world.barrier()
+
+
+def load(engine, found: Found) -> None:
+    """Brings weights and moments of a checkpoint into a fresh engine."""
+    path, _ = engine.load_checkpoint(
+        str(found.path.parent),
+        tag=found.path.name,
+        load_lr_scheduler_states=False,
+    )
+    if path is None:
+        raise UserError(f"DeepSpeed cannot load the checkpoint {found.path}")
+
+
+def _universal(path: Path, stage: int, world: World) -> Path:
+    """DeepSpeed's universal form of a checkpoint, beside it."""
+    target = path.with_name(f"universal-{path.name}")
+    problem = None
+    if world.first and not (target / COMPLETE).exists():
+        shutil.rmtree(target, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--input_folder", str(path), "--output_folder", str(target)]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        if stage < 3:
+            command.append("--inject_missing_state")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            problem = " ".join(done.stderr.split()[-40:])
+        else:
+            shutil.copyfile(path / COMPLETE, target / COMPLETE)
+    problem = world.gather(problem)[0]
+    if problem:
+        raise UserError(f"{path} cannot be converted for {world.size} ranks: {problem}")
+    return target

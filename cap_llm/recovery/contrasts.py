@@ -1,0 +1,233 @@
+"""The contrasts of a training: which banks they have, how these are filled, and their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from cap_llm.config import ContrastConfig
+from cap_llm.recovery.bank import Bank
+from cap_llm.recovery.contrast import Units, contrastive_loss
+from cap_llm.recovery.units import Encoder, normalise, spread
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
+
+SAMPLE = 64  # sequences that a bank's centre and spread are measured on
+MOST_COSINE = 0.7  # above, the vectors are nearly one, and a contrast of them says nothing
+
+
+@dataclass
+class Contrast:
+    """One contrast: the pre-trained model (prc), snapshots (snc) or a fine-tuned model (fic).
+
+    Attributes:
+        name: prc, snc or fic.
+        weight: in the objective.
+        banks: one, or one for each snapshot.
+        online: whether its rows come from the teacher's forward of the same step.
+    """
+
+    name: str
+    weight: float
+    banks: list[Bank] = field(default_factory=list)
+    online: bool = False
+
+    @property
+    def centre(self) -> torch.Tensor:
+        """What the student's units are centred by, [d]."""
+        return torch.stack([bank.centre for bank in self.banks]).mean(0)
+
+
+class Contrasts:
+    """All contrasts of a training, with the candidates that they share.
+
+    Args:
+        encoder: of units.
+        settings: sizes, temperatures, weights.
+        batch: sequences a step, over all ranks.
+        world: the ranks.
+    """
+
+    def __init__(self, encoder: Encoder, settings: ContrastConfig, batch: int, world: World):
+        self.encoder, self.settings, self.batch, self.world = encoder, settings, batch, world
+        self.terms: list[Contrast] = []
+
+    def losses(
+        self,
+        states: torch.Tensor,
+        teacher_states: torch.Tensor | None,
+        mine: torch.Tensor,
+        everyone: torch.Tensor,
+        step: int,
+        micro: int,
+    ) -> dict[str, torch.Tensor]:
+        """Each contrast's loss for this rank's part of a micro-batch.
+
+        Args:
+            states: the student's final states [B, T, H], with gradient.
+            teacher_states: the pre-trained model's, for a contrast that is online.
+            mine: ids of the sequences of this rank, [B].
+            everyone: ids of all ranks', in rank order, [W * B].
+            step: the optimizer's step, from 0.
+            micro: the micro-batch of the step, from 0.
+        """
+        if not self.terms:
+            return {}
+        encoder, device = self.encoder, states.device
+        raw = encoder.raw(states, mine)
+        all_raw = self.world.concat(raw.detach())
+        own_units, all_units = encoder.units(mine), encoder.units(everyone)
+        losses = {}
+        for term in self.terms:
+            if term.online:
+                rows = normalise(encoder.raw(teacher_states, mine), term.banks[0].centre.to(device))
+                # as the bank keeps them, so that a row is the same whenever it is read
+                rows = rows.to(torch.bfloat16).float()
+                term.banks[0].write(mine, rows)
+                rows = self.world.concat(rows)[:, None]
+            else:
+                rows = torch.stack([bank.read(everyone) for bank in term.banks], 1).to(device)
+            extra = self._extra(term, step, micro)
+            further = torch.stack([bank.read(extra) for bank in term.banks], 1).to(device)
+            centre = term.centre.to(device)
+            losses[term.name] = self._loss(
+                normalise(raw, centre),
+                own_units,
+                normalise(all_raw, centre),
+                all_units,
+                rows,
+                further,
+                encoder.units(extra),
+            )
+        return losses
+
+    def _loss(self, anchors, own_units, seen, all_units, rows, further, extra_units):
+        s, n_snapshots, encoder = self.settings, rows.shape[1], self.encoder
+        total = anchors.new_zeros(())
+        kinds = (
+            (False, s.segment_weight if s.segments else 0, s.segment_temperature, 0.0),
+            (True, s.token_weight if s.token_positions else 0, s.token_temperature, s.supervised),
+        )
+        for token, weight, temperature, supervised in kinds:
+            if not weight:
+                continue
+            own, everyone, more = (
+                encoder.is_token(n) == token for n in (len(anchors), len(seen), len(further))
+            )
+            vectors = [seen.flatten(0, 1)[everyone]]
+            units = [all_units[everyone]]
+            for source, kind, unit in ((rows, everyone, all_units), (further, more, extra_units)):
+                for r in range(n_snapshots):
+                    vectors.append(source[:, r].flatten(0, 1)[kind])
+                    units.append(unit[kind])
+            from_bank = torch.ones(sum(map(len, vectors)), dtype=torch.bool, device=anchors.device)
+            from_bank[: len(vectors[0])] = False
+            loss, n = contrastive_loss(
+                anchors.flatten(0, 1)[own],
+                own_units[own],
+                torch.cat(vectors),
+                Units.join(units),
+                from_bank,
+                temperature,
+                1.0,
+                supervised,
+            )
+            # All ranks have equally many anchors: the mean over ranks is the mean over anchors.
+            total = total + weight * loss / max(1, n)
+        return total
+
+    def _extra(self, term: Contrast, step: int, micro: int) -> torch.Tensor:
+        """Further sequences whose rows are candidates: the same on every rank, and on a resume.
+
+        Rows of an online contrast are drawn from the steps before this one.
+        """
+        n = len(self.encoder.text.ids)
+        there = n
+        if term.online:
+            there = min(n, step * self.batch)
+        draw = np.random.default_rng([self.encoder.seed, step, micro])
+        chosen = draw.choice(n, min(self.settings.extra_sequences, n), replace=False)
+        chosen = torch.from_numpy(chosen)
+        if there < n:
+            seen = self.seen(step)
+            chosen = chosen[torch.isin(chosen, seen)]
+        return chosen
+
+    def seen(self, step: int) -> torch.Tensor:
+        """Ids of the sequences of the steps before `step`."""
+        text = self.encoder.text
+        if step * self.batch >= len(text.ids):
+            return torch.arange(len(text.ids))
+        parts = [text.batch(s, self.batch, self.encoder.seed) for s in range(step)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+    @torch.no_grad()
+    def fill(
+        self,
+        bank: Bank,
+        model: Callable,
+        ids: torch.Tensor,
+        micro_batch: int,
+        title: str,
+        console: Console,
+    ) -> None:
+        """Measures a bank's centre if it has none, and writes the rows [ids] that are missing.
+
+        Args:
+            bank: to fill.
+            model: gives final states for token ids [B, T].
+            ids: sequences.
+            micro_batch: sequences a rank passes at once.
+            title: of the bar.
+            console: for the bar and the bank's facts.
+
+        Raises:
+            UserError: the bank has collapsed: nearly all its vectors are one.
+        """
+        encoder, text, device = self.encoder, self.encoder.text, self.world.device
+
+        def rounds(ids: torch.Tensor):
+            """This rank's sequences, in as many rounds as every other rank has."""
+            each = micro_batch * self.world.size
+            for at in range(0, len(ids), each):
+                part = ids[at : at + each]
+                yield part[self.world.rank :: self.world.size], len(part)
+
+        def raw(mine: torch.Tensor) -> torch.Tensor:
+            asked = mine if len(mine) else ids[:1]  # sharded models run on all ranks together
+            units = encoder.raw(model(text.ids[asked].to(device)), asked)
+            return units[: len(mine)]
+
+        if bank.centre is None:
+            sample = [raw(m) for m, _ in rounds(torch.arange(min(SAMPLE, len(text.ids))))]
+            sample = torch.cat(sample).flatten(0, 1)
+            total = torch.cat([sample.sum(0), sample.new_tensor([len(sample)])])
+            total = self.world.sum(total)
+            centre = total[:-1] / total[-1]
+            vectors = torch.cat([v for v in self.world.gather(normalise(sample, centre).cpu())])
+            bank.settle(centre.cpu(), *spread(vectors))
+            console.say(
+                f"bank {bank.folder.name}: mean cosine {bank.mean_cosine:.3f}, effective rank "
+                f"{bank.effective_rank:.0f} of {encoder.dim}"
+            )
+        if bank.mean_cosine > MOST_COSINE:
+            raise UserError(
+                f"the bank {bank.folder} has collapsed: the mean cosine of its vectors is "
+                f"{bank.mean_cosine:.2f}, more than {MOST_COSINE}; a contrast with them says "
+                "nothing: check the model, or set its weight to 0"
+            )
+        missing = ids[~bank.has(ids)]
+        self.world.barrier()  # all have looked before anyone writes
+        if not len(missing):
+            return
+        with console.bar(title, len(missing), "sequences") as bar:
+            for mine, n in rounds(missing):
+                rows = normalise(raw(mine), bank.centre.to(device))
+                bank.write(mine, rows)
+                bar.advance(n)
+        bank.flush()
+        self.world.barrier()

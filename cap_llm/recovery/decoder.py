@@ -1,0 +1,122 @@
+"""A causal language model as recovery sees it: final states, block outputs, and the head.
+
+One forward gives everything the losses need. The head is kept out of it and applied to chunks of
+tokens by `head_loss`, so that [B, T, V] never stands in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cap_llm.models.blocks import find_blocks
+from cap_llm.recovery.objectives import head_loss, square_head
+from cap_llm.runtime.errors import UserError
+
+
+class Decoder(nn.Module):
+    """A frozen or trained model seen as states and head.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Raises:
+        UserError: its head is no plain linear layer.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"{type(model).__name__} has no linear head; it cannot be recovered")
+
+    @property
+    def head(self) -> nn.Linear:
+        """The layer from final states to logits."""
+        return self.model.get_output_embeddings()
+
+    def forward(self, ids: torch.Tensor, features: bool) -> tuple[torch.Tensor, ...]:
+        """Final states [B, T, H] (after the last norm) for ids [B, T], then, with `features`, the
+        output of each block."""
+        outputs: list[torch.Tensor] = []
+        handles = []
+        if features:
+            for block in find_blocks(self.model)[1]:
+                handles.append(
+                    block.register_forward_hook(
+                        lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+                    )
+                )
+        try:
+            states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        return states, *outputs
+
+
+class Student(Decoder):
+    """The trained model with the losses that need its head: all parameters are used inside one
+    forward, as ZeRO-3 wants it.
+
+    Args:
+        model: the model.
+        ce, kl, temperature: weights and temperature of the head's losses.
+        feature: whether block outputs are compared.
+        skip: first positions that the block outputs are not compared at.
+    """
+
+    def __init__(self, model, ce: float, kl: float, temperature: float, feature: bool, skip: int):
+        super().__init__(model)
+        self.factors, self.feature, self.skip = (ce, kl, temperature), feature, skip
+        # The head runs as a module, so that ZeRO-3 brings its weight, but gives losses.
+        self.head.forward = self._head_forward
+        self._losses_of: tuple | None = None
+
+    def forward(self, ids: torch.Tensor, teacher=None, head=None):
+        """Losses of ids [B, T].
+
+        Args:
+            ids: the batch.
+            teacher: the teacher's `Decoder.forward`, or None without distillation.
+            head: the teacher's head (weight, bias).
+
+        Returns:
+            The weighted head loss with gradient, CE, KL, the feature loss, and the final states.
+        """
+        states, *outputs = super().forward(ids, self.feature and teacher is not None)
+        flat = states[:, :-1].flatten(0, 1)
+        target = ids[:, 1:].flatten()
+        t = None
+        if teacher is not None and self.factors[1]:
+            t = (teacher[0][:, :-1].flatten(0, 1), *head)
+        self._losses_of = (target, t)
+        total, ce, kl = self.head(flat)
+        feature = torch.zeros((), device=ids.device)
+        if outputs:
+            feature = square_head(outputs, list(teacher[1:]), self.skip)
+        return total, ce, kl, feature, states
+
+    def _head_forward(self, states: torch.Tensor):
+        target, teacher = self._losses_of
+        head = self.head
+        return head_loss(states, head.weight, head.bias, target, teacher, *self.factors)
+
+
+@torch.no_grad()
+def refuse_changed_logits(model: PreTrainedModel) -> None:
+    """Refuses a model that does more to its logits than its head does.
+
+    Raises:
+        UserError: logits are scaled or capped afterwards.
+    """
+    ids = torch.arange(8, device=next(model.parameters()).device)[None]
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(model.get_output_embeddings()(states), logits, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"{type(model).__name__} scales or caps its logits after its head, which recovery does "
+            "not reproduce; it cannot be recovered"
+        )

@@ -1,0 +1,271 @@
+"""DeepSpeed engines: a student that trains and frozen teachers, sharded or not.
+
+The settings are JSON files of `ds_configs/` or the user's own. `"auto"` in them is filled from the
+recipe; what DeepSpeed refuses is said before anything is loaded. Each engine has its own settings:
+under a ZeRO-3 student the teacher is sharded too, and both are sharded while they are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from cap_llm.config import RecoverConfig
+from cap_llm.models.blocks import model_class
+from cap_llm.models.checkpoint import config_dict
+from cap_llm.recovery.decoder import Decoder, Student
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+PACKAGED = Path(__file__).resolve().parents[1] / "ds_configs"  # where the wheel puts them
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def start(world: World) -> None:
+    """Makes DeepSpeed ready, also for a single process that no launcher started."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        # it would be compiled for a minute, and only inference uses it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.size == 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    if not deepspeed.comm.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def compute_dtype(settings: RecoverConfig, world: World) -> torch.dtype:
+    """The type that the models compute in."""
+    if settings.dtype == "auto":
+        return torch.float32 if world.device.type == "cpu" else torch.bfloat16
+    return DTYPES[settings.dtype]
+
+
+def student_settings(settings: RecoverConfig, world: World) -> dict:
+    """The student's DeepSpeed settings, resolved.
+
+    Raises:
+        UserError: the file is missing or malformed, or DeepSpeed refuses it.
+    """
+    name = settings.deepspeed
+    return _resolve(name, "recover.deepspeed", settings, world, trains=True)
+
+
+def teacher_settings(settings: RecoverConfig, world: World, student: dict) -> dict:
+    """The teachers' DeepSpeed settings, resolved: sharded if the student is.
+
+    Raises:
+        UserError: as for the student, or exactly one of the two is ZeRO-3.
+    """
+    name = settings.teacher_deepspeed
+    zero = student["zero_optimization"]
+    if name == "auto":
+        offload = "_offload" if "offload_param" in zero else ""
+        name = f"teacher_zero3{offload}" if stage_of(student) == 3 else "teacher"
+    resolved = _resolve(name, "recover.teacher_deepspeed", settings, world, trains=False)
+    if (stage_of(resolved) == 3) != (stage_of(student) == 3):
+        raise UserError(
+            f"recover.deepspeed {settings.deepspeed} is ZeRO-{stage_of(student)} and "
+            f"recover.teacher_deepspeed {name} is ZeRO-{stage_of(resolved)}: either both are "
+            "ZeRO-3 or none is; leave teacher_deepspeed at auto"
+        )
+    return resolved
+
+
+def stage_of(settings: dict) -> int:
+    """The ZeRO stage of resolved settings."""
+    return settings["zero_optimization"]["stage"]
+
+
+def load_teacher(folder: Path, settings: dict, config: RecoverConfig, world: World):
+    """A frozen model as an engine whose module is a `Decoder`.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    import deepspeed
+
+    model = _load(folder, settings, compute_dtype(config, world))
+    decoder = Decoder(model.requires_grad_(False)).eval()
+    if stage_of(settings) != 3:
+        return _Plain(decoder.to(world.device))
+    engine, *_ = deepspeed.initialize(model=decoder, config=settings)
+    engine.eval()
+    return engine
+
+
+def load_student(folder: Path, settings: dict, config: RecoverConfig, world: World):
+    """The model to train as an engine whose module is a `Student`, with a fresh AdamW.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    import deepspeed
+
+    model = _load(folder, settings, compute_dtype(config, world))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    o = config.objective
+    student = Student(model, o.ce, o.kl, o.temperature, bool(o.feature), config.SKIP).train()
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad],
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+    )
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
+    return engine
+
+
+def gathered(parameters, writes: bool = False):
+    """Makes ZeRO-3 shards whole for the body of a `with`; without ZeRO-3, does nothing."""
+    parameters = list(parameters)
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if writes else None)
+
+
+class _Plain:
+    """A replicated teacher: the module itself, called like an engine."""
+
+    def __init__(self, module: Decoder):
+        self.module = module
+
+    def __call__(self, *args):
+        return self.module(*args)
+
+    def destroy(self) -> None:
+        """Lets go of the model."""
+        self.module = None
+
+
+def _load(folder: Path, settings: dict, dtype: torch.dtype):
+    """The model of a directory, whole on every rank or sharded while it is read (ZeRO-3)."""
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    config = AutoConfig.from_pretrained(folder)
+    for key, value in config.to_dict().items():
+        # Dropout would blur what the two models are compared in.
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    sharded = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None  # must stay alive
+    try:
+        model = model_class(folder).from_pretrained(folder, config=config, dtype=dtype)
+    except Exception as error:  # every format fails in a way of its own
+        raise UserError(
+            f"{folder} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
+        ) from None
+    finally:
+        if sharded:
+            unset_hf_deepspeed_config()
+    model.config.use_cache = False
+    return model
+
+
+def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trains: bool) -> dict:
+    """A DeepSpeed file with its `auto` filled in, checked by DeepSpeed itself."""
+    path = Path(name)
+    if path.suffix != ".json":
+        folder = FOLDER if FOLDER.is_dir() else PACKAGED
+        path = folder / f"{name}.json"
+        if not path.exists():
+            names = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+            raise UserError(f"{option} is {name!r}; give a .json file or one of {names}")
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{option} {path} holds no settings")
+    dtype = compute_dtype(settings, world)
+    values = {
+        "train_batch_size": settings.batch,
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulation(world.size),
+        "gradient_clipping": float(settings.clip),
+        "bf16.enabled": dtype == torch.bfloat16,
+        "fp16.enabled": dtype == torch.float16,
+    }
+    content = _filled(content, values, option)
+    zero = content.setdefault("zero_optimization", {"stage": 0})
+    if trains:
+        for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            if content.get(key) != values[key]:
+                raise UserError(
+                    f"{option} {path} sets {key} to {content.get(key)}, the recipe makes it "
+                    f'{values[key]}; write "auto" there'
+                )
+        if "optimizer" in content or "scheduler" in content:
+            raise UserError(
+                f"{option} {path} sets an optimizer or scheduler; recovery brings its own "
+                "(recover.lr, warmup, weight_decay): take that block out"
+            )
+    if world.device.type == "cpu":
+        for place in ("offload_param", "offload_optimizer"):
+            zero.get(place, {}).pop("pin_memory", None)
+    content.setdefault("steps_per_print", 10**9)
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(content)))
+    except Exception as error:  # its own kinds, pydantic's, and assertions
+        raise UserError(
+            f"{option} {path} is refused by DeepSpeed: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return content
+
+
+def _filled(content: dict, values: dict, option: str, prefix: str = "") -> dict:
+    filled = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            value = _filled(value, values, option, f"{prefix}{key}.")
+        elif value == "auto":
+            if prefix + key not in values:
+                raise UserError(
+                    f'{option} has "auto" for {prefix}{key}, which no setting fills; give a value. '
+                    f"auto is for {', '.join(values)}"
+                )
+            value = values[prefix + key]
+        filled[key] = value
+    return filled
+
+
+def check_pair(student: Path, teacher: Path, name: str, same_width: bool) -> None:
+    """Holds two models against each other.
+
+    Raises:
+        UserError: other vocabularies, or other widths or depths where a term compares states.
+    """
+    a, b = config_dict(student), config_dict(teacher)
+    if a.get("vocab_size") != b.get("vocab_size"):
+        raise UserError(
+            f"{name} {teacher} has a vocabulary of {b.get('vocab_size')}, the student one of "
+            f"{a.get('vocab_size')}; they must share their tokenizer"
+        )
+    for key in ("hidden_size", "n_embd", "num_hidden_layers", "n_layer"):
+        if same_width and a.get(key) != b.get(key):
+            raise UserError(
+                f"{name} {teacher} has {key} {b.get(key)}, the student {a.get(key)}; the feature "
+                "and contrast terms compare states of equal width: switch them off "
+                "(recover.objective.feature, prc, fic 0) or give another model"
+            )

@@ -1,0 +1,131 @@
+"""The losses of recovery that compare a student with its teacher token by token.
+
+Symbols: N tokens, H hidden, V vocabulary, B batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_BYTES = 2**26  # fp32 logits [tokens, V] that stand in memory at once, times about four
+
+
+def head_loss(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    teacher: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+    ce_weight: float,
+    kl_weight: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy and distillation from final states, without [N, V] ever standing in memory.
+
+    total = ce_weight * CE + kl_weight * temperature^2 * KL(teacher || student), means over tokens.
+    The heads are applied to a chunk of tokens at a time, and the gradients with respect to the
+    states and to the student's head are made on the way, so that nothing is computed twice.
+
+    Args:
+        states: the student's, [N, H], that its head reads.
+        weight: of the student's head, [V, H].
+        bias: of the student's head, [V], or None.
+        targets: the next token's id, [N].
+        teacher: its states [N, H'], head weight [V, H'] and bias, or None without distillation.
+        ce_weight, kl_weight, temperature: see above.
+
+    Returns:
+        total, which carries the gradient, CE, and temperature^2 * KL (NaN without a teacher).
+    """
+    teacher_states, teacher_weight, teacher_bias = teacher or (None, None, None)
+    return _HeadLoss.apply(
+        states,
+        weight,
+        bias,
+        targets,
+        teacher_states,
+        teacher_weight,
+        teacher_bias,
+        (ce_weight, kl_weight, temperature),
+    )
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, t_states, t_weight, t_bias, factors):
+        ce_weight, kl_weight, temperature = factors
+        n, vocabulary = states.shape[0], weight.shape[0]
+        chunk = max(16, CHUNK_BYTES // (4 * vocabulary))
+        needs = states.requires_grad or weight.requires_grad
+        # Sums of many chunks are kept in fp32; without the 1/N, so that fp16 does not underflow.
+        d_states = torch.empty_like(states, dtype=torch.float32) if needs else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs and bias is not None else None
+        ce = torch.zeros((), dtype=torch.float64, device=states.device)
+        kl = torch.zeros_like(ce)
+        for at in range(0, n, chunk):
+            s = states[at : at + chunk]
+            target = targets[at : at + chunk, None]
+            logits = F.linear(s, weight, bias).float()
+            normaliser = logits.logsumexp(1, keepdim=True)
+            ce += (normaliser - logits.gather(1, target)).sum()
+            slope = None
+            if t_states is not None:
+                q = F.linear(t_states[at : at + chunk], t_weight, t_bias).float()
+                q = q.div_(temperature).log_softmax(1)
+                p = (logits / temperature).log_softmax(1)
+                kl += temperature**2 * F.kl_div(p, q, reduction="sum", log_target=True)
+                if needs:
+                    # d(T^2 KL)/d logits = T (softmax(student / T) - softmax(teacher / T))
+                    slope = p.exp_().sub_(q.exp_()).mul_(kl_weight * temperature)
+            if needs:
+                d = logits.sub_(normaliser).exp_()
+                d.scatter_add_(1, target, torch.full_like(target, -1, dtype=d.dtype))
+                d = d.mul_(ce_weight)
+                d = (d if slope is None else d.add_(slope)).to(weight.dtype)
+                d_states[at : at + chunk] = d @ weight
+                if d.dtype == torch.float32:
+                    d_weight.addmm_(d.T, s)
+                else:
+                    d_weight += d.T @ s  # 16-bit factors, fp32 sum
+                if d_bias is not None:
+                    d_bias += d.sum(0)
+        ctx.save_for_backward(*(d for d in (d_states, d_weight, d_bias) if d is not None))
+        ctx.n, ctx.has_bias = n, bias is not None
+        ctx.dtypes = states.dtype, weight.dtype
+        ce, kl = (ce / n).float(), (kl / n).float()
+        total = ce_weight * ce
+        if t_states is None:
+            kl.fill_(float("nan"))
+        else:
+            total = total + kl_weight * kl
+        ctx.mark_non_differentiable(ce, kl)
+        return total, ce, kl
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        d_states, d_weight, *d_bias = (
+            (d * (gradient / ctx.n)).to(dtype)
+            for d, dtype in zip(ctx.saved_tensors, (*ctx.dtypes, ctx.dtypes[1]), strict=False)
+        )
+        return (d_states, d_weight, *(d_bias or [None]), None, None, None, None, None)
+
+
+def square_head(
+    student: list[torch.Tensor], teacher: list[torch.Tensor], skip: int
+) -> torch.Tensor:
+    """SquareHead: the relative squared error of each block's output, averaged over the blocks.
+
+    MSE(student, teacher) / (mean teacher^2 + 1e-6), Kurtic et al. 2023 (arXiv 2310.06927).
+
+    Args:
+        student: outputs [B, T, H] of the blocks.
+        teacher: the dense model's, in the same shapes.
+        skip: first positions left out: their few huge activations would rule the error.
+    """
+    total = torch.zeros((), device=student[0].device)
+    for s, t in zip(student, teacher, strict=True):
+        s, t = s[:, skip:].float(), t[:, skip:].float()
+        total = total + F.mse_loss(s, t) / (t.square().mean() + 1e-6)
+    return total / len(student)

@@ -1,0 +1,438 @@
+"""The stage `recover`: the ladder of rungs, each of them bank, prune, train.
+
+recover/                 the recovered model directory; done.json is written last
+  recovery.json          held-out perplexity before and after each rung, tokens, seconds
+  banks/                 pretrained, finetuned, and a snapshot for each rung
+  rungs/1/pruned         the student, pruned to the rung
+  rungs/1/trained        and trained; the last rung's is the stage's own folder
+  finetuned/             the dense model trained on the recovery text (recover.finetuned train)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from cap_llm.blockwise.oneshot import activation_bytes, oneshot
+from cap_llm.blockwise.perplexity import streamed_nll
+from cap_llm.config import Config, ModelConfig, ObjectiveConfig, Rung
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.checkpoint import config_dict, remove_weights
+from cap_llm.models.source import locate, prepare
+from cap_llm.recovery import engines
+from cap_llm.recovery.bank import Bank
+from cap_llm.recovery.contrasts import Contrast, Contrasts
+from cap_llm.recovery.export import export, in_parameter_shape, masks_and_rows
+from cap_llm.recovery.training import Job, held_out_perplexity, train
+from cap_llm.recovery.units import Encoder
+from cap_llm.runtime.console import duration
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.rundir import Run, peak_memory
+from cap_llm.runtime.trackers import TensorBoard, Wandb
+from cap_llm.sparsity.masks import MaskFile
+from cap_llm.text.packing import PackedText
+from cap_llm.text.reading import Texts
+
+STAGE = "recover"
+
+
+def starting_points(source: Path, config: Config, run: Run) -> tuple[Path, Path]:
+    """The student and the dense model of a run.
+
+    The student is what `oneshot` made in this run directory, now or in an earlier job; without it,
+    the model itself. The dense model is then `recover.teacher`, or with a ladder the model itself.
+
+    Raises:
+        UserError: nothing says which model is the dense one.
+    """
+    settings = config.recover
+    folder, done = run.stage("oneshot", config.recipe("oneshot"))
+    student = folder if done else source
+    if settings.teacher:
+        model = ModelConfig(path=settings.teacher)
+        return student, prepare(locate(model), model, run, "teacher-source")
+    pruned = (source / "masks.safetensors").exists()
+    if not done and (pruned or not settings.ladder):
+        raise UserError(
+            f"recover starts from {source}, and nothing says what it was pruned from: name the "
+            "dense model with --recover.teacher, or let --stages begin with oneshot"
+        )
+    return student, source
+
+
+def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
+    """Recovers the model of directory `student`.
+
+    Args:
+        student: a pruned model directory; a dense one with a ladder.
+        dense: the model it was pruned from: the teacher.
+        texts: with the recovery text, and the calibration ids for a ladder.
+        config: the run's settings.
+        run: the run directory.
+
+    Returns:
+        The directory of the recovered model.
+
+    Raises:
+        UserError: see the messages; whatever is finished is kept.
+    """
+    recipe = config.recipe(STAGE)
+    folder, done = run.stage(STAGE, recipe)
+    if done:
+        run.console.say(f"recover: done already, in {folder}")
+        return folder
+    start = time.monotonic()
+    settings, world = config.recover, run.world
+    engines.start(world)
+    _refuse_what_cannot_work(student, dense, config, run)
+    run.bind(folder, recipe)
+    if settings.tensorboard and world.first:
+        run.track_with(TensorBoard(run.path))
+    if settings.wandb and world.first:
+        run.track_with(Wandb(run.path, settings.wandb, config.title, recipe))
+    work = _Recovery(dense, texts.recovery, config, run, folder)
+    rungs = [Rung.parse(text) for text in settings.ladder]
+    _refuse_shrinking(student, rungs)
+    for n, rung in enumerate(rungs or [None], 1):
+        last = n == max(1, len(rungs))
+        target = folder if last else folder / "rungs" / str(n) / "trained"
+        student = work.climb(student, rung, n, len(rungs), target, texts)
+    seconds = time.monotonic() - start
+    peak = max(world.gather(peak_memory()))
+    summary = {
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak,
+        "calibration": texts.origin if rungs else None,
+        "recovery": texts.recovery.origin,
+        "tokens": settings.steps * settings.batch * settings.length * max(1, len(rungs)),
+        "rungs": work.records,
+    }
+    if world.first:
+        write_json(folder / "recovery.json", summary)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if not config.runtime.keep_intermediate:
+            for path in folder.glob("rungs/*/*"):
+                remove_weights(path)
+    run.finish_stage(folder, summary)
+    run.console.say(f"recover: done in {duration(seconds)}, in {folder}")
+    return folder
+
+
+class _Recovery:
+    """What the rungs of one ladder share: the teacher, the text, the banks."""
+
+    def __init__(self, dense: Path, text: PackedText, config: Config, run: Run, folder: Path):
+        self.dense, self.text, self.config, self.run, self.folder = dense, text, config, run, folder
+        self.settings, self.world = config.recover, run.world
+        self.student_ds = engines.student_settings(self.settings, self.world)
+        self.teacher_ds = engines.teacher_settings(self.settings, self.world, self.student_ds)
+        if run.world.first:
+            write_json(run.path / "ds_config.json", self.student_ds)
+            write_json(run.path / "ds_config_teacher.json", self.teacher_ds)
+        self.records: list[dict] = []
+        self._snapshots: dict[int, Bank] = {}  # by rung, the latest ones
+        self._teacher = None
+        self._encoder: Encoder | None = None
+        self._dense_ppl: float | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        if self._encoder is None:
+            s = self.settings
+            width = _state_width(self.dense)
+            self._encoder = Encoder(self.text, s.contrast, width, s.SKIP, s.seed, self.world.device)
+        return self._encoder
+
+    def climb(
+        self, student: Path, rung: Rung | None, n: int, of: int, target: Path, texts: Texts
+    ) -> Path:
+        """Banks, prunes and trains one rung; the directory of its model."""
+        run, config, settings = self.run, self.config, self.settings
+        title = f"rung {n}/{of} ({rung})" if rung else STAGE
+        record_file = target / "rung.json"
+        known = run.world.gather(read_json(record_file) if record_file.exists() else None)[0]
+        pruned = student
+        if settings.objective.snc and of:
+            self._snapshot(student, n, trained=known is not None)
+        if known:
+            self.records.append(known)
+            return target
+        if rung:
+            changed = dataclasses.replace(config, oneshot=rung.apply(config.oneshot))
+            place = f"{STAGE}/rungs/{n}/pruned"
+            run.console.say(f"{title}: pruning", style="bold")
+            pruned = oneshot(student, texts, changed, run, place)
+        masks, rows = masks_and_rows(pruned)
+        if not masks:
+            run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
+        teacher = self._open_teacher()
+        contrasts = self._contrasts(teacher)
+        job = Job(
+            pruned,
+            in_parameter_shape(masks, pruned),
+            teacher if self._online else None,
+            contrasts,
+            self.text,
+            self.folder / "checkpoints" / str(n),
+            {"settings": config.recipe(STAGE), "rung": n, "at_once": self._at_once},
+            title,
+            STAGE if not of else f"{STAGE}/{n}",
+        )
+        if not self._online:
+            self._close_teacher()
+        if teacher is not None and self._dense_ppl:
+            run.console.say(f"{title}: the dense model's held-out ppl is {self._dense_ppl:.3f}")
+        start = time.monotonic()
+        engine, summary = train(job, settings, run)
+        export(engine, pruned, target, rows, masks, self.world)
+        engine.destroy()
+        del engine
+        gc.collect()
+        self._verify(target, job.held_out[settings.steps])
+        after = job.held_out[settings.steps]
+        record = {
+            "rung": str(rung) if rung else None,
+            "held_out_ppl": {str(k): round(v, 4) for k, v in job.held_out.items()},
+            "dense_held_out_ppl": self._dense_ppl,
+            "seconds": round(time.monotonic() - start, 2),
+        } | summary
+        if self.world.first:
+            write_json(record_file, record)
+        self.world.barrier()
+        self.records.append(record)
+        if settings.gate and self._dense_ppl and after > settings.gate * self._dense_ppl:
+            raise UserError(
+                f"{title} ends with a held-out perplexity of {after:.2f}, more than "
+                f"{settings.gate:g} (recover.gate) times the dense model's {self._dense_ppl:.2f}; "
+                f"the ladder stops there, its model is {target}: give more recover.tokens or "
+                "smaller rungs"
+            )
+        return target
+
+    @property
+    def _online(self) -> bool:
+        """Whether the teacher runs in every step."""
+        return bool(self.settings.objective.kl or self.settings.objective.feature)
+
+    @property
+    def _at_once(self) -> int | None:
+        """Sequences that are contrasted with each other: part of what a training is."""
+        contrasts = self.settings.contrasts
+        return self.world.size * self.settings.micro_batch if contrasts else None
+
+    def _open_teacher(self):
+        o = self.settings.objective
+        if self._teacher is None and (self._online or o.prc or self.settings.gate):
+            self._teacher = engines.load_teacher(
+                self.dense, self.teacher_ds, self.settings, self.world
+            )
+            if self._dense_ppl is None:
+                self._dense_ppl = held_out_perplexity(
+                    self._teacher, self.text, self.settings, self.run
+                )
+        return self._teacher
+
+    def _close_teacher(self) -> None:
+        if self._teacher is not None:
+            self._teacher.destroy()
+            self._teacher = None
+            gc.collect()
+
+    def _contrasts(self, teacher) -> Contrasts:
+        """The contrasts that are on, with their banks filled as far as they must be."""
+        settings, o = self.settings, self.settings.objective
+        contrasts = None
+        if o.prc or (o.fic and settings.finetuned) or (o.snc and settings.ladder):
+            contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world)
+        else:
+            return Contrasts(None, settings.contrast, settings.batch, self.world)
+        if o.prc:
+            bank = self._bank("pretrained", self.dense)
+            self._fill(contrasts, bank, teacher, "PrC", everything=not self._online)
+            contrasts.terms.append(Contrast("prc", o.prc, [bank], self._online))
+        if o.fic and not settings.finetuned:
+            self.run.console.say("FiC is off: recover.finetuned names no fine-tuned model")
+        elif o.fic:
+            path = self._finetuned()
+            bank = self._bank("finetuned", path)
+            self._fill_from(contrasts, bank, path, "FiC")
+            contrasts.terms.append(Contrast("fic", o.fic, [bank]))
+        if o.snc and self._snapshots:
+            contrasts.terms.append(Contrast("snc", o.snc, list(self._snapshots.values())))
+        elif o.snc:
+            self.run.console.say("SnC is off on this rung: there is no snapshot before it")
+        return contrasts
+
+    def _snapshot(self, student: Path, n: int, trained: bool) -> None:
+        """Banks the student as it stands before rung `n` prunes it. A dense one is PrC's."""
+        if not masks_and_rows(student)[0]:
+            return
+        bank = self._bank(f"snapshot-{n}", student)
+        if not trained:
+            contrasts = Contrasts(self.encoder, self.settings.contrast, 1, self.world)
+            self._fill_from(contrasts, bank, student, f"SnC, snapshot {n}")
+        self._snapshots[n] = bank
+        if len(self._snapshots) > self.settings.contrast.snapshots:
+            oldest = self._snapshots.pop(min(self._snapshots))
+            if self.world.first:
+                shutil.rmtree(oldest.folder)
+
+    def _bank(self, name: str, model: Path) -> Bank:
+        """A bank of the recovery text's units as the model of a directory sees them."""
+        s, encoder = self.settings, self.encoder
+        shape = (len(self.text.ids), encoder.n_units, encoder.dim)
+        gib = 2 * math.prod(shape) / 2**30
+        if gib > s.contrast.bank_gib:
+            raise UserError(
+                f"a bank of {shape[0]} sequences x {shape[1]} units x {shape[2]} takes {gib:.1f} "
+                f"GiB, more than recover.contrast.bank_gib {s.contrast.bank_gib:g}; lower "
+                "recover.sequences, contrast.token_positions or contrast.dim"
+            )
+        facts = {
+            "text": self.text.digest,
+            "model": _fingerprint(model),
+            "segments": encoder.n_segments,
+            "token_positions": encoder.n_tokens,
+            "skip": encoder.skip,
+            "seed": encoder.seed,
+            "dtype": str(engines.compute_dtype(s, self.world)),
+        }
+        return Bank(self.folder / "banks" / name, facts, shape, self.world)
+
+    def _fill(self, contrasts: Contrasts, bank: Bank, engine, title: str, everything: bool) -> None:
+        """Fills a bank from an open engine; without `everything` only measures its centre."""
+        ids = torch.arange(len(self.text.ids) if everything else 0)
+        contrasts.fill(
+            bank,
+            lambda tokens: engine(tokens, False)[0],
+            ids,
+            self.settings.micro_batch,
+            f"{title}: banking",
+            self.run.console,
+        )
+
+    def _fill_from(self, contrasts: Contrasts, bank: Bank, model: Path, title: str) -> None:
+        """Fills a bank by one pass of the model of a directory."""
+        complete = bool(bank.has(torch.arange(len(self.text.ids))).all())
+        if self.world.gather(complete)[0]:
+            return
+        engine = engines.load_teacher(model, self.teacher_ds, self.settings, self.world)
+        self._fill(contrasts, bank, engine, title, everything=True)
+        engine.destroy()
+        gc.collect()
+
+    def _finetuned(self) -> Path:
+        """The fine-tuned model: given, or the dense one trained on the recovery text."""
+        settings, run = self.settings, self.run
+        if settings.finetuned != "train":
+            model = ModelConfig(path=settings.finetuned)
+            path = prepare(locate(model), model, run, "finetuned-source")
+            engines.check_pair(self.dense, path, "recover.finetuned", same_width=True)
+            return path
+        folder = self.folder / "finetuned"
+        if run.world.gather((folder / "done.json").exists())[0]:
+            return folder
+        run.console.say("FiC: fine-tuning the dense model on the recovery text", style="bold")
+        only_ce = dataclasses.replace(
+            settings,
+            objective=ObjectiveConfig(ce=1.0, kl=0, feature=0, prc=0, snc=0, fic=0),
+            ladder=[],
+            resume="auto" if settings.resume is not False else False,
+        )
+        job = Job(
+            self.dense,
+            {},
+            None,
+            Contrasts(None, settings.contrast, settings.batch, self.world),
+            self.text,
+            self.folder / "checkpoints" / "finetuned",
+            {"settings": self.config.recipe(STAGE), "rung": "finetuned", "at_once": None},
+            "fine-tuning",
+            f"{STAGE}/finetuned",
+        )
+        engine, _ = train(job, only_ce, run)
+        export(engine, self.dense, folder, [], {}, self.world)
+        engine.destroy()
+        gc.collect()
+        run.finish_stage(folder, {"held_out_ppl": job.held_out[settings.steps]})
+        return folder
+
+    def _verify(self, folder: Path, expected: float) -> None:
+        """Reloads a written model and holds its perplexity against the engine's."""
+        run, text = self.run, self.text
+        dtype = engines.compute_dtype(self.settings, self.world)
+        with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
+            model = BlockModel.open(folder, run.world.device, dtype)
+            memory = activation_bytes(self.config)
+            nll = streamed_nll(model, text.held_out, run.world, memory, Path(scratch))
+        ppl = math.exp(nll / (len(text.held_out) * (text.held_out.shape[1] - 1)))
+        tolerance = 1e-4 if dtype.itemsize == 4 else 1e-2
+        if not abs(ppl / expected - 1) < tolerance:
+            raise UserError(
+                f"the model in {folder} has a held-out perplexity of {ppl:.4f}, the trained "
+                f"one {expected:.4f}; the files are not what was trained: please report this"
+            )
+        run.console.say(
+            f"verified: reloaded from {folder}, held-out ppl {ppl:.4f} (engine {expected:.4f}), "
+            "zeros exact"
+        )
+
+
+def _refuse_what_cannot_work(student: Path, dense: Path, config: Config, run: Run) -> None:
+    o = config.recover.objective
+    engines.check_pair(student, dense, "recover.teacher", bool(o.feature or o.prc))
+    config.recover.accumulation(run.world.size)
+    facts = config_dict(student)
+    most = facts.get("max_position_embeddings") or facts.get("n_positions")
+    if most and config.recover.length > most:
+        raise UserError(
+            f"recover.length is {config.recover.length}, but the model has {most} positions; "
+            f"give --recover.length {most} or less"
+        )
+
+
+def _refuse_shrinking(student: Path, rungs: list[Rung]) -> None:
+    """Refuses a first rung that is no sparser than the student is already."""
+    path = student / "sparsity.json"
+    if not rungs or not path.exists():
+        return
+    now = read_json(path)["pruned_matrices"]
+    if not now["count"]:
+        return
+    file = MaskFile(student / "masks.safetensors")
+    masked = sum(r["masked"] for r in read_json(path)["rows"] if r["name"] in file)
+    sparsity = masked / now["weights"]
+    if rungs[0].sparsity <= sparsity + 1e-6:
+        raise UserError(
+            f"recover.ladder begins with {rungs[0]}, but {student} is {100 * sparsity:.1f} % "
+            "sparse already; masks only grow: begin above that"
+        )
+
+
+def _state_width(folder: Path) -> int:
+    """H of the final states that the head reads."""
+    facts = config_dict(folder)
+    for key in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model"):
+        if facts.get(key):
+            return facts[key]
+    raise UserError(f"{folder}/config.json says no width (hidden_size)")
+
+
+def _fingerprint(folder: Path) -> str:
+    """What tells one model directory from another without reading all its weights."""
+    sha = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            sha.update(path.name.encode() + str(path.stat().st_size).encode() + file.read(2**16))
+            file.seek(max(0, path.stat().st_size - 2**16))
+            sha.update(file.read())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,254 @@
+"""Training of one rung: from a pruned model directory to a recovered one.
+
+All losses of a step come from one forward of the student and one of the teacher. The order of the
+data, the banks' draws and the learning rate follow from the step alone, so that any number of ranks
+sees the same batches and a resumed training goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cap_llm.config import RecoverConfig
+from cap_llm.recovery import checkpoints, engines
+from cap_llm.recovery.contrasts import Contrasts
+from cap_llm.recovery.objectives import head_loss
+from cap_llm.recovery.zeros import keep_zeros
+from cap_llm.runtime.console import Bar, size
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.interrupt import Stopped, held_back
+from cap_llm.runtime.rundir import Run, peak_memory
+from cap_llm.text.packing import PackedText
+
+PARTS = ("loss", "ce", "kl", "feature", "prc", "snc", "fic")
+
+
+@dataclass
+class Job:
+    """What one training works on.
+
+    Attributes:
+        student: directory of the model to train.
+        masks: by parameter name, what stays zero.
+        teacher: the frozen engine, or None where no term needs it.
+        contrasts: the contrasts, their banks filled.
+        text: sequences to train on, and the held-out ones.
+        folder: for checkpoints.
+        recipe: that a checkpoint must have been made with.
+        title: of the bar.
+        stage: name of the metrics.
+    """
+
+    student: Path
+    masks: dict[str, torch.Tensor]
+    teacher: Callable | None
+    contrasts: Contrasts
+    text: PackedText
+    folder: Path
+    recipe: dict
+    title: str
+    stage: str
+    held_out: dict[int, float] = field(default_factory=dict)
+
+
+def train(job: Job, config: RecoverConfig, run: Run):
+    """Trains a student for `config.steps` steps.
+
+    Returns:
+        The engine with the trained student, its held-out perplexities by step, and the summary.
+
+    Raises:
+        UserError: a loss is not finite, fp16 overflows at every scale, a weight regrows, or a
+            checkpoint does not fit.
+        Stopped: a signal came; a checkpoint has been written.
+    """
+    world = run.world
+    settings = engines.student_settings(config, world)
+    found = checkpoints.find(job.folder, settings, job.recipe, config, world, run.console)
+    engine = engines.load_student(job.student, settings, config, world)
+    keeper = keep_zeros(engine, {f"model.{name}": m for name, m in job.masks.items()})
+    first = 0
+    if found:
+        checkpoints.load(engine, found)
+        keeper.check()
+        first = found.step
+        job.held_out = {int(k): v for k, v in found.state["held_out"].items()}
+        run.console.say(f"{job.title}: going on at step {first + 1} of {config.steps}")
+    else:
+        job.held_out[0] = held_out_perplexity(engine, job.text, config, run)
+        _report(run, job, 0, config.steps, {}, 0.0)
+    stage = engines.stage_of(settings)
+    start, tokens = time.monotonic(), 0
+    with held_back() as request, run.console.bar(job.title, config.steps, "steps") as bar:
+        bar.advance(first)
+        for step in range(first, config.steps):
+            parts = _step(engine, job, step, config, run)
+            tokens += config.batch * config.length
+            rate = tokens / (time.monotonic() - start)
+            _show(bar, run, job, step + 1, parts, rate, engine)
+            stop = max(world.gather(request.number))
+            last = step + 1 == config.steps
+            if last or (step + 1) % config.evaluate_steps == 0:
+                job.held_out[step + 1] = held_out_perplexity(engine, job.text, config, run)
+                _report(run, job, step + 1, config.steps, parts, rate)
+            if stop or last or (step + 1) % config.checkpoint_steps == 0:
+                keeper.check()
+                for term in job.contrasts.terms:
+                    for bank in term.banks:
+                        bank.flush()
+                state = {"held_out": job.held_out}
+                keep = config.keep_checkpoints
+                checkpoints.save(
+                    engine, job.folder, step + 1, state, job.recipe, stage, keep, world
+                )
+            if stop and not last:
+                run.console.say(f"{job.title}: checkpoint at step {step + 1} of {config.steps}")
+                raise Stopped(stop)
+    keeper.remove()
+    summary = {
+        "steps": config.steps,
+        "tokens": config.steps * config.batch * config.length,
+        "tokens_a_second": round(tokens / max(1e-9, time.monotonic() - start), 1),
+        "resumed_at_step": first,
+    }
+    return engine, summary
+
+
+def learning_rate(step: int, config: RecoverConfig) -> float:
+    """The rate of a step (from 0): a linear warm-up, then a cosine to a tenth of the peak."""
+    warm = max(1, round(config.warmup * config.steps))
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    progress = (step - warm) / max(1, config.steps - warm)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def _step(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> dict[str, float]:
+    """One optimizer step; the parts of the loss, averaged over its micro-batches and all ranks."""
+    world, text = run.world, job.text
+    batch = text.batch(step, config.batch, config.seed)
+    each = world.size * config.micro_batch
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    n_micro = config.accumulation(world.size)
+    total = torch.zeros(len(PARTS), dtype=torch.float64)
+    for micro in range(n_micro):
+        everyone = batch[micro * each : (micro + 1) * each]
+        at = world.rank * config.micro_batch
+        mine = everyone[at : at + config.micro_batch]
+        loss, parts = _losses(engine, job, mine, everyone, step, micro, config, world)
+        values = torch.stack([parts[name].detach().double().cpu() for name in PARTS])
+        total += world.sum(values.to(world.device)).cpu() / world.size
+        if not math.isfinite(total[0]):
+            raise UserError(
+                f"the loss of step {step + 1} is not finite; the sequences of this batch are "
+                f"{everyone.tolist()}. Nothing of this step was kept: lower --recover.lr, or go on "
+                "from the last checkpoint with --recover.dtype bfloat16 or float32"
+            )
+        try:
+            engine.backward(loss)
+            engine.step()
+        except Exception as error:
+            if "scale" in str(error) and "minimum" in str(error):
+                raise UserError(
+                    f"step {step + 1} overflows in float16 at every loss scale; use "
+                    "--recover.dtype bfloat16 or float32"
+                ) from None
+            raise
+    return dict(zip(PARTS, (total / n_micro).tolist(), strict=True))
+
+
+def _losses(engine, job: Job, mine, everyone, step, micro, config: RecoverConfig, world):
+    ids = job.text.ids[mine].to(world.device)
+    objective = config.objective
+    teacher_out = head = None
+    parameters = []
+    if job.teacher is not None:
+        with torch.no_grad():
+            teacher_out = job.teacher(ids, bool(objective.feature))
+        if objective.kl:
+            head = job.teacher.module.head
+            parameters = list(head.parameters())
+    with engines.gathered(parameters):
+        weights = (
+            (head.weight.detach(), None if head.bias is None else head.bias.detach())
+            if (head is not None)
+            else None
+        )
+        total, ce, kl, feature, states = engine(ids, teacher_out, weights)
+    loss = total + objective.feature * feature
+    parts = {name: torch.full((), math.nan) for name in PARTS}
+    parts |= {"ce": ce}
+    if head is not None:
+        parts["kl"] = kl
+    if objective.feature and teacher_out is not None:
+        parts["feature"] = feature
+    contrasts = job.contrasts.losses(
+        states, teacher_out[0] if teacher_out else None, mine, everyone, step, micro
+    )
+    for term in job.contrasts.terms:
+        parts[term.name] = contrasts[term.name]
+        loss = loss + term.weight * contrasts[term.name]
+    parts["loss"] = loss
+    return loss, parts
+
+
+@torch.no_grad()
+def held_out_perplexity(model, text: PackedText, config: RecoverConfig, run: Run) -> float:
+    """Perplexity of the held-out sequences under an engine (student or teacher), on all ranks."""
+    world = run.world
+    each = world.size * config.micro_batch
+    nll = torch.zeros((), dtype=torch.float64, device=world.device)
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    for at in range(0, len(text.held_out), each):
+        rows = text.held_out[at : at + each][world.rank :: world.size]
+        ids = (rows if len(rows) else text.held_out[:1]).to(world.device)
+        if isinstance(model.module, engines.Student):
+            _, ce, *_ = model(ids)
+        else:
+            states = model(ids, False)[0][:, :-1].flatten(0, 1)
+            head = model.module.head
+            with engines.gathered(head.parameters()):
+                target = ids[:, 1:].flatten()
+                _, ce, _ = head_loss(states, head.weight, head.bias, target, None, 1.0, 0.0, 1.0)
+        nll += ce.double() * len(rows)
+    if training:
+        model.train()
+    return math.exp(min(700.0, world.sum(nll).item() / len(text.held_out)))
+
+
+def _show(bar: Bar, run: Run, job: Job, step: int, parts: dict, rate: float, engine) -> None:
+    norm = engine.get_global_grad_norm()
+    values = {name: value for name, value in parts.items() if not math.isnan(value)}
+    values |= {"tokens_a_second": rate, "lr": engine.optimizer.param_groups[0]["lr"]}
+    if norm is not None:
+        values["grad_norm"] = float(norm)
+    values["memory_bytes"] = peak_memory()
+    if run.world.device.type == "cuda":
+        values["cuda_bytes"] = torch.cuda.max_memory_allocated()
+    run.metric(job.stage, step, values)
+    last = max(job.held_out)
+    bar.phase(
+        f"loss {parts['loss']:.3f}  {rate:,.0f} tokens/s  held-out ppl {job.held_out[last]:.2f} "
+        f"at step {last}"
+    )
+    bar.advance()
+
+
+def _report(run: Run, job: Job, step: int, steps: int, parts: dict, rate: float) -> None:
+    text = f"{job.title}: step {step:>5}/{steps}  held-out ppl {job.held_out[step]:.3f}"
+    for name, value in parts.items():
+        if not math.isnan(value):
+            text += f"  {name} {value:.4f}"
+    if rate:
+        text += f"  {rate:,.0f} tokens/s  {size(peak_memory())}"
+    run.console.say(text)
+    run.metric(job.stage, step, {"held_out_ppl": job.held_out[step]})

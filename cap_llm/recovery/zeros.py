@@ -1,0 +1,222 @@
+"""Zeros that stay zero while a model trains, under any ZeRO stage.
+
+    masks = masks_of_zeros(model)                # before deepspeed.initialize
+    engine, *_ = deepspeed.initialize(model=model, ...)
+    keeper = keep_zeros(engine, masks)           # before the first backward
+    ...
+    keeper.check()                               # one regrown weight is an error
+
+Two hooks do it. The gradient is masked before it is reduced, so that clipping and the optimizer's
+moments never see a pruned weight. After the base optimizer's step, and before DeepSpeed copies the
+fp32 weights to 16 bits, this rank's own fragments of them are masked as well. Writing to weights
+after a step instead (`safe_set_full_fp32_param`) leaves the 16-bit copies stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cap_llm.runtime.errors import UserError
+
+# Optimizers whose update of a weight depends on that weight's own gradient and moments only (or
+# scales it by a common factor), so that a zero with zero gradients stays where it is.
+ELEMENTWISE = {
+    *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Lion"),
+    *("FusedAdam", "FusedLion", "FusedLamb", "DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad"),
+    *("DeepSpeedCPULion", "Adam8bit", "AdamW8bit"),
+}
+
+
+def masks_of_zeros(model: nn.Module, names: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """Masks of a model in memory, from its zeros: true where a weight is not zero.
+
+    Args:
+        model: with whole parameters, not ZeRO-3 shards.
+        names: of the parameters to keep; by default the matrices that hold any zero.
+    """
+    masks = {}
+    for name, p in model.named_parameters():
+        if (name in names) if names is not None else p.dim() == 2 and bool((p == 0).any()):
+            masks[name] = (p != 0).cpu()
+    return masks
+
+
+def keep_zeros(
+    model: nn.Module,
+    masks: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> ZeroKeeper:
+    """Keeps masked weights at zero from now on.
+
+    Args:
+        model: a DeepSpeed engine (ZeRO 0 to 3), or a plain module, given with its `optimizer`.
+        masks: by parameter name, boolean, in the parameter's shape; false stays zero.
+        optimizer: of a plain module.
+
+    Returns:
+        The keeper: it counts, checks, and can be removed.
+
+    Raises:
+        UserError: a mask fits no parameter, the optimizer mixes coordinates, or it has moments
+            already, which a mask that is new to them would let act on pruned weights.
+    """
+    return ZeroKeeper(model, masks, optimizer)
+
+
+class ZeroKeeper:
+    """The hooks that keep zeros, and their masks. See `keep_zeros`."""
+
+    def __init__(self, model, masks, optimizer=None):
+        self._wrapper = getattr(model, "optimizer", None) if optimizer is None else optimizer
+        if self._wrapper is None:
+            raise UserError("keep_zeros: a module that is no DeepSpeed engine needs its optimizer")
+        base = self._wrapper
+        while not isinstance(base, torch.optim.Optimizer) and hasattr(base, "optimizer"):
+            base = base.optimizer
+        if type(base).__name__ not in ELEMENTWISE:
+            raise UserError(
+                f"keep_zeros: the optimizer {type(base).__name__} is not known to treat each "
+                "weight by itself, so zeros could regrow; use AdamW"
+            )
+        if any(bool(v.any()) for state in base.state.values() for v in _moments(state)):
+            raise UserError(
+                "keep_zeros: the optimizer has moments already; masks need a fresh optimizer"
+            )
+        named = dict(getattr(model, "module", model).named_parameters())
+        for name, mask in masks.items():
+            if name not in named:
+                raise UserError(f"keep_zeros: the model has no parameter {name}")
+            shape = tuple(getattr(named[name], "ds_shape", named[name].shape))
+            if tuple(mask.shape) != shape:
+                raise UserError(
+                    f"keep_zeros: the mask of {name} is {list(mask.shape)}, the parameter "
+                    f"{list(shape)}"
+                )
+        self._kept = [_Kept(name, named[name], masks[name]) for name in masks]
+        self._bind_fragments()
+        self._handles = [k.parameter.register_hook(k.mask_gradient) for k in self._kept]
+        self._handles.append(base.register_step_post_hook(lambda *_: self.apply()))
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Sets this rank's fp32 weights that are masked to zero. No communication."""
+        for kept in self._kept:
+            for weights, mask in kept.fragments():
+                weights.mul_(mask)
+
+    @torch.no_grad()
+    def regrown(self) -> dict[str, int]:
+        """How many masked weights are not zero, by name, over all ranks; empty if none."""
+        counts = torch.zeros(len(self._kept), dtype=torch.long)
+        for i, kept in enumerate(self._kept):
+            for weights, mask in (*kept.fragments(), *kept.model_weights()):
+                counts[i] += ((weights != 0) & ~mask).sum().cpu()
+        if dist.is_initialized() and self._kept:
+            counts = counts.to(self._kept[0].parameter.device)
+            dist.all_reduce(counts)
+        pairs = zip(self._kept, counts.tolist(), strict=True)
+        return {kept.name: n for kept, n in pairs if n}
+
+    def check(self) -> None:
+        """Raises:
+        UserError: a masked weight is not zero.
+        """
+        regrown = self.regrown()
+        if regrown:
+            name, n = max(regrown.items(), key=lambda item: item[1])
+            raise UserError(
+                f"{sum(regrown.values())} pruned weights have regrown, {n} of them in {name}; "
+                "something writes to weights after the optimizer's step"
+            )
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _bind_fragments(self) -> None:
+        """Where the fp32 weights that the base optimizer steps are, by the wrapper's kind."""
+        masters: dict[int, torch.Tensor] = {}
+        if hasattr(self._wrapper, "fp32_groups"):  # stage 0 with 16-bit weights, unfused
+            groups = zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True)
+            masters = {id(lp): hp for g in groups for lp, hp in zip(*g, strict=True)}
+        for kept in self._kept:
+            kept.bind(masters.get(id(kept.parameter)))
+
+
+class _Kept:
+    """One parameter, its mask, and the fp32 fragments of it that this rank's optimizer steps.
+
+    The whole mask is kept as packed bits, an eighth of a byte a weight: under ZeRO-3 the gradient
+    is whole for a moment on every rank, though nothing else is.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, mask: torch.Tensor):
+        self.name, self.parameter = name, parameter
+        device = parameter.device
+        self._shape = mask.shape
+        flat = mask.flatten().to(torch.uint8)
+        flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
+        self._bits = torch.arange(8, dtype=torch.uint8, device=device)
+        self._packed = (flat.to(device).view(-1, 8) << self._bits).sum(1, dtype=torch.uint8)
+        self._master: torch.Tensor | None = None
+        self._pieces: list[torch.Tensor] = []
+
+    def mask(self) -> torch.Tensor:
+        """The mask, boolean, in the parameter's shape."""
+        flat = ((self._packed[:, None] >> self._bits) & 1).view(-1)
+        return flat[: self._shape.numel()].view(self._shape).bool()
+
+    def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        # a product, not a fill: NaN stays visible to whoever looks for it
+        return gradient * self.mask().to(gradient.device)
+
+    def bind(self, master: torch.Tensor | None) -> None:
+        """Cuts the mask to the fragment of this rank, once."""
+        p, mask = self.parameter, self.mask()
+        self._master = master
+        if hasattr(p, "ds_tensor"):  # ZeRO-3: a flat shard, padded so that all are equally long
+            self._local = _slice(mask, p.ds_tensor.numel() * dist.get_rank(), p.ds_tensor.numel())
+        elif getattr(p, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: a piece of a flat buffer
+            address = p._hp_mapping.lp_fragment_address
+            self._local = _slice(mask, address.start, address.numel)
+        else:
+            self._local = mask
+
+    def fragments(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The fp32 weights [n] that this rank's optimizer steps, with their mask [n]."""
+        p = self.parameter
+        if hasattr(p, "ds_tensor"):
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            yield safe_get_local_fp32_param(p).view(-1), self._local
+        elif hasattr(p, "_hp_mapping"):
+            if p._hp_mapping is not None:  # another rank's otherwise
+                yield p._hp_mapping.get_hp_fragment().view(-1), self._local
+        elif self._master is not None:
+            yield self._master.data, self._local.view_as(self._master)
+        else:
+            yield p.data, self._local.view_as(p)
+
+    def model_weights(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The weights that the model computes with, as this rank holds them, with their mask."""
+        p = self.parameter
+        if hasattr(p, "ds_tensor"):
+            yield p.ds_tensor.data.view(-1), self._local
+        else:
+            yield p.data, self.mask()
+
+
+def _slice(mask: torch.Tensor, start: int, n: int) -> torch.Tensor:
+    """`n` values of the flattened mask from `start` on; true behind its end (padding)."""
+    piece = mask.flatten()[start : start + n]
+    return nn.functional.pad(piece, (0, n - piece.numel()), value=True)
+
+
+def _moments(state: dict) -> Iterator[torch.Tensor]:
+    return (v for v in state.values() if torch.is_tensor(v) and v.dim())

@@ -1,0 +1,50 @@
+"""Signals that ask a job to stop: at once, or at the next safe point.
+
+SIGTERM and SIGINT end a run by the exception `Stopped`, which is no `Exception`, so that nothing on
+the way takes it for an error. Training, which has a safe point every few seconds, holds them back
+(`held_back`) until all ranks have written a checkpoint together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """A signal has come; `args[0]` is its number."""
+
+
+def stop_at_once() -> None:
+    """Makes the signals raise `Stopped`. SIGINT too: a shell's background job ignores it else."""
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+
+
+def _raise(number, frame) -> None:
+    raise Stopped(number)
+
+
+class Request:
+    """Whether a signal has come while they were held back."""
+
+    def __init__(self):
+        self.number = 0
+
+    def _note(self, number, frame) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[Request]:
+    """For the body of the `with`, signals are noted instead of raised."""
+    request = Request()
+    before = [signal.signal(number, request._note) for number in SIGNALS]
+    try:
+        yield request
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)

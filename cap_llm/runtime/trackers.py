@@ -1,0 +1,60 @@
+"""TensorBoard and Weights & Biases, for those who want their curves there as well."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from cap_llm.runtime.errors import UserError
+
+
+class TensorBoard:
+    """Writes events to `<run>/tensorboard`."""
+
+    def __init__(self, folder: Path):
+        require("tensorboard", "recover.tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """One point of each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        """Writes what is pending."""
+        self._writer.close()
+
+
+class Wandb:
+    """Logs to a project of Weights & Biases; `WANDB_MODE=offline` keeps it on this machine."""
+
+    def __init__(self, folder: Path, project: str, title: str, settings: dict):
+        require("wandb", "recover.wandb")
+        import wandb
+
+        self._run = wandb.init(
+            project=project,
+            name=title,
+            dir=str(folder),
+            config=settings,
+            resume="allow",
+            id=folder.name,
+        )
+
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """One point of each curve."""
+        self._run.log({f"{stage}/{k}": v for k, v in values.items()} | {f"{stage}/step": step})
+
+    def close(self) -> None:
+        """Sends what is pending."""
+        self._run.finish()
+
+
+def require(package: str, option: str) -> None:
+    """Raises:
+    UserError: the package is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{option} needs the package {package}: pip install {package}")

@@ -1,0 +1,105 @@
+"""The recovery text: documents packed into sequences, and the order in which training sees them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cap_llm.runtime.errors import UserError
+from cap_llm.text.corpora import Corpus
+
+
+@dataclass
+class PackedText:
+    """Sequences of equal length without padding, and which document each token comes from.
+
+    Attributes:
+        ids: [N, T]; a sequence's row is its id everywhere.
+        documents: [N, T], numbered in the order they are packed.
+        held_out: [n, T], of documents that `ids` holds nothing of.
+        origin: what it was read from.
+    """
+
+    ids: torch.Tensor
+    documents: torch.Tensor
+    held_out: torch.Tensor
+    origin: str
+
+    @property
+    def digest(self) -> str:
+        """A checksum of everything: text, tokenizer, packing and order."""
+        sha = hashlib.sha256()
+        for tensor in (self.ids, self.documents, self.held_out):
+            sha.update(repr(tuple(tensor.shape)).encode())
+            sha.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        return sha.hexdigest()[:16]
+
+    def most_frequent(self, n: int) -> torch.Tensor:
+        """The `n` most frequent ids of the text."""
+        return self.ids.flatten().bincount().argsort(descending=True, stable=True)[:n]
+
+    def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
+        """Ids [size] of the sequences of a step (from 0), whatever the number of ranks.
+
+        An epoch is a seeded permutation; the next one begins where it ends, within a batch too.
+        """
+        at = np.arange(step * size, (step + 1) * size)
+        n = len(self.ids)
+        orders = {e: np.random.default_rng([seed, e]).permutation(n) for e in set(at // n)}
+        return torch.tensor([orders[i // n][i % n] for i in at])
+
+
+def pack(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    n: int,
+    n_held_out: int,
+    length: int,
+    seed: int,
+) -> PackedText:
+    """Packs documents, in a seeded order, into at most `n` sequences after `n_held_out` others.
+
+    Documents follow each other, each begun as the tokenizer begins one or, where it adds nothing,
+    ended with its end-of-text token. No document lies in both parts. A corpus of one document is
+    cut into sequences that count as documents each; its end is held out.
+
+    Raises:
+        UserError: the corpus is too short for the held-out part and one sequence.
+    """
+    if len(corpus.documents) == 1:
+        ids = torch.tensor(tokenizer(corpus.documents[0]).input_ids)
+        ids = ids[: len(ids) // length * length].view(-1, length)
+        n = min(n, len(ids) - n_held_out)
+        documents = torch.arange(max(0, n))[:, None].expand(-1, length)
+        return _checked(ids[: max(0, n)], documents, ids[n:][-n_held_out:], n_held_out, corpus)
+    order = np.random.default_rng(seed).permutation(len(corpus.documents))
+    begins = len(tokenizer("").input_ids) > 0 or tokenizer.eos_token_id is None
+    tail = [] if begins else [tokenizer.eos_token_id]
+    parts, document = [], 0
+    for wanted in (n_held_out, n):
+        ids: list[int] = []
+        numbers: list[int] = []
+        while len(ids) < wanted * length and document < len(order):
+            tokens = tokenizer(corpus.documents[order[document]]).input_ids + tail
+            ids += tokens
+            numbers += [document] * len(tokens)
+            document += 1
+        whole = min(wanted, len(ids) // length)
+        cut = [torch.tensor(x[: whole * length]).view(whole, length) for x in (ids, numbers)]
+        parts.append(cut)
+    (held_out, _), (train, documents) = parts
+    return _checked(train, documents, held_out, n_held_out, corpus)
+
+
+def _checked(train, documents, held_out, n_held_out: int, corpus: Corpus) -> PackedText:
+    if len(held_out) < n_held_out or not len(train):
+        raise UserError(
+            f"{corpus.origin} fills {len(held_out) + len(train)} sequences, too few for "
+            f"{n_held_out} held-out ones and one to train on; lower --recover.held_out or "
+            "--recover.length, or give more text"
+        )
+    return PackedText(train.long(), documents.int(), held_out.long(), corpus.origin)
