@@ -254,8 +254,9 @@ class RecoverConfig:
     micro_batch: int = 1
     """Sequences a rank passes at once. Contrasts find their candidates in one micro-batch of all
     ranks, so ranks x micro_batch is part of what a run is where a contrast is on."""
-    ladder: list[str] = field(default_factory=list)
-    """Rungs to prune to before each training: [0.3, 0.4, 0.5] or [2:4]. Empty: train as it is."""
+    ladder: str = ""
+    """Rungs to prune to before each training: "0.3, 0.4, 0.5" or "3:4, 2:4". Empty: train the model
+    as it is."""
     gate: float | None = None
     """The ladder ends with an error at a rung whose held-out perplexity, after training, is more
     than this many times the dense model's."""
@@ -323,19 +324,33 @@ class RecoverConfig:
             )
         if self.gate is not None and self.gate <= 1:
             raise UserError(f"recover.gate is {self.gate:g}; it must be above 1")
-        rungs = [Rung.parse(text) for text in self.ladder]
-        for before, rung in zip(rungs, rungs[1:], strict=False):
+        for before, rung in zip(self.rungs, self.rungs[1:], strict=False):
             if rung.sparsity <= before.sparsity:
                 raise UserError(
                     f"recover.ladder goes from {before} to {rung}; masks only grow: each rung must "
                     "be sparser than the one before"
                 )
+        _at_least("recover.seed", self.seed, 0)
+        if self.contrasts and self.contrast.segments * (self.SKIP + 1) > self.length:
+            raise UserError(
+                f"recover.contrast.segments is {self.contrast.segments}, too many for sequences of "
+                f"{self.length} tokens, whose first {self.SKIP} are left out; lower it"
+            )
         most = self.length - self.SKIP - 1
         if self.contrasts and self.contrast.token_positions > most:
             raise UserError(
                 f"recover.contrast.token_positions is {self.contrast.token_positions}, but a "
                 f"sequence of {self.length} tokens has {most}; lower it"
             )
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """The ladder's rungs.
+
+        Raises:
+            UserError: one is neither a share of zeros nor N:M.
+        """
+        return [Rung.parse(text.strip()) for text in self.ladder.split(",") if text.strip()]
 
     @property
     def steps(self) -> int:

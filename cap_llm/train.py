@@ -123,9 +123,7 @@ def main() -> int:
             time.sleep(2)
             with contextlib.suppress(BrokenPipeError):
                 print(f"cap-llm: rank {rank}: {error}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            os._exit(2)  # to take leave of ranks that wait in a collective would wait for them
-        return 2
+        return leave(2)
     except Stopped as error:
         number = error.args[0]
         if rank == 0:
@@ -134,8 +132,21 @@ def main() -> int:
                 file=sys.stderr,
                 flush=True,
             )
-        return 128 + number
-    return 0
+        return leave(128 + number)
+    return leave(0)
+
+
+def leave(code: int) -> int:
+    """Gives the exit code; one of several ranks ends here and now, without Python's own end.
+
+    To take leave of ranks that wait in a collective would wait for them. And after a ZeRO-3
+    training, the end of the interpreter sometimes aborts (SIGABRT) though all work is done.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def torch_out_of_memory() -> type[Exception]:

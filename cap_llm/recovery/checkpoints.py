@@ -59,7 +59,7 @@ def find(
     if world.first and config.resume is False:
         shutil.rmtree(folder, ignore_errors=True)
     if world.first and folder.exists():
-        for path in folder.iterdir():
+        for path in folder.glob("*-*"):
             if not (path / COMPLETE).exists():
                 shutil.rmtree(path)  # its writer was killed
     world.barrier()

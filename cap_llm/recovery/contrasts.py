@@ -18,6 +18,8 @@ from cap_llm.runtime.world import World
 
 SAMPLE = 64  # sequences that a bank's centre and spread are measured on
 MOST_COSINE = 0.7  # above, the vectors are nearly one, and a contrast of them says nothing
+LEAST_RANK = 2  # below, they lie on a line
+LEAST_AROUND = 1e-4  # of their norm: what is left of the vectors when their mean is taken away
 
 
 @dataclass
@@ -208,16 +210,23 @@ class Contrasts:
             total = torch.cat([sample.sum(0), sample.new_tensor([len(sample)])])
             total = self.world.sum(total)
             centre = total[:-1] / total[-1]
-            vectors = torch.cat([v for v in self.world.gather(normalise(sample, centre).cpu())])
-            bank.settle(centre.cpu(), *spread(vectors))
+            everyone = torch.cat(self.world.gather(sample.cpu()))
+            around = (everyone - centre.cpu()).norm() / everyone.norm()
+            if not around > LEAST_AROUND:  # NaN too
+                raise UserError(
+                    f"the bank {bank.folder} has collapsed: the model gives one state for all text, "
+                    "or none that is finite; check the model, or set the contrast's weight to 0"
+                )
+            bank.settle(centre.cpu(), *spread(normalise(everyone, centre.cpu())))
             console.say(
                 f"bank {bank.folder.name}: mean cosine {bank.mean_cosine:.3f}, effective rank "
                 f"{bank.effective_rank:.0f} of {encoder.dim}"
             )
-        if bank.mean_cosine > MOST_COSINE:
+        if bank.mean_cosine > MOST_COSINE or bank.effective_rank < LEAST_RANK:
             raise UserError(
                 f"the bank {bank.folder} has collapsed: the mean cosine of its vectors is "
-                f"{bank.mean_cosine:.2f}, more than {MOST_COSINE}; a contrast with them says "
+                f"{bank.mean_cosine:.2f} (at most {MOST_COSINE}), their effective rank "
+                f"{bank.effective_rank:.1f} (at least {LEAST_RANK}); a contrast with them says "
                 "nothing: check the model, or set its weight to 0"
             )
         missing = ids[~bank.has(ids)]

@@ -39,6 +39,9 @@ def head_loss(
         total, which carries the gradient, CE, and temperature^2 * KL (NaN without a teacher).
     """
     teacher_states, teacher_weight, teacher_bias = teacher or (None, None, None)
+    learns = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (states, weight, bias)
+    )
     return _HeadLoss.apply(
         states,
         weight,
@@ -48,16 +51,16 @@ def head_loss(
         teacher_weight,
         teacher_bias,
         (ce_weight, kl_weight, temperature),
+        learns,
     )
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, bias, targets, t_states, t_weight, t_bias, factors):
+    def forward(ctx, states, weight, bias, targets, t_states, t_weight, t_bias, factors, needs):
         ce_weight, kl_weight, temperature = factors
         n, vocabulary = states.shape[0], weight.shape[0]
         chunk = max(16, CHUNK_BYTES // (4 * vocabulary))
-        needs = states.requires_grad or weight.requires_grad
         # Sums of many chunks are kept in fp32; without the 1/N, so that fp16 does not underflow.
         d_states = torch.empty_like(states, dtype=torch.float32) if needs else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs else None
@@ -109,7 +112,7 @@ class _HeadLoss(torch.autograd.Function):
             (d * (gradient / ctx.n)).to(dtype)
             for d, dtype in zip(ctx.saved_tensors, (*ctx.dtypes, ctx.dtypes[1]), strict=False)
         )
-        return (d_states, d_weight, *(d_bias or [None]), None, None, None, None, None)
+        return (d_states, d_weight, *(d_bias or [None]), *[None] * 6)
 
 
 def square_head(

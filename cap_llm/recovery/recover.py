@@ -100,7 +100,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     if settings.wandb and world.first:
         run.track_with(Wandb(run.path, settings.wandb, config.title, recipe))
     work = _Recovery(dense, texts.recovery, config, run, folder)
-    rungs = [Rung.parse(text) for text in settings.ladder]
+    rungs = settings.rungs
     _refuse_shrinking(student, rungs)
     for n, rung in enumerate(rungs or [None], 1):
         last = n == max(1, len(rungs))
@@ -345,7 +345,7 @@ class _Recovery:
         only_ce = dataclasses.replace(
             settings,
             objective=ObjectiveConfig(ce=1.0, kl=0, feature=0, prc=0, snc=0, fic=0),
-            ladder=[],
+            ladder="",
             resume="auto" if settings.resume is not False else False,
         )
         job = Job(

@@ -37,8 +37,14 @@ def masks_of_zeros(model: nn.Module, names: list[str] | None = None) -> dict[str
     Args:
         model: with whole parameters, not ZeRO-3 shards.
         names: of the parameters to keep; by default the matrices that hold any zero.
+
+    Raises:
+        UserError: a name is no parameter's.
     """
     masks = {}
+    unknown = set(names or ()) - {name for name, _ in model.named_parameters()}
+    if unknown:
+        raise UserError(f"masks_of_zeros: the model has no parameter {sorted(unknown)[0]}")
     for name, p in model.named_parameters():
         if (name in names) if names is not None else p.dim() == 2 and bool((p == 0).any()):
             masks[name] = (p != 0).cpu()
@@ -82,7 +88,7 @@ class ZeroKeeper:
                 f"keep_zeros: the optimizer {type(base).__name__} is not known to treat each "
                 "weight by itself, so zeros could regrow; use AdamW"
             )
-        if any(bool(v.any()) for state in base.state.values() for v in _moments(state)):
+        if any(bool(m.any()) for state in base.state.values() for m in _momenta(state)):
             raise UserError(
                 "keep_zeros: the optimizer has moments already; masks need a fresh optimizer"
             )
@@ -111,15 +117,20 @@ class ZeroKeeper:
 
     @torch.no_grad()
     def regrown(self) -> dict[str, int]:
-        """How many masked weights are not zero, by name, over all ranks; empty if none."""
-        counts = torch.zeros(len(self._kept), dtype=torch.long)
+        """How many masked weights are not zero, by name, over all ranks; empty if none.
+
+        Both the fp32 weights and the ones that the model computes with are looked at.
+        """
+        counts = torch.zeros(2, len(self._kept), dtype=torch.long)
+        first = not dist.is_initialized() or dist.get_rank() == 0
         for i, kept in enumerate(self._kept):
-            for weights, mask in (*kept.fragments(), *kept.model_weights()):
-                counts[i] += ((weights != 0) & ~mask).sum().cpu()
+            for k, pieces in enumerate((kept.fragments(), kept.model_weights())):
+                if first or kept.sharded(k):  # what all ranks hold alike counts once
+                    counts[k, i] = sum(int(((w != 0) & ~mask).sum()) for w, mask in pieces)
         if dist.is_initialized() and self._kept:
             counts = counts.to(self._kept[0].parameter.device)
             dist.all_reduce(counts)
-        pairs = zip(self._kept, counts.tolist(), strict=True)
+        pairs = zip(self._kept, counts.amax(0).tolist(), strict=True)
         return {kept.name: n for kept, n in pairs if n}
 
     def check(self) -> None:
@@ -188,6 +199,11 @@ class _Kept:
         else:
             self._local = mask
 
+    def sharded(self, of_the_model: int) -> bool:
+        """Whether ranks hold different pieces of the fp32 weights (0) or the model's (1)."""
+        p = self.parameter
+        return hasattr(p, "ds_tensor") or (not of_the_model and hasattr(p, "_hp_mapping"))
+
     def fragments(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The fp32 weights [n] that this rank's optimizer steps, with their mask [n]."""
         p = self.parameter
@@ -218,5 +234,6 @@ def _slice(mask: torch.Tensor, start: int, n: int) -> torch.Tensor:
     return nn.functional.pad(piece, (0, n - piece.numel()), value=True)
 
 
-def _moments(state: dict) -> Iterator[torch.Tensor]:
-    return (v for v in state.values() if torch.is_tensor(v) and v.dim())
+def _momenta(state: dict) -> Iterator[torch.Tensor]:
+    """What moves a weight even where its gradient is zero."""
+    return (state[key] for key in ("exp_avg", "momentum_buffer") if state.get(key) is not None)

@@ -75,7 +75,9 @@ def pack(
         ids = ids[: len(ids) // length * length].view(-1, length)
         n = min(n, len(ids) - n_held_out)
         documents = torch.arange(max(0, n))[:, None].expand(-1, length)
-        return _checked(ids[: max(0, n)], documents, ids[n:][-n_held_out:], n_held_out, corpus)
+        return _checked(
+            ids[: max(0, n)], documents, ids[len(ids) - n_held_out :], n_held_out, corpus
+        )
     order = np.random.default_rng(seed).permutation(len(corpus.documents))
     begins = len(tokenizer("").input_ids) > 0 or tokenizer.eos_token_id is None
     tail = [] if begins else [tokenizer.eos_token_id]

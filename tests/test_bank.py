@@ -1,0 +1,349 @@
+"""Banks on disk: rows are found by their sequence, written once, and refused when they say nothing.
+
+And what contrasts take from them: the same rows on every repeat, never one that is not there yet.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cap_llm.config import ContrastConfig
+from cap_llm.recovery.bank import Bank
+from cap_llm.recovery.contrasts import Contrast, Contrasts
+from cap_llm.recovery.units import Encoder
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
+from cap_llm.text.packing import PackedText
+
+ALONE = World.alone(torch.device("cpu"))
+QUIET = Console(speaks=False)
+SHAPE = (10, 3, 4)
+FACTS = {"text": "ab12", "model": "dense", "segments": 3}
+
+
+def rows(n: int = SHAPE[0], seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, *SHAPE[1:], generator=torch.Generator().manual_seed(seed))
+
+
+def stored(values: torch.Tensor) -> torch.Tensor:
+    """What a bank gives back."""
+    return values.bfloat16().float()
+
+
+@given(order=st.permutations(range(SHAPE[0])), asked=st.lists(st.integers(0, SHAPE[0] - 1)))
+@settings(max_examples=20, deadline=None)
+def test_rows_are_found_by_id_in_whatever_order_they_were_written(tmp_path_factory, order, asked):
+    bank = Bank(tmp_path_factory.mktemp("bank"), FACTS, SHAPE, ALONE)
+    values, order = rows(), torch.tensor(order)
+    for part in order.split(3):
+        bank.write(part, values[part])
+    asked = torch.tensor(asked, dtype=torch.long)
+    assert torch.equal(bank.read(asked), stored(values)[asked])
+
+
+def test_a_bank_knows_which_rows_it_has(tmp_path):
+    bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
+    assert not bank.has(torch.arange(SHAPE[0])).any()
+    bank.write(torch.tensor([7, 2]), rows(2))
+    bank.write(torch.tensor([4]), torch.zeros(1, *SHAPE[1:]))  # a row of zeros is a row
+    assert bank.has(torch.tensor([2, 3, 4, 7])).tolist() == [True, False, True, True]
+
+
+def test_rows_are_rounded_to_bfloat16_and_read_as_fp32(tmp_path):
+    bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
+    values = rows(1)
+    bank.write(torch.tensor([0]), values)
+    got = bank.read(torch.tensor([0]))
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, values)
+    assert ((got - values).abs() <= 2**-8 * values.abs()).all()
+
+
+def test_what_was_read_is_not_the_bank_itself(tmp_path):
+    bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
+    bank.write(torch.tensor([0]), rows(1))
+    bank.read(torch.tensor([0])).zero_()
+    assert torch.equal(bank.read(torch.tensor([0])), stored(rows(1)))
+
+
+def test_everything_survives_reopening(tmp_path):
+    bank = Bank(tmp_path / "runs" / "prc", FACTS, SHAPE, ALONE)
+    assert bank.centre is None
+    bank.write(torch.tensor([5, 1]), rows(2))
+    bank.settle(torch.arange(4.0), 0.25, 3.5)
+    bank.flush()
+    again = Bank(tmp_path / "runs" / "prc", FACTS, SHAPE, ALONE)
+    assert torch.equal(again.read(torch.tensor([1, 5])), stored(rows(2)).flip(0))
+    assert again.has(torch.arange(10)).nonzero().flatten().tolist() == [1, 5]
+    assert torch.equal(again.centre, torch.arange(4.0))
+    assert (again.mean_cosine, again.effective_rank) == (0.25, 3.5)
+
+
+@pytest.mark.parametrize(
+    "name,value", [("text", "cd34"), ("model", "other"), ("segments", 8), ("shape", None)]
+)
+def test_a_bank_of_other_facts_is_refused_by_their_name_and_left_as_it_is(tmp_path, name, value):
+    bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
+    bank.write(torch.tensor([3]), rows(1))
+    facts = FACTS if name == "shape" else FACTS | {name: value}
+    shape = (11, *SHAPE[1:]) if name == "shape" else SHAPE
+    with pytest.raises(UserError) as refused:
+        Bank(tmp_path, facts, shape, ALONE)
+    was, now = (SHAPE[0], 11) if name == "shape" else (FACTS[name], value)
+    for part in (str(tmp_path), f"its {name} ", str(was), str(now)):
+        assert part in str(refused.value)
+    again = Bank(tmp_path, FACTS, SHAPE, ALONE)
+    assert torch.equal(again.read(torch.tensor([3])), stored(rows(1)))
+
+
+# Contrasts on banks.
+
+N, T, WIDTH, BATCH = 24, 20, 16, 4
+
+
+class WatchedBank(Bank):
+    """A bank that remembers which sequences were written and read."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.written: list[int] = []
+        self.asked: list[list[int]] = []
+
+    def write(self, ids, rows):
+        self.written += ids.tolist()
+        super().write(ids, rows)
+
+    def read(self, ids):
+        self.asked.append(ids.tolist())
+        return super().read(ids)
+
+
+class Model:
+    """Final states that depend on the token and its place; remembers what it has seen."""
+
+    def __init__(self, seed: int = 0):
+        g = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randn(50, WIDTH, generator=g)
+        self.places = torch.randn(T, WIDTH, generator=g)
+        self.seen: list[list[int]] = []
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        self.seen += ids.tolist()
+        return self.tokens[ids] + self.places
+
+
+def text() -> PackedText:
+    """Sequences, each of a document of its own, no two alike."""
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50, (N, T)))
+    return PackedText(ids, torch.arange(N)[:, None].expand(N, T).int(), ids[:0], "a test")
+
+
+def contrasts(**sizes) -> Contrasts:
+    sizes = {"segments": 2, "token_positions": 5, "dim": 8, "extra_sequences": 6} | sizes
+    sizes = ContrastConfig(**({"frequent_ids": 5} | sizes))
+    return Contrasts(Encoder(text(), sizes, WIDTH, 4, 0, ALONE.device), sizes, BATCH, ALONE)
+
+
+def bank_of(c: Contrasts, folder, model=None, ids=None) -> WatchedBank:
+    """A bank in `folder`, filled by `model` if there is one."""
+    e = c.encoder
+    bank = WatchedBank(folder, {}, (len(e.text.ids), e.n_units, e.dim), ALONE)
+    if model is not None:
+        c.fill(bank, model, torch.arange(N) if ids is None else ids, 3, "a bank", QUIET)
+    return bank
+
+
+def test_fill_writes_each_row_once_and_later_only_the_missing_ones(tmp_path):
+    c, model = contrasts(), Model()
+    some = torch.tensor([9, 2, 17, 4])
+    bank = bank_of(c, tmp_path, model, some)
+    assert sorted(bank.written) == sorted(some.tolist())
+    centre = bank.centre
+    bank.written, model.seen = [], []
+    c.fill(bank, model, torch.arange(N), 3, "a bank", QUIET)
+    missing = [i for i in range(N) if i not in some.tolist()]
+    assert sorted(bank.written) == missing
+    assert model.seen == [c.encoder.text.ids[i].tolist() for i in bank.written]
+    assert torch.equal(bank.centre, centre)
+    bank.written, model.seen = [], []
+    c.fill(bank, model, torch.arange(N), 3, "a bank", QUIET)
+    again = bank_of(c, tmp_path, model)
+    assert bank.written == again.written == model.seen == []
+
+
+def test_filled_rows_are_centred_projected_vectors_of_length_one(tmp_path):
+    c, model = contrasts(), Model()
+    bank, e = bank_of(c, tmp_path, model), c.encoder
+    raw = [e.raw(model(e.text.ids[i : i + 1]), torch.tensor([i]))[0] for i in range(N)]
+    centre = sum(sum(r) for r in raw) / (N * e.n_units)
+    torch.testing.assert_close(bank.centre, centre, rtol=1e-4, atol=1e-5)
+    for i in (0, 11, N - 1):
+        moved = raw[i] - centre
+        expected = moved / moved.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(bank.read(torch.tensor([i]))[0], expected, rtol=2**-7, atol=1e-4)
+
+
+def test_the_micro_batch_does_not_change_a_bank(tmp_path):
+    c = contrasts()
+    one = bank_of(c, tmp_path / "a", Model())
+    other = WatchedBank(tmp_path / "b", {}, one.shape, ALONE)
+    c.fill(other, Model(), torch.arange(N).flip(0), 7, "a bank", QUIET)
+    every = torch.arange(N)
+    torch.testing.assert_close(one.read(every), other.read(every), rtol=2**-7, atol=1e-4)
+
+
+CONSTANTS = {
+    "zeros": torch.zeros(WIDTH),
+    "ones": torch.ones(WIDTH),
+    "any": torch.randn(WIDTH, generator=torch.Generator().manual_seed(5)),
+}
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_a_model_that_gives_one_state_for_everything_is_refused(tmp_path, constant):
+    c = contrasts()
+    with pytest.raises(UserError, match="prc.* has collapsed"):
+        bank_of(c, tmp_path / "prc", lambda ids: CONSTANTS[constant].expand(*ids.shape, WIDTH))
+
+
+def test_a_model_whose_states_are_one_but_for_a_few_is_refused_and_stays_refused(tmp_path):
+    def model(ids):
+        states = CONSTANTS["any"].expand(*ids.shape, WIDTH).clone()
+        states[(ids == c.encoder.text.ids[0]).all(1)] = 100 * torch.arange(1.0, WIDTH + 1)
+        return states
+
+    c = contrasts()
+    for _ in range(2):
+        with pytest.raises(UserError, match="prc.* has collapsed"):
+            bank_of(c, tmp_path / "prc", model)
+
+
+def test_a_model_that_gives_no_numbers_is_refused(tmp_path):
+    c = contrasts()
+    with pytest.raises(UserError, match="prc"):
+        bank_of(c, tmp_path / "prc", lambda ids: Model()(ids) * torch.nan)
+
+
+def step_losses(c: Contrasts, student: Model, teacher: Model | None, step: int) -> dict:
+    ids = c.encoder.text.batch(step, BATCH, c.encoder.seed)
+    tokens = c.encoder.text.ids[ids]
+    seen = teacher(tokens) if teacher else None
+    return c.losses(student(tokens), seen, ids, ids, step, 0)
+
+
+def test_the_further_rows_of_a_step_are_the_same_on_every_repeat(tmp_path):
+    drawn = []
+    for _ in range(2):
+        c = contrasts()
+        bank = bank_of(c, tmp_path, Model())
+        c.terms = [Contrast("fic", 0.1, [bank])]
+        for step in range(4):
+            step_losses(c, Model(1), None, step)
+        drawn.append(bank.asked)
+    assert drawn[0] == drawn[1]
+    own = [c.encoder.text.batch(step, BATCH, 0).tolist() for step in range(4)]
+    further = [ids for ids in drawn[0] if ids not in own]
+    assert len(further) == 4 and len(set(map(tuple, further))) == 4  # anew for each step
+    assert all(len(set(ids)) == 6 for ids in further)
+
+
+def test_every_contrast_of_a_step_has_the_same_further_sequences(tmp_path):
+    c = contrasts()
+    first, second = (bank_of(c, tmp_path / n, Model(i)) for i, n in enumerate("ab"))
+    c.terms = [Contrast("snc", 0.1, [first, second]), Contrast("fic", 0.1, [first])]
+    step_losses(c, Model(2), None, 1)
+    assert second.asked == first.asked[:2] == first.asked[2:]
+
+
+def test_rows_of_an_online_contrast_are_only_of_steps_before(tmp_path):
+    c, teacher = contrasts(extra_sequences=N), Model()
+    bank = bank_of(c, tmp_path, teacher, torch.arange(0))
+    c.terms = [Contrast("prc", 0.1, [bank], online=True)]
+    assert bank.centre is not None and not bank.has(torch.arange(N)).any()
+    before: set[int] = set()
+    for step in range(9):  # an epoch and a half
+        bank.asked = []
+        step_losses(c, Model(1), teacher, step)
+        assert [set(ids) for ids in bank.asked] == [before]  # all of them, as N are asked for
+        before |= set(c.encoder.text.batch(step, BATCH, 0).tolist())
+    assert before == set(range(N))
+
+
+def test_an_online_contrast_ends_up_as_one_from_a_bank_that_was_filled_before(tmp_path):
+    teacher, student = Model(), Model(1)
+    c, d = contrasts(), contrasts()
+    c.terms = [Contrast("prc", 0.1, [bank_of(c, tmp_path / "filled", teacher)])]
+    online = bank_of(d, tmp_path / "online", teacher, torch.arange(0))
+    d.terms = [Contrast("prc", 0.1, [online], online=True)]
+    for step in range(8):
+        expected = step_losses(c, student, None, step)["prc"].item()
+        got = step_losses(d, student, teacher, step)["prc"].item()
+        if step * BATCH >= N:  # before, candidates are missing
+            assert got == pytest.approx(expected, rel=1e-3)
+            d.terms[0].online = False  # a row is the same whenever it is read
+            assert step_losses(d, student, None, step)["prc"].item() == got
+            d.terms[0].online = True
+    every = torch.arange(N)
+    torch.testing.assert_close(
+        online.read(every), c.terms[0].banks[0].read(every), rtol=2**-7, atol=1e-4
+    )
+
+
+def test_a_resumed_online_contrast_does_as_one_that_was_never_interrupted(tmp_path):
+    teacher, student = Model(), Model(1)
+    expected, got = [], []
+    for folder, losses, stop in (("a", expected, None), ("b", got, 3)):
+        c = contrasts()
+        bank = bank_of(c, tmp_path / folder, teacher, torch.arange(0))
+        c.terms = [Contrast("prc", 0.1, [bank], online=True)]
+        for step in range(6):
+            if step == stop:  # two steps are done again, from the folder alone
+                c = contrasts()
+                bank = bank_of(c, tmp_path / folder, teacher, torch.arange(0))
+                c.terms = [Contrast("prc", 0.1, [bank], online=True)]
+                for again in (1, 2):
+                    assert step_losses(c, student, teacher, again)["prc"].item() == losses[again]
+            losses.append(step_losses(c, student, teacher, step)["prc"].item())
+    assert expected == got
+
+
+def test_a_contrast_changes_only_its_own_term(tmp_path):
+    c = contrasts()
+    terms = [
+        Contrast(name, 0.1, [bank_of(c, tmp_path / name, Model(seed))])
+        for seed, name in enumerate(("prc", "fic", "snc"))
+    ]
+    c.terms = terms
+    together = step_losses(c, Model(5), None, 0)
+    assert set(together) == {"prc", "fic", "snc"}
+    for term in terms:
+        c.terms = [term]
+        assert step_losses(c, Model(5), None, 0) == {term.name: together[term.name]}
+    c.terms = []
+    assert step_losses(c, Model(5), None, 0) == {}
+
+
+def test_segments_and_tokens_add_up_by_their_weights(tmp_path):
+    losses = []
+    for segments, tokens in ((1, 0), (0, 1), (2, 3)):
+        c = contrasts(segment_weight=segments, token_weight=tokens)
+        c.terms = [Contrast("fic", 0.1, [bank_of(c, tmp_path, Model())])]
+        losses.append(step_losses(c, Model(1), None, 0)["fic"].item())
+    assert losses[2] == pytest.approx(2 * losses[0] + 3 * losses[1])
+
+
+def test_a_student_that_is_the_banks_model_has_the_lowest_loss_and_others_a_gradient(tmp_path):
+    c = contrasts()
+    c.terms = [Contrast("fic", 0.1, [bank_of(c, tmp_path, Model())])]
+    least = step_losses(c, Model(), None, 0)["fic"]
+    student = Model(1)
+    student.tokens.requires_grad_()
+    loss = step_losses(c, student, None, 0)["fic"]
+    loss.backward()
+    assert least < 0.5 * loss.detach()
+    assert student.tokens.grad.isfinite().all() and student.tokens.grad.any()

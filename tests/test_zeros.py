@@ -1,0 +1,261 @@
+"""Zeros stay exactly zero while a plain module trains, and nothing else is held back."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cap_llm.recovery.zeros import keep_zeros, masks_of_zeros
+from cap_llm.runtime.errors import UserError
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "Adam, amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+}
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """Two matrices of odd shapes, half of their weights pruned, with a dense one between them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)
+        )
+        with torch.no_grad():
+            for i in (0, 4):
+                model[i].weight.view(-1)[::2] = 0
+    return model
+
+
+def backward(model, step: int) -> None:
+    g = torch.Generator().manual_seed(step)
+    x, y = torch.randn(16, 7, generator=g), torch.randn(16, 3, generator=g)
+    (model(x) - y).square().mean().backward()
+
+
+def train(model, optimizer, steps: int = 6, clip: float = 0.0) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        for part in range(2):  # gradients are accumulated
+            backward(model, 2 * step + part)
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+
+def masked(model, masks) -> list[torch.Tensor]:
+    """The weights that should be zero."""
+    return [model.get_parameter(name)[~mask] for name, mask in masks.items()]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_zeros_stay_exact_and_would_regrow_without_the_keeper(kind):
+    for kept in (True, False):
+        model = network()
+        before = copy.deepcopy(model.state_dict())
+        masks = masks_of_zeros(model)
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        if kept:
+            keeper = keep_zeros(model, masks, optimizer)
+        train(model, optimizer)
+        for name, p in model.named_parameters():
+            mask = masks.get(name, torch.ones_like(p, dtype=torch.bool))
+            assert (p != before[name])[mask].all()  # all others have moved
+        if kept:
+            assert not any(w.any() for w in masked(model, masks))
+            assert keeper.regrown() == {}
+            keeper.check()
+        else:
+            assert all((w != 0).all() for w in masked(model, masks))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_optimizers_moments_never_see_a_pruned_weight(kind):
+    model = network()
+    masks = masks_of_zeros(model)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    keep_zeros(model, masks, optimizer)
+    train(model, optimizer)
+    for name, mask in masks.items():
+        moments = [v for v in optimizer.state[model.get_parameter(name)].values() if v.dim()]
+        assert moments
+        assert all(not v[~mask].any() and v[mask].all() for v in moments)
+
+
+def test_the_others_train_as_in_a_layer_that_masks_its_own_weight():
+    """The slow way: the mask is a factor of the forward pass."""
+
+    class Masked(nn.Linear):
+        def forward(self, x):
+            mask = masks.get(f"{self.place}.weight", torch.tensor(1.0))
+            return nn.functional.linear(x, self.weight * mask, self.bias)
+
+    model, slow = network(), network()
+    masks = masks_of_zeros(model)
+    for i in (0, 2, 4):
+        slow[i].__class__, slow[i].place = Masked, i
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    keep_zeros(model, masks, optimizer)
+    train(model, optimizer, clip=0.05)
+    train(slow, OPTIMIZERS["AdamW"](slow.parameters()), clip=0.05)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, slow.get_parameter(name))
+
+
+def test_a_zero_inside_the_mask_may_train():
+    model = network()
+    masks = masks_of_zeros(model)
+    r, c = masks["0.weight"].nonzero()[0]
+    with torch.no_grad():
+        model[0].weight[r, c] = 0
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    keep_zeros(model, masks, optimizer).check()
+    train(model, optimizer)
+    assert model[0].weight[r, c] != 0
+
+
+def test_weights_that_the_mask_drops_are_zero_from_the_start():
+    model = network()
+    mask = torch.rand(5, 9) < 0.5
+    keep_zeros(model, {"2.weight": mask}, OPTIMIZERS["SGD"](model.parameters()))
+    assert torch.equal(model[2].weight != 0, mask)
+
+
+def test_gradients_are_masked_before_they_are_clipped():
+    model, plain = network(), network()
+    masks = masks_of_zeros(model)
+    keep_zeros(model, masks, OPTIMIZERS["SGD"](model.parameters()))
+    for m in (model, plain):
+        backward(m, 0)
+    total = 0.0
+    for name, p in plain.named_parameters():
+        gradient = p.grad * masks.get(name, 1)
+        total += gradient.double().square().sum().item()
+        assert torch.equal(model.get_parameter(name).grad, gradient)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+    assert norm == pytest.approx(total**0.5, rel=1e-5)
+    assert norm < nn.utils.clip_grad_norm_(plain.parameters(), 1e9).item()
+
+
+def test_a_gradient_that_is_no_number_is_not_hidden():
+    model = network()
+    keep_zeros(model, masks_of_zeros(model), OPTIMIZERS["SGD"](model.parameters()))
+    (model(torch.full((2, 7), torch.nan)).sum()).backward()
+    assert model[0].weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("value", [1.0, -1e-30, torch.nan])
+def test_a_weight_written_by_hand_is_found_and_named(value):
+    model = network()
+    masks = masks_of_zeros(model)
+    keeper = keep_zeros(model, masks, OPTIMIZERS["AdamW"](model.parameters()))
+    keeper.check()
+    r, c = (~masks["4.weight"]).nonzero()[1]
+    with torch.no_grad():
+        model[4].weight[r, c] = value
+    with pytest.raises(UserError, match="pruned weights have regrown.*4.weight"):
+        keeper.check()
+    with torch.no_grad():
+        model[4].weight[r, c] = 1
+    keeper.apply()
+    keeper.check()
+
+
+def test_the_weights_themselves_are_masked_after_every_step():
+    model = network()
+    masks = masks_of_zeros(model)
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    keeper = keep_zeros(model, masks, optimizer)
+    with torch.no_grad():
+        model[0].weight += 1
+    train(model, optimizer, 1)
+    keeper.check()
+
+
+def test_regrown_weights_are_counted():
+    model = network()
+    masks = masks_of_zeros(model)
+    keeper = keep_zeros(model, masks, OPTIMIZERS["AdamW"](model.parameters()))
+    with torch.no_grad():
+        for name, n in (("0.weight", 1), ("4.weight", 3)):
+            for r, c in (~masks[name]).nonzero()[:n]:
+                model.get_parameter(name)[r, c] = 1
+    assert keeper.regrown() == {"0.weight": 1, "4.weight": 3}
+
+
+def test_a_keeper_that_was_removed_keeps_nothing():
+    model = network()
+    masks = masks_of_zeros(model)
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    keep_zeros(model, masks, optimizer).remove()
+    train(model, optimizer)
+    assert all((w != 0).all() for w in masked(model, masks))
+
+
+@given(rows=st.integers(1, 7), columns=st.integers(1, 7), seed=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_a_mask_of_any_shape_is_kept_bit_by_bit(rows, columns, seed):
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    model = nn.Linear(columns, rows, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    keep_zeros(model, {"weight": mask}, optimizer)
+    model(torch.ones(1, columns)).sum().backward()
+    assert torch.equal(model.weight.grad, mask.float())
+    optimizer.step()
+    optimizer.step()
+    assert torch.equal(model.weight.detach(), -1.0 * mask)
+
+
+class Muon(torch.optim.SGD):
+    """Stands for an optimizer whose update of a weight depends on the whole matrix."""
+
+
+REFUSED = {
+    "an unknown name": ({"0.weights": torch.ones(9, 7)}, torch.optim.SGD, "no parameter 0.weights"),
+    "a wrong shape": ({"0.weight": torch.ones(7, 9)}, torch.optim.SGD, r"0.weight is \[7, 9\]"),
+    "a mixing optimizer": ({"0.weight": torch.ones(9, 7)}, Muon, "Muon"),
+    "no optimizer": ({"0.weight": torch.ones(9, 7)}, None, "optimizer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_kept_is_refused_and_leaves_the_model_alone(case):
+    masks, optimizer, message = REFUSED[case]
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = optimizer and optimizer(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=message):
+        keep_zeros(model, {n: m.bool() for n, m in masks.items()}, optimizer)
+    backward(model, 0)
+    assert model[0].weight.grad.all()  # no hook was left behind
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_that_has_stepped_before_is_refused(kind):
+    model = network()
+    masks = masks_of_zeros(model)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    train(model, optimizer, 1)
+    with pytest.raises(UserError, match="moments"):
+        keep_zeros(model, masks, optimizer)
+
+
+def test_masks_of_zeros_are_the_matrices_with_a_zero_or_the_named_ones():
+    model = network()
+    with torch.no_grad():
+        model[4].bias.zero_()
+    masks = masks_of_zeros(model)
+    assert set(masks) == {"0.weight", "4.weight"}
+    named = masks_of_zeros(model, ["2.weight", "4.bias"])
+    assert named["2.weight"].all() and not named["4.bias"].any() and len(named) == 2
+    for name, mask in (masks | named).items():
+        p = model.get_parameter(name)
+        assert mask.shape == p.shape and mask.dtype == torch.bool
+        for value, on in zip(p.flatten().tolist(), mask.flatten().tolist(), strict=True):
+            assert on == (value != 0)
