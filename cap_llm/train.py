@@ -47,6 +47,10 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     try:
         located = locate(config.model)
         check_everything(located, config, console, world)
+        if "recover" in config.stages and located.is_dir():
+            from cap_llm.recovery.check import check_recovery
+
+            check_recovery(located, config, world, console)
         texts = read_texts(config, located) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
         for stage in ("dense", *config.stages):
@@ -94,6 +98,10 @@ def dry_run(config: Config, console: Console) -> None:
     try:
         located = locate(config.model, download=False)
         check_everything(located, config, console, world, predict=True)
+        if located and located.is_dir() and "recover" in config.stages:
+            from cap_llm.recovery.check import check_recovery
+
+            check_recovery(located, config, world, console, predict=True)
         if located and located.is_dir():
             read_texts(config, located)
         console.say("dry run: nothing was written")

@@ -1,4 +1,4 @@
-"""The demo: one-shot pruning of a real pretrained model, from nothing but Python packages.
+"""The demo: one-shot pruning and recovery of a real model, from nothing but Python packages.
 
     python eval/demo.py [OUTPUT_DIR]          (`make demo` calls it)
 
@@ -33,6 +33,8 @@ METHODS = {
     "SparseGPT + refit 50 %": ["--oneshot.refit", "true"],
     "SparseGPT + refit 2:4": ["--oneshot.refit", "true", "--oneshot.pattern", "2:4"],
 }
+START = "SparseGPT 50 %"  # of the recovery, which goes on in its run directory
+RECOVERED = f"{START} + recovery"
 
 
 def main() -> int:
@@ -45,13 +47,19 @@ def main() -> int:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns at every start
+    # Two ranks where there are only cores: recovery is data-parallel. One card is enough else.
+    ranks = ["--num_gpus", "1"] if torch.cuda.is_available() else ["--num_accelerators", "2"]
     runs = {"dense": ["--stages", "[evaluate]"], **METHODS}
+    runs[RECOVERED] = ["--stages", "[recover, evaluate]", "--recover.corpus", str(calibration)]
     lines = []
     for n, (name, options) in enumerate(runs.items(), 1):
         console.say(f"\n[{n}/{len(runs)}] {name}", style="bold")
-        folder = out / name.lower().replace(" %", "").replace(" + ", "-").replace(" ", "-")
+        place = START if name == RECOVERED else name
+        folder = out / place.lower().replace(" %", "").replace(" + ", "-").replace(" ", "-")
         command = [
-            *(str(Path(sys.executable).with_name("deepspeed")), str(ROOT / "cap_llm/train.py")),
+            str(Path(sys.executable).with_name("deepspeed")),
+            *(ranks if name == RECOVERED else []),
+            str(ROOT / "cap_llm/train.py"),
             *("--config", "demo", "--output_dir", str(folder), "--name", name),
             *("--model.path", str(model), "--calibration.corpus", str(calibration)),
             *("--evaluate.corpora", f"[{held_out}]", *options),
@@ -60,7 +68,7 @@ def main() -> int:
         if code:
             console.say(f"{name} ended with exit code {code}")
             return code
-        lines += collect(folder)
+        lines.append(collect(folder)[-1])
     console.say("")
     title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"
     page = write_report(lines, out, title, console)

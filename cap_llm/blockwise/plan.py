@@ -78,7 +78,7 @@ def check_everything(
     if estimate["activations"]:
         text += f", of the memory {size(estimate['activations'])} for activations"
     if predict:
-        text += f", time {duration(estimate['flops'] / _matrix_rate(world.device) / world.size)}"
+        text += f", time {duration(estimate['flops'] / matrix_rate(world.device) / world.size)}"
     console.say(f"estimate: {text}")
 
 
@@ -161,7 +161,7 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
     return estimate
 
 
-def _matrix_rate(device: torch.device) -> float:
+def matrix_rate(device: torch.device) -> float:
     """Operations a second of a float32 matrix product on this machine."""
     a = torch.randn(1024, 1024, device=device)
     product = a @ a

@@ -214,8 +214,8 @@ class Contrasts:
             around = (everyone - centre.cpu()).norm() / everyone.norm()
             if not around > LEAST_AROUND:  # NaN too
                 raise UserError(
-                    f"the bank {bank.folder} has collapsed: the model gives one state for all text, "
-                    "or none that is finite; check the model, or set the contrast's weight to 0"
+                    f"the bank {bank.folder} has collapsed: its model gives one state for all "
+                    "text, or none that is finite; check it, or set the contrast's weight to 0"
                 )
             bank.settle(centre.cpu(), *spread(normalise(everyone, centre.cpu())))
             console.say(

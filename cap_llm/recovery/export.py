@@ -17,15 +17,10 @@ from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.world import World
 from cap_llm.sparsity import masks as mask_files
 
+BY_CHANCE = 0.01  # a quantised matrix that nobody pruned has some zeros, far fewer than this
 
-def export(
-    engine,
-    source: Path,
-    folder: Path,
-    rows: list[Row],
-    masks: dict[str, torch.Tensor],
-    world: World,
-) -> None:
+
+def export(engine, source: Path, folder: Path, pruned: bool, world: World) -> None:
     """Writes the trained model as safetensors, its masks and `sparsity.json`, and verifies them.
 
     All ranks take part; under ZeRO-3 one block is whole at a time. Weights are stored in the type
@@ -35,8 +30,7 @@ def export(
         engine: its module holds the model.
         source: directory that the model was loaded from: its configuration, tokenizer and names.
         folder: to write to.
-        rows: of `sparsity.json` of the source, whose counts of zeros are taken anew.
-        masks: [R, C] by weight name.
+        pruned: whether the source's masks hold; a fine-tuned model has none.
         world: the ranks.
 
     Raises:
@@ -53,6 +47,7 @@ def export(
     if world.first:
         folder.mkdir(parents=True, exist_ok=True)
     world.barrier()
+    masks, rows = masks_and_rows(source) if pruned and world.first else ({}, [])
     by_name = {row.name: row for row in rows}
     for block in [None, *range(len(blocks))]:
         start = inside if block is None else inside[block]
@@ -83,7 +78,8 @@ def masks_and_rows(folder: Path) -> tuple[dict[str, torch.Tensor], list[Row]]:
     """The masks [R, C] of a pruned model directory, and its rows.
 
     They come from `masks.safetensors`, or from the zeros of the matrices where there is none: a
-    matrix with no zeros, or outside the blocks, has no mask. A dense model gives none.
+    matrix outside the blocks, or with fewer zeros than chance makes, has no mask. A dense model
+    gives none.
 
     Raises:
         UserError: a masked weight is not zero.
@@ -104,7 +100,7 @@ def masks_and_rows(folder: Path) -> tuple[dict[str, torch.Tensor], list[Row]]:
         (weight,) = checkpoint.read([keys[name]]).values()
         weight = weight.T if isinstance(module, Conv1D) else weight
         mask = known.read(name) if known else weight != 0
-        if not known and bool(mask.all()):
+        if not known and (~mask).sum() < BY_CHANCE * mask.numel():
             continue
         stray = int((weight[~mask] != 0).sum())
         if stray:

@@ -93,7 +93,8 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     start = time.monotonic()
     settings, world = config.recover, run.world
     engines.start(world)
-    _refuse_what_cannot_work(student, dense, config, run)
+    o = settings.objective
+    engines.check_pair(student, dense, "recover.teacher", bool(o.feature or o.prc))
     run.bind(folder, recipe)
     if settings.tensorboard and world.first:
         run.track_with(TensorBoard(run.path))
@@ -148,7 +149,7 @@ class _Recovery:
     def encoder(self) -> Encoder:
         if self._encoder is None:
             s = self.settings
-            width = _state_width(self.dense)
+            width = state_width(self.dense)
             self._encoder = Encoder(self.text, s.contrast, width, s.SKIP, s.seed, self.world.device)
         return self._encoder
 
@@ -171,14 +172,15 @@ class _Recovery:
             place = f"{STAGE}/rungs/{n}/pruned"
             run.console.say(f"{title}: pruning", style="bold")
             pruned = oneshot(student, texts, changed, run, place)
-        masks, rows = masks_and_rows(pruned)
+        masks, _ = masks_and_rows(pruned)
         if not masks:
             run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
+        masks = in_parameter_shape(masks, pruned)
         teacher = self._open_teacher()
         contrasts = self._contrasts(teacher)
         job = Job(
             pruned,
-            in_parameter_shape(masks, pruned),
+            masks,
             teacher if self._online else None,
             contrasts,
             self.text,
@@ -193,7 +195,7 @@ class _Recovery:
             run.console.say(f"{title}: the dense model's held-out ppl is {self._dense_ppl:.3f}")
         start = time.monotonic()
         engine, summary = train(job, settings, run)
-        export(engine, pruned, target, rows, masks, self.world)
+        export(engine, pruned, target, True, self.world)
         engine.destroy()
         del engine
         gc.collect()
@@ -360,7 +362,7 @@ class _Recovery:
             f"{STAGE}/finetuned",
         )
         engine, _ = train(job, only_ce, run)
-        export(engine, self.dense, folder, [], {}, self.world)
+        export(engine, self.dense, folder, False, self.world)
         engine.destroy()
         gc.collect()
         run.finish_stage(folder, {"held_out_ppl": job.held_out[settings.steps]})
@@ -387,19 +389,6 @@ class _Recovery:
         )
 
 
-def _refuse_what_cannot_work(student: Path, dense: Path, config: Config, run: Run) -> None:
-    o = config.recover.objective
-    engines.check_pair(student, dense, "recover.teacher", bool(o.feature or o.prc))
-    config.recover.accumulation(run.world.size)
-    facts = config_dict(student)
-    most = facts.get("max_position_embeddings") or facts.get("n_positions")
-    if most and config.recover.length > most:
-        raise UserError(
-            f"recover.length is {config.recover.length}, but the model has {most} positions; "
-            f"give --recover.length {most} or less"
-        )
-
-
 def _refuse_shrinking(student: Path, rungs: list[Rung]) -> None:
     """Refuses a first rung that is no sparser than the student is already."""
     path = student / "sparsity.json"
@@ -418,7 +407,7 @@ def _refuse_shrinking(student: Path, rungs: list[Rung]) -> None:
         )
 
 
-def _state_width(folder: Path) -> int:
+def state_width(folder: Path) -> int:
     """H of the final states that the head reads."""
     facts = config_dict(folder)
     for key in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model"):

@@ -73,6 +73,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
     found = checkpoints.find(job.folder, settings, job.recipe, config, world, run.console)
     engine = engines.load_student(job.student, settings, config, world)
     keeper = keep_zeros(engine, {f"model.{name}": m for name, m in job.masks.items()})
+    job.masks.clear()  # the keeper has them, packed
     first = 0
     if found:
         checkpoints.load(engine, found)
@@ -88,7 +89,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
     with held_back() as request, run.console.bar(job.title, config.steps, "steps") as bar:
         bar.advance(first)
         for step in range(first, config.steps):
-            parts = _step(engine, job, step, config, run)
+            parts = step_once(engine, job, step, config, run)
             tokens += config.batch * config.length
             rate = tokens / (time.monotonic() - start)
             _show(bar, run, job, step + 1, parts, rate, engine)
@@ -129,7 +130,7 @@ def learning_rate(step: int, config: RecoverConfig) -> float:
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def _step(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> dict[str, float]:
+def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> dict[str, float]:
     """One optimizer step; the parts of the loss, averaged over its micro-batches and all ranks."""
     world, text = run.world, job.text
     batch = text.batch(step, config.batch, config.seed)

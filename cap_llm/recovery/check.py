@@ -1,0 +1,81 @@
+"""Before the work: refuses what a recovery cannot do, and predicts what it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cap_llm.blockwise.plan import matrix_rate
+from cap_llm.config import Config
+from cap_llm.models.blocks import skeleton
+from cap_llm.models.checkpoint import config_dict
+from cap_llm.recovery import engines
+from cap_llm.runtime.console import Console, duration, size
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.trackers import require
+from cap_llm.runtime.world import World
+
+
+def check_recovery(
+    located: Path, config: Config, world: World, console: Console, predict: bool = False
+) -> None:
+    """Refuses settings that do not fit the model, the ranks or DeepSpeed, and prints an estimate.
+
+    Args:
+        located: the model's directory.
+        config: the run's settings.
+        world: the ranks.
+        console: where the estimate goes.
+        predict: also time the machine, to predict hours.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    settings = config.recover
+    engines.start(world)
+    student = engines.student_settings(settings, world)
+    engines.teacher_settings(settings, world, student)
+    for package in ("tensorboard", "wandb"):
+        if getattr(settings, package):
+            require(package, f"recover.{package}")
+    facts = config_dict(located)
+    most = facts.get("max_position_embeddings") or facts.get("n_positions")
+    if most and settings.length > most:
+        raise UserError(
+            f"recover.length is {settings.length}, but the model has {most} positions; "
+            f"give --recover.length {most} or less"
+        )
+    o = settings.objective
+    for option, path, same_width in (
+        ("recover.teacher", settings.teacher, bool(o.feature or o.prc)),
+        ("recover.finetuned", settings.finetuned, True),
+    ):
+        if path and Path(path).is_dir():  # names of the hub are checked when they are here
+            engines.check_pair(located, Path(path), option, same_width)
+    memory, flops = _estimate(located, config, world, engines.stage_of(student))
+    text = f"about {size(memory)} a rank"
+    if predict:
+        text += f", {duration(flops / matrix_rate(world.device) / world.size)}"
+    console.say(f"estimate of recover: {text}")
+
+
+def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[float, float]:
+    """Bytes a rank and floating-point operations of all rungs, roughly."""
+    settings = config.recover
+    n = sum(p.numel() for p in skeleton(located).parameters())
+    facts = config_dict(located)
+    width = engines.compute_dtype(settings, world).itemsize
+    shard = [
+        1 / world.size if stage >= least else 1.0 for least in (1, 2, 3)
+    ]  # states, grads, weights
+    memory = n * (12 * shard[0] + width * shard[1] + width * shard[2])
+    teacher = settings.objective.kl or settings.objective.feature
+    memory += n * width * shard[2] if teacher else 0
+    tokens = settings.micro_batch * settings.length
+    hidden = facts.get("hidden_size") or facts.get("n_embd") or 0
+    layers = facts.get("num_hidden_layers") or facts.get("n_layer") or 0
+    kept = 2 if settings.gradient_checkpointing else 20  # values of H that a block keeps a token
+    memory += tokens * hidden * layers * kept * width
+    memory += 4 * hidden * (facts.get("vocab_size") or 0)  # the head's gradient, summed in fp32
+    per_token = (8 if settings.gradient_checkpointing else 6) + (2 if teacher else 0)
+    rungs = max(1, len(settings.rungs))
+    return memory, rungs * settings.tokens * per_token * n
