@@ -27,7 +27,7 @@ import time  # noqa: E402
 from cap_llm.command_line import read_config  # noqa: E402
 from cap_llm.config import Config  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
-from cap_llm.runtime.interrupt import Stopped, stop_at_once  # noqa: E402
+from cap_llm.runtime.interrupt import stop_at_once, stopped_by  # noqa: E402
 
 
 def pipeline(config: Config, config_yaml: str, console: Console) -> None:
@@ -121,7 +121,18 @@ def main() -> int:
             dry_run(config, console)
         else:
             pipeline(config, config_yaml, console)
-    except (UserError, MemoryError, torch_out_of_memory()) as error:
+    except BaseException as error:
+        number = stopped_by(error)
+        if number:
+            if rank == 0:
+                print(
+                    "cap-llm: stopped; give the same command again to go on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return leave(128 + number)
+        if not isinstance(error, UserError | MemoryError | torch_out_of_memory()):
+            raise
         if not isinstance(error, UserError):
             error = "out of memory: lower --runtime.activation_gib or --calibration.sequences"
         if rank == 0:
@@ -132,15 +143,6 @@ def main() -> int:
             with contextlib.suppress(BrokenPipeError):
                 print(f"cap-llm: rank {rank}: {error}", file=sys.stderr, flush=True)
         return leave(2)
-    except Stopped as error:
-        number = error.args[0]
-        if rank == 0:
-            print(
-                "cap-llm: stopped; give the same command again to go on",
-                file=sys.stderr,
-                flush=True,
-            )
-        return leave(128 + number)
     return leave(0)
 
 

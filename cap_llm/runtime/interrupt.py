@@ -20,12 +20,25 @@ class Stopped(BaseException):
 
 def stop_at_once() -> None:
     """Makes the signals raise `Stopped`. SIGINT too: a shell's background job ignores it else."""
+    _raised.clear()
     for number in SIGNALS:
         signal.signal(number, _raise)
 
 
+_raised: list[int] = []
+
+
 def _raise(number, frame) -> None:
+    _raised.append(number)
     raise Stopped(number)
+
+
+def stopped_by(error: BaseException) -> int | None:
+    """The signal behind an exception that ends the run, or None.
+
+    A `Stopped` that comes up inside a library's compiled code may leave it as another exception.
+    """
+    return error.args[0] if isinstance(error, Stopped) else _raised[-1] if _raised else None
 
 
 class Request:
