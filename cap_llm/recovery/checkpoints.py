@@ -21,6 +21,7 @@ from cap_llm.recovery.engines import stage_of
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.rundir import difference
 from cap_llm.runtime.world import World
 
 COMPLETE = "complete.json"
@@ -76,13 +77,15 @@ def find(
     if path is None:
         return None
     facts = read_json(path / COMPLETE)
-    for key, value in {"recipe": recipe, "zero_stage": stage_of(settings)}.items():
-        if facts[key] != value:
-            what = f"{key} {facts[key]}" if key != "recipe" else "another recipe"
-            raise UserError(
-                f"the checkpoint {path} was made with {what}; go on with the same settings, or "
-                "start anew with --recover.resume false"
-            )
+    made_with = facts["recipe"] | {"zero_stage": facts["zero_stage"]}
+    now = recipe | {"zero_stage": stage_of(settings)}
+    if made_with != now:
+        name, was, value = difference(made_with, now)
+        name = {"at_once": "ranks x recover.micro_batch"}.get(name, name)
+        raise UserError(
+            f"the checkpoint {path} was made with another recipe: {name} was {was!r} and is "
+            f"{value!r} now; bring that back, or start anew with --recover.resume false"
+        )
     if facts["ranks"] != world.size and stage_of(settings) > 0:
         console.say(
             f"the checkpoint of {facts['ranks']} ranks is converted for {world.size}", style="dim"

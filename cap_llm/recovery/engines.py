@@ -65,6 +65,10 @@ def student_settings(settings: RecoverConfig, world: World) -> dict:
         UserError: the file is missing or malformed, or DeepSpeed refuses it.
     """
     name = settings.deepspeed
+    if settings.dtype == "float16" and world.device.type == "cpu":
+        raise UserError(
+            "recover.dtype float16 is not trained on CPUs by DeepSpeed; use bfloat16 or float32"
+        )
     return _resolve(name, "recover.deepspeed", settings, world, trains=True)
 
 
@@ -132,6 +136,10 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
         fused=True,  # on CPUs too: the plain one makes several copies of all weights a step
     )
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
+    for state in engine.basic_optimizer.state.values():
+        # At stage 0 in 16 bits DeepSpeed makes the moments by a step with zero gradients, and the
+        # bias corrections of all steps to come would be off by one.
+        state["step"].zero_()
     return engine
 
 

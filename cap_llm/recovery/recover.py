@@ -95,14 +95,16 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     engines.start(world)
     o = settings.objective
     engines.check_pair(student, dense, "recover.teacher", bool(o.feature or o.prc))
+    rungs = settings.rungs
+    _refuse_shrinking(student, rungs)
+    work = _Recovery(student, dense, texts.recovery, config, run, folder)
+    work.check()
     run.bind(folder, recipe)
+    work.keep_settings()
     if settings.tensorboard and world.first:
         run.track_with(TensorBoard(run.path))
     if settings.wandb and world.first:
         run.track_with(Wandb(run.path, settings.wandb, config.title, recipe))
-    work = _Recovery(dense, texts.recovery, config, run, folder)
-    rungs = settings.rungs
-    _refuse_shrinking(student, rungs)
     for n, rung in enumerate(rungs or [None], 1):
         last = n == max(1, len(rungs))
         target = folder if last else folder / "rungs" / str(n) / "trained"
@@ -131,25 +133,52 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
 class _Recovery:
     """What the rungs of one ladder share: the teacher, the text, the banks."""
 
-    def __init__(self, dense: Path, text: PackedText, config: Config, run: Run, folder: Path):
-        self.dense, self.text, self.config, self.run, self.folder = dense, text, config, run, folder
+    def __init__(
+        self, start: Path, dense: Path, text: PackedText, config: Config, run: Run, folder: Path
+    ):
+        self.start, self.dense = start, dense
+        self.text, self.config, self.run, self.folder = text, config, run, folder
         self.settings, self.world = config.recover, run.world
         self.student_ds = engines.student_settings(self.settings, self.world)
         self.teacher_ds = engines.teacher_settings(self.settings, self.world, self.student_ds)
-        if run.world.first:
-            write_json(run.path / "ds_config.json", self.student_ds)
-            write_json(run.path / "ds_config_teacher.json", self.teacher_ds)
+        self._resume = self.settings.resume
         self.records: list[dict] = []
         self._snapshots: dict[int, Bank] = {}  # by rung, the latest ones
         self._teacher = None
         self._encoder: Encoder | None = None
         self._dense_ppl: float | None = None
 
+    def check(self) -> None:
+        """Raises:
+        UserError: a masked weight of the student is not zero, or a bank would be too large.
+        """
+        masks_and_rows(self.start)
+        if self.settings.contrasts:
+            s, encoder = self.settings, self.encoder
+            gib = 2 * math.prod(self._bank_shape) / 2**30
+            if gib > s.contrast.bank_gib:
+                raise UserError(
+                    f"a bank of {len(self.text.ids)} sequences x {encoder.n_units} units x "
+                    f"{encoder.dim} takes {gib:.2g} GiB, more than recover.contrast.bank_gib "
+                    f"{s.contrast.bank_gib:g}; raise it, or lower recover.sequences, "
+                    "contrast.token_positions or contrast.dim"
+                )
+
+    def keep_settings(self) -> None:
+        """Writes the DeepSpeed settings as used to the run directory."""
+        if self.world.first:
+            write_json(self.run.path / "ds_config.json", self.student_ds)
+            write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
+
+    @property
+    def _bank_shape(self) -> tuple[int, int, int]:
+        return len(self.text.ids), self.encoder.n_units, self.encoder.dim
+
     @property
     def encoder(self) -> Encoder:
         if self._encoder is None:
             s = self.settings
-            width = state_width(self.dense)
+            width = state_width(self.start)
             self._encoder = Encoder(self.text, s.contrast, width, s.SKIP, s.seed, self.world.device)
         return self._encoder
 
@@ -185,7 +214,7 @@ class _Recovery:
             contrasts,
             self.text,
             self.folder / "checkpoints" / str(n),
-            {"settings": config.recipe(STAGE), "rung": n, "at_once": self._at_once},
+            self._recipe(n),
             title,
             STAGE if not of else f"{STAGE}/{n}",
         )
@@ -194,7 +223,9 @@ class _Recovery:
         if teacher is not None and self._dense_ppl:
             run.console.say(f"{title}: the dense model's held-out ppl is {self._dense_ppl:.3f}")
         start = time.monotonic()
-        engine, summary = train(job, settings, run)
+        engine, summary = train(job, dataclasses.replace(settings, resume=self._resume), run)
+        if self._resume is not False:
+            self._resume = "auto"  # what was asked for was meant for the first rung to train
         export(engine, pruned, target, True, self.world)
         engine.destroy()
         del engine
@@ -219,6 +250,11 @@ class _Recovery:
                 "smaller rungs"
             )
         return target
+
+    def _recipe(self, rung: int | str) -> dict:
+        """What a checkpoint must have been made with."""
+        recipe = {"settings": self.config.recipe(STAGE), "rung": rung, "text": self.text.digest}
+        return recipe | {"at_once": self._at_once}
 
     @property
     def _online(self) -> bool:
@@ -291,14 +327,6 @@ class _Recovery:
     def _bank(self, name: str, model: Path) -> Bank:
         """A bank of the recovery text's units as the model of a directory sees them."""
         s, encoder = self.settings, self.encoder
-        shape = (len(self.text.ids), encoder.n_units, encoder.dim)
-        gib = 2 * math.prod(shape) / 2**30
-        if gib > s.contrast.bank_gib:
-            raise UserError(
-                f"a bank of {shape[0]} sequences x {shape[1]} units x {shape[2]} takes {gib:.1f} "
-                f"GiB, more than recover.contrast.bank_gib {s.contrast.bank_gib:g}; lower "
-                "recover.sequences, contrast.token_positions or contrast.dim"
-            )
         facts = {
             "text": self.text.digest,
             "model": _fingerprint(model),
@@ -308,7 +336,7 @@ class _Recovery:
             "seed": encoder.seed,
             "dtype": str(engines.compute_dtype(s, self.world)),
         }
-        return Bank(self.folder / "banks" / name, facts, shape, self.world)
+        return Bank(self.folder / "banks" / name, facts, self._bank_shape, self.world)
 
     def _fill(self, contrasts: Contrasts, bank: Bank, engine, title: str, everything: bool) -> None:
         """Fills a bank from an open engine; without `everything` only measures its centre."""
@@ -338,7 +366,7 @@ class _Recovery:
         if settings.finetuned != "train":
             model = ModelConfig(path=settings.finetuned)
             path = prepare(locate(model), model, run, "finetuned-source")
-            engines.check_pair(self.dense, path, "recover.finetuned", same_width=True)
+            engines.check_pair(self.start, path, "recover.finetuned", same_width=True)
             return path
         folder = self.folder / "finetuned"
         if run.world.gather((folder / "done.json").exists())[0]:
@@ -357,7 +385,7 @@ class _Recovery:
             Contrasts(None, settings.contrast, settings.batch, self.world),
             self.text,
             self.folder / "checkpoints" / "finetuned",
-            {"settings": self.config.recipe(STAGE), "rung": "finetuned", "at_once": None},
+            self._recipe("finetuned"),
             "fine-tuning",
             f"{STAGE}/finetuned",
         )

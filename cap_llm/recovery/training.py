@@ -85,13 +85,15 @@ def train(job: Job, config: RecoverConfig, run: Run):
         job.held_out[0] = held_out_perplexity(engine, job.text, config, run)
         _report(run, job, 0, config.steps, {}, 0.0)
     stage = engines.stage_of(settings)
-    start, tokens = time.monotonic(), 0
+    seconds, tokens = 0.0, 0
     with held_back() as request, run.console.bar(job.title, config.steps, "steps") as bar:
         bar.advance(first)
         for step in range(first, config.steps):
+            start = time.monotonic()
             parts = step_once(engine, job, step, config, run)
+            seconds += time.monotonic() - start
             tokens += config.batch * config.length
-            rate = tokens / (time.monotonic() - start)
+            rate = tokens / seconds
             _show(bar, run, job, step + 1, parts, rate, engine)
             stop = max(world.gather(request.number))
             last = step + 1 == config.steps
@@ -100,6 +102,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
                 _report(run, job, step + 1, config.steps, parts, rate)
             if stop or last or (step + 1) % config.checkpoint_steps == 0:
                 keeper.check()
+                run.metric(job.stage, step + 1, {"zeros": keeper.n_masked})
                 for term in job.contrasts.terms:
                     for bank in term.banks:
                         bank.flush()
@@ -115,7 +118,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
     summary = {
         "steps": config.steps,
         "tokens": config.steps * config.batch * config.length,
-        "tokens_a_second": round(tokens / max(1e-9, time.monotonic() - start), 1),
+        "tokens_a_second": round(tokens / max(1e-9, seconds), 1),
         "resumed_at_step": first,
     }
     return engine, summary
@@ -131,7 +134,12 @@ def learning_rate(step: int, config: RecoverConfig) -> float:
 
 
 def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> dict[str, float]:
-    """One optimizer step; the parts of the loss, averaged over its micro-batches and all ranks."""
+    """One optimizer step.
+
+    Returns:
+        The parts of the loss, averaged over its micro-batches and all ranks (NaN for those that are
+        off), and the norm of the gradient before clipping.
+    """
     world, text = run.world, job.text
     batch = text.batch(step, config.batch, config.seed)
     each = world.size * config.micro_batch
@@ -139,6 +147,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
         group["lr"] = learning_rate(step, config)
     n_micro = config.accumulation(world.size)
     total = torch.zeros(len(PARTS), dtype=torch.float64)
+    norm = None
     for micro in range(n_micro):
         everyone = batch[micro * each : (micro + 1) * each]
         at = world.rank * config.micro_batch
@@ -154,6 +163,10 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
             )
         try:
             engine.backward(loss)
+            if micro + 1 == n_micro and isinstance(engine.optimizer, torch.optim.Optimizer):
+                # stage 0 in fp32: DeepSpeed clips without saying what the norm was
+                gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(gradients).item()
             engine.step()
         except Exception as error:
             if "scale" in str(error) and "minimum" in str(error):
@@ -162,7 +175,8 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
                     "--recover.dtype bfloat16 or float32"
                 ) from None
             raise
-    return dict(zip(PARTS, (total / n_micro).tolist(), strict=True))
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return dict(zip(PARTS, (total / n_micro).tolist(), strict=True)) | {"grad_norm": float(norm)}
 
 
 def _losses(engine, job: Job, mine, everyone, step, micro, config: RecoverConfig, world):
@@ -227,11 +241,8 @@ def held_out_perplexity(model, text: PackedText, config: RecoverConfig, run: Run
 
 
 def _show(bar: Bar, run: Run, job: Job, step: int, parts: dict, rate: float, engine) -> None:
-    norm = engine.get_global_grad_norm()
     values = {name: value for name, value in parts.items() if not math.isnan(value)}
     values |= {"tokens_a_second": rate, "lr": engine.optimizer.param_groups[0]["lr"]}
-    if norm is not None:
-        values["grad_norm"] = float(norm)
     values["memory_bytes"] = peak_memory()
     if run.world.device.type == "cuda":
         values["cuda_bytes"] = torch.cuda.max_memory_allocated()

@@ -145,6 +145,11 @@ class ZeroKeeper:
                 "something writes to weights after the optimizer's step"
             )
 
+    @property
+    def n_masked(self) -> int:
+        """How many weights are kept at zero."""
+        return sum(kept.n_masked for kept in self._kept)
+
     def remove(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
@@ -171,6 +176,7 @@ class _Kept:
         self.name, self.parameter = name, parameter
         device = parameter.device
         self._shape = mask.shape
+        self.n_masked = int((~mask).sum())
         flat = mask.flatten().to(torch.uint8)
         flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
         self._bits = torch.arange(8, dtype=torch.uint8, device=device)

@@ -96,7 +96,7 @@ class Run:
         if (folder / "recipe.json").exists():
             earlier = read_json(folder / "recipe.json")
             if earlier != recipe:
-                field, was, now = _difference(earlier, recipe)
+                field, was, now = difference(earlier, recipe)
                 raise UserError(
                     f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
                     "choose another output_dir or remove that folder"
@@ -182,12 +182,12 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _difference(old: dict, new: dict, prefix: str = "") -> tuple[str, object, object]:
+def difference(old: dict, new: dict, prefix: str = "") -> tuple[str, object, object]:
     """The first field in which two nested dicts differ, and its two values."""
     for key in [*old, *(k for k in new if k not in old)]:
         was, now = old.get(key), new.get(key)
         if was != now:
             if isinstance(was, dict) and isinstance(now, dict):
-                return _difference(was, now, f"{prefix}{key}.")
+                return difference(was, now, f"{prefix}{key}.")
             return f"{prefix}{key}", was, now
     raise AssertionError("the two are equal")
