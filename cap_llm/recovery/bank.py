@@ -37,28 +37,34 @@ class Bank:
         self.folder, self.shape, self.world = folder, shape, world
         facts = facts | {"shape": list(shape)}
         path = folder / "bank.json"
-        if world.first:
-            known = read_json(path) if path.exists() else None
-            if known and (other := [k for k in facts if known["facts"].get(k) != facts[k]]):
-                raise UserError(
-                    f"the bank {folder} was made from other data: its {other[0]} was "
-                    f"{known['facts'].get(other[0])!r} and is {facts[other[0]]!r} now; remove that "
-                    "folder to build it anew"
-                )
-            if not known:
-                folder.mkdir(parents=True, exist_ok=True)
-                n, units, dim = shape
-                for name, size in (("there.bin", n), ("rows.bin", 2 * n * units * dim)):
-                    try:
-                        with open(folder / name, "wb") as file:
-                            file.truncate(size)
-                    except OSError as error:
-                        raise disk_error(folder, name, error) from None
-                write_json(path, {"facts": facts})
-        world.barrier()
+        problem = self._make(path, facts) if world.first else None
+        problem = world.gather(problem)[0]
+        if problem:
+            raise problem
         self._rows = np.memmap(folder / "rows.bin", np.uint16, "r+", shape=shape)
         self._there = np.memmap(folder / "there.bin", np.uint8, "r+", shape=shape[:1])
         self._describe(read_json(path))
+
+    def _make(self, path: Path, facts: dict) -> UserError | None:
+        """Makes the files, or looks whether they fit; the first rank's part."""
+        known = read_json(path) if path.exists() else None
+        if known and (other := [k for k in facts if known["facts"].get(k) != facts[k]]):
+            return UserError(
+                f"the bank {self.folder} was made from other data: its {other[0]} was "
+                f"{known['facts'].get(other[0])!r} and is {facts[other[0]]!r} now; remove that "
+                "folder to build it anew"
+            )
+        if not known:
+            n, units, dim = self.shape
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for name, size in (("there.bin", n), ("rows.bin", 2 * n * units * dim)):
+                    with open(self.folder / name, "wb") as file:
+                        file.truncate(size)
+                write_json(path, {"facts": facts})
+            except OSError as error:
+                return disk_error(self.folder, "rows.bin", error)
+        return None
 
     def _describe(self, content: dict) -> None:
         centre = content.get("centre")

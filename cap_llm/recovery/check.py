@@ -49,7 +49,9 @@ def check_recovery(
         ("recover.teacher", settings.teacher, bool(o.feature or o.prc)),
         ("recover.finetuned", settings.finetuned, True),
     ):
-        if path and Path(path).is_dir():  # names of the hub are checked when they are here
+        if (
+            path and path != "train" and Path(path).is_dir()
+        ):  # names of the hub are checked when they are here
             engines.check_pair(located, Path(path), option, same_width)
     memory, flops = _estimate(located, config, world, engines.stage_of(student))
     text = f"about {size(memory)} a rank"

@@ -39,7 +39,7 @@ def start(world: World) -> None:
     if world.device.type == "cpu":
         # it would be compiled for a minute, and only inference uses it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if world.size == 1:
+    if world.size == 1 and "MASTER_PORT" not in os.environ:  # else a launcher started this rank
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -130,15 +130,14 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
     student = Student(model, o.ce, o.kl, o.temperature, bool(o.feature), config.SKIP).train()
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad],
-        lr=config.lr,
+        lr=0.0,  # set at each step; DeepSpeed may step once while it makes the moments
         betas=(0.9, 0.95),
         weight_decay=config.weight_decay,
         fused=True,  # on CPUs too: the plain one makes several copies of all weights a step
     )
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
     for state in engine.basic_optimizer.state.values():
-        # At stage 0 in 16 bits DeepSpeed makes the moments by a step with zero gradients, and the
-        # bias corrections of all steps to come would be off by one.
+        # At stage 0 in 16 bits that step would shift the bias corrections of all to come by one.
         state["step"].zero_()
     return engine
 

@@ -81,6 +81,16 @@ def train(job: Job, config: RecoverConfig, run: Run):
         first = found.step
         job.held_out = {int(k): v for k, v in found.state["held_out"].items()}
         run.console.say(f"{job.title}: going on at step {first + 1} of {config.steps}")
+        for term in job.contrasts.terms:
+            if term.online:  # rows of the steps before, where the bank has been removed
+                job.contrasts.fill(
+                    term.banks[0],
+                    lambda ids: job.teacher(ids, False)[0],
+                    job.contrasts.seen(first),
+                    config.micro_batch,
+                    f"{term.name}: banking again",
+                    run.console,
+                )
     else:
         job.held_out[0] = held_out_perplexity(engine, job.text, config, run)
         _report(run, job, 0, config.steps, {}, 0.0)
