@@ -90,7 +90,6 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     if done:
         run.console.say(f"recover: done already, in {folder}")
         return folder
-    start = time.monotonic()
     settings, world = config.recover, run.world
     engines.start(world)
     o = settings.objective
@@ -109,7 +108,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         last = n == max(1, len(rungs))
         target = folder if last else folder / "rungs" / str(n) / "trained"
         student = work.climb(student, rung, n, len(rungs), target, texts)
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - work.began
     peak = max(world.gather(peak_memory()))
     summary = {
         "seconds": round(seconds, 2),
@@ -142,6 +141,7 @@ class _Recovery:
         self.student_ds = engines.student_settings(self.settings, self.world)
         self.teacher_ds = engines.teacher_settings(self.settings, self.world, self.student_ds)
         self._resume = self.settings.resume
+        self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
         self.records: list[dict] = []
         self._snapshots: dict[int, Bank] = {}  # by rung, the latest ones
         self._teacher = None
@@ -195,6 +195,7 @@ class _Recovery:
             self._snapshot(student, n, trained=known is not None)
         if known:
             self.records.append(known)
+            self.began = time.monotonic() - known["stage_seconds"]
             return target
         if rung:
             changed = dataclasses.replace(config, oneshot=rung.apply(config.oneshot))
@@ -217,15 +218,16 @@ class _Recovery:
             self._recipe(n),
             title,
             STAGE if not of else f"{STAGE}/{n}",
+            self.began,
         )
         if not self._online:
             self._close_teacher()
         if teacher is not None and self._dense_ppl:
             run.console.say(f"{title}: the dense model's held-out ppl is {self._dense_ppl:.3f}")
-        start = time.monotonic()
         engine, summary = train(job, dataclasses.replace(settings, resume=self._resume), run)
         if self._resume is not False:
             self._resume = "auto"  # what was asked for was meant for the first rung to train
+        self.began = job.began
         export(engine, pruned, target, True, self.world)
         engine.destroy()
         del engine
@@ -236,7 +238,7 @@ class _Recovery:
             "rung": str(rung) if rung else None,
             "held_out_ppl": {str(k): round(v, 4) for k, v in job.held_out.items()},
             "dense_held_out_ppl": self._dense_ppl,
-            "seconds": round(time.monotonic() - start, 2),
+            "stage_seconds": round(time.monotonic() - self.began, 2),
         } | summary
         if self.world.first:
             write_json(record_file, record)
@@ -388,8 +390,10 @@ class _Recovery:
             self._recipe("finetuned"),
             "fine-tuning",
             f"{STAGE}/finetuned",
+            self.began,
         )
         engine, _ = train(job, only_ce, run)
+        self.began = job.began
         export(engine, self.dense, folder, False, self.world)
         engine.destroy()
         gc.collect()

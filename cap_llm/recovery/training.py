@@ -43,6 +43,8 @@ class Job:
         recipe: that a checkpoint must have been made with.
         title: of the bar.
         stage: name of the metrics.
+        began: when the stage began, on `time.monotonic`'s clock; moved back by a resume, so that
+            the time of earlier jobs counts.
     """
 
     student: Path
@@ -54,6 +56,7 @@ class Job:
     recipe: dict
     title: str
     stage: str
+    began: float = 0.0
     held_out: dict[int, float] = field(default_factory=dict)
 
 
@@ -79,6 +82,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
         checkpoints.load(engine, found)
         keeper.check()
         first = found.step
+        job.began = time.monotonic() - found.state["stage_seconds"]
         job.held_out = {int(k): v for k, v in found.state["held_out"].items()}
         run.console.say(f"{job.title}: going on at step {first + 1} of {config.steps}")
         for term in job.contrasts.terms:
@@ -116,7 +120,8 @@ def train(job: Job, config: RecoverConfig, run: Run):
                 for term in job.contrasts.terms:
                     for bank in term.banks:
                         bank.flush()
-                state = {"held_out": job.held_out}
+                spent = round(time.monotonic() - job.began, 2)
+                state = {"held_out": job.held_out, "stage_seconds": spent}
                 keep = config.keep_checkpoints
                 checkpoints.save(
                     engine, job.folder, step + 1, state, job.recipe, stage, keep, world
