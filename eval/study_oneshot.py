@@ -95,7 +95,7 @@ def measured(folder: Path) -> dict:
     result["computed_in"] = score["computed_in"]
     if stage == "oneshot":
         done = read_json(folder / stage / "done.json")
-        result |= {k: done[k] for k in ("seconds", "peak_memory_bytes", "calibration")}
+        result["calibration"] = done["calibration"]
         counts = read_json(folder / stage / "sparsity.json")
         result["sparsity"] = counts["pruned_matrices"]["sparsity"]
     versions = {k: facts["versions"][k] for k in ("torch", "transformers")}
