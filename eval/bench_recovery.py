@@ -185,7 +185,7 @@ def steps(work: dict, world) -> list[float]:
     student_ds = engines.student_settings(config, world)
     teacher_ds = engines.teacher_settings(config, world, student_ds)
     corpus = read_corpus(work["text"], "train")
-    text = pack(load_tokenizer(str(model)), corpus, 64, 1, config.length, 0)
+    text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
     contrasts = Contrasts(None, config.contrast, batch, world)
     teacher = None
     if config.objective.kl:
@@ -195,13 +195,14 @@ def steps(work: dict, world) -> list[float]:
         encoder = Encoder(text, config.contrast, width, config.SKIP, 0, world.device)
         contrasts = Contrasts(encoder, config.contrast, batch, world)
         shape = (len(text.ids), encoder.n_units, encoder.dim)
-        for name in ("prc", "fic", "snc"):
-            bank = Bank(folder / name, {}, shape, world)
-            ids = torch.arange(len(text.ids))
+        banks = {name: Bank(folder / name, {}, shape, world) for name in ("online", "filled")}
+        for name, bank in banks.items():
+            ids = torch.arange(len(text.ids) if name == "filled" else 0)
             contrasts.fill(
                 bank, lambda t: teacher(t, False)[0], ids, work["micro_batch"], name, Console(False)
             )
-            contrasts.terms.append(Contrast(name, 0.1, [bank], name == "prc"))
+        for name, bank in (("prc", "online"), ("fic", "filled"), ("snc", "filled")):
+            contrasts.terms.append(Contrast(name, 0.1, [banks[bank]], name == "prc"))
     engine = engines.load_student(model, student_ds, config, world)
     masks = {}
     for name, p in engine.module.named_parameters():
