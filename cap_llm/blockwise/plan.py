@@ -89,6 +89,8 @@ def _check_positions(config: Config, facts: dict) -> None:
         asked["calibration.length"] = config.calibration.length
     if "evaluate" in config.stages:
         asked["evaluate.window"] = config.evaluate.window
+    if "recover" in config.stages:
+        asked["recover.length"] = config.recover.length
     for name, value in asked.items():
         if most and value > most:
             raise UserError(

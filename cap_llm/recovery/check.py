@@ -10,7 +10,6 @@ from cap_llm.models.blocks import skeleton
 from cap_llm.models.checkpoint import config_dict
 from cap_llm.recovery import engines
 from cap_llm.runtime.console import Console, duration, size
-from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
 from cap_llm.runtime.world import World
 
@@ -37,21 +36,13 @@ def check_recovery(
     for package in ("tensorboard", "wandb"):
         if getattr(settings, package):
             require(package, f"recover.{package}")
-    facts = config_dict(located)
-    most = facts.get("max_position_embeddings") or facts.get("n_positions")
-    if most and settings.length > most:
-        raise UserError(
-            f"recover.length is {settings.length}, but the model has {most} positions; "
-            f"give --recover.length {most} or less"
-        )
     o = settings.objective
     for option, path, same_width in (
         ("recover.teacher", settings.teacher, bool(o.feature or o.prc)),
         ("recover.finetuned", settings.finetuned, True),
     ):
-        if (
-            path and path != "train" and Path(path).is_dir()
-        ):  # names of the hub are checked when they are here
+        # names of the hub are checked when they are here
+        if path and path != "train" and Path(path).is_dir():
             engines.check_pair(located, Path(path), option, same_width)
     memory, flops = _estimate(located, config, world, engines.stage_of(student))
     text = f"about {size(memory)} a rank"
@@ -66,12 +57,10 @@ def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[
     n = sum(p.numel() for p in skeleton(located).parameters())
     facts = config_dict(located)
     width = engines.compute_dtype(settings, world).itemsize
-    shard = [
-        1 / world.size if stage >= least else 1.0 for least in (1, 2, 3)
-    ]  # states, grads, weights
-    memory = n * (12 * shard[0] + width * shard[1] + width * shard[2])
+    states, gradients, weights = (1 / world.size if stage >= s else 1.0 for s in (1, 2, 3))
+    memory = n * (12 * states + width * gradients + width * weights)
     teacher = settings.objective.kl or settings.objective.feature
-    memory += n * width * shard[2] if teacher else 0
+    memory += n * width * weights if teacher else 0
     tokens = settings.micro_batch * settings.length
     hidden = facts.get("hidden_size") or facts.get("n_embd") or 0
     layers = facts.get("num_hidden_layers") or facts.get("n_layer") or 0

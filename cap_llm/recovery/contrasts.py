@@ -148,24 +148,17 @@ class Contrasts:
         Rows of an online contrast are drawn from the steps before this one.
         """
         n = len(self.encoder.text.ids)
-        there = n
-        if term.online:
-            there = min(n, step * self.batch)
         draw = np.random.default_rng([self.encoder.seed, step, micro])
         chosen = draw.choice(n, min(self.settings.extra_sequences, n), replace=False)
         chosen = torch.from_numpy(chosen)
-        if there < n:
-            seen = self.seen(step)
-            chosen = chosen[torch.isin(chosen, seen)]
-        return chosen
+        return chosen[torch.isin(chosen, self.seen(step))] if term.online else chosen
 
     def seen(self, step: int) -> torch.Tensor:
         """Ids of the sequences of the steps before `step`."""
         text = self.encoder.text
         if step * self.batch >= len(text.ids):
             return torch.arange(len(text.ids))
-        parts = [text.batch(s, self.batch, self.encoder.seed) for s in range(step)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+        return text.draws(0, step * self.batch, self.encoder.seed)
 
     @torch.no_grad()
     def fill(

@@ -142,14 +142,14 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
     return engine
 
 
-def gathered(parameters, writes: bool = False):
+def gathered(parameters):
     """Makes ZeRO-3 shards whole for the body of a `with`; without ZeRO-3, does nothing."""
     parameters = list(parameters)
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if writes else None)
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 class _Plain:

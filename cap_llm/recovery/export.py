@@ -89,12 +89,15 @@ def masks_and_rows(folder: Path) -> tuple[dict[str, torch.Tensor], list[Row]]:
     keys = match_names(model, checkpoint)
     file = folder / mask_files.FILE
     known = mask_files.MaskFile(file) if file.exists() else None
+    patterns = {}
+    if (folder / "sparsity.json").exists():
+        patterns = {r["name"]: r["pattern"] for r in read_json(folder / "sparsity.json")["rows"]}
+    prefix, _ = find_blocks(model)
     masks, rows = {}, []
-    for block_name, module in model.named_modules():
+    for module_name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear | Conv1D):
             continue
-        name = f"{block_name}.weight"
-        prefix, _ = find_blocks(model)
+        name = f"{module_name}.weight"
         if not name.startswith(prefix + ".") or (known and name not in known):
             continue
         (weight,) = checkpoint.read([keys[name]]).values()
@@ -110,15 +113,9 @@ def masks_and_rows(folder: Path) -> tuple[dict[str, torch.Tensor], list[Row]]:
                 "to take the zeros as they are"
             )
         masks[name] = mask
-        masked = int((~mask).sum())
-        pattern = "as found"
-        rows.append(
-            Row(name, list(mask.shape), pattern, int((weight == 0).sum()), masked, None, None, 0.0)
-        )
-    if (folder / "sparsity.json").exists():
-        patterns = {r["name"]: r["pattern"] for r in read_json(folder / "sparsity.json")["rows"]}
-        for row in rows:
-            row.pattern = patterns.get(row.name, row.pattern)
+        zeros, masked = int((weight == 0).sum()), int((~mask).sum())
+        pattern = patterns.get(name, "as found")
+        rows.append(Row(name, list(mask.shape), pattern, zeros, masked, None, None, 0.0))
     return masks, rows
 
 

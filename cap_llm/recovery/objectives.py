@@ -95,8 +95,7 @@ class _HeadLoss(torch.autograd.Function):
                 if d_bias is not None:
                     d_bias += d.sum(0)
         ctx.save_for_backward(*(d for d in (d_states, d_weight, d_bias) if d is not None))
-        ctx.n, ctx.has_bias = n, bias is not None
-        ctx.dtypes = states.dtype, weight.dtype
+        ctx.n, ctx.dtypes = n, (states.dtype, weight.dtype)
         ce, kl = (ce / n).float(), (kl / n).float()
         total = ce_weight * ce
         if t_states is None:

@@ -290,11 +290,9 @@ class _Recovery:
     def _contrasts(self, teacher) -> Contrasts:
         """The contrasts that are on, with their banks filled as far as they must be."""
         settings, o = self.settings, self.settings.objective
-        contrasts = None
-        if o.prc or (o.fic and settings.finetuned) or (o.snc and settings.ladder):
-            contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world)
-        else:
+        if not settings.contrasts:
             return Contrasts(None, settings.contrast, settings.batch, self.world)
+        contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world)
         if o.prc:
             bank = self._bank("pretrained", self.dense)
             self._fill(contrasts, bank, teacher, "PrC", everything=not self._online)

@@ -64,7 +64,8 @@ def train(job: Job, config: RecoverConfig, run: Run):
     """Trains a student for `config.steps` steps.
 
     Returns:
-        The engine with the trained student, its held-out perplexities by step, and the summary.
+        The engine with the trained student, and the summary; `job.held_out` has the held-out
+        perplexities by step.
 
     Raises:
         UserError: a loss is not finite, fp16 overflows at every scale, a weight regrows, or a

@@ -43,14 +43,18 @@ class PackedText:
         return self.ids.flatten().bincount().argsort(descending=True, stable=True)[:n]
 
     def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
-        """Ids [size] of the sequences of a step (from 0), whatever the number of ranks.
+        """Ids [size] of the sequences of a step (from 0), whatever the number of ranks."""
+        return self.draws(step * size, (step + 1) * size, seed)
+
+    def draws(self, start: int, end: int, seed: int) -> torch.Tensor:
+        """Ids of the sequences that are drawn at places `start` to `end` of the whole training.
 
         An epoch is a seeded permutation; the next one begins where it ends, within a batch too.
         """
-        at = np.arange(step * size, (step + 1) * size)
+        at = np.arange(start, end)
         n = len(self.ids)
         orders = {e: np.random.default_rng([seed, e]).permutation(n) for e in set(at // n)}
-        return torch.tensor([orders[i // n][i % n] for i in at])
+        return torch.tensor([orders[i // n][i % n] for i in at], dtype=torch.long)
 
 
 def pack(
