@@ -71,14 +71,15 @@ class OwlConfig:
 class OneshotConfig:
     """One-shot pruning, block by block."""
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
-    """How weights are chosen; sparsegpt also moves the ones that stay."""
+    method: Literal["magnitude", "wanda", "sparsegpt", "admm_grad", "alps"] = "sparsegpt"
+    """How weights are chosen; sparsegpt, admm_grad and alps also move the ones that stay, and alps
+    ends with the refit."""
     pattern: str = "unstructured"
     """unstructured, row (equal sparsity in each output row), or N:M: keep N of M inputs."""
     sparsity: float | None = None
     """Share of zeros, in (0, 1). Default 0.5; an N:M pattern fixes it."""
     refit: bool = False
-    """Then re-solve the weights that stay by least squares on the same mask."""
+    """Then re-solve the weights that stay by least squares on the same mask (alps always does)."""
     damping: float = 0.01
     """Ridge on the Hessian, as a share of its mean diagonal; raised tenfold where it fails."""
     block_size: int = 128

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.blockwise.oneshot import verify, write_sparsity
 from cap_llm.blockwise.prune import Row
+from cap_llm.blockwise.stage import verify, write_sparsity
 from cap_llm.models.blocks import find_blocks, match_names, skeleton
 from cap_llm.models.checkpoint import Checkpoint, ShardWriter
 from cap_llm.recovery.engines import gathered

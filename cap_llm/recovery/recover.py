@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.oneshot import activation_bytes, oneshot
+from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
+from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config, ModelConfig, ObjectiveConfig, Rung
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import config_dict, remove_weights
