@@ -81,11 +81,8 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
                 bar.phase("writing")
                 work.bind()
                 if world.first:
-                    names = {r.name for r in result.rows}
-                    weights = {
-                        model.weight_name(i, n): m.weight for n, m in model.linears(i).items()
-                    }
-                    work.write(i, {n: w for n, w in weights.items() if n in names}, result)
+                    weights = {r.name: model.model.get_parameter(r.name) for r in result.rows}
+                    work.write(i, weights, result)
             world.barrier()
             work.report(i, result)
             bar.advance()

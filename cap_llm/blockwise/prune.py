@@ -242,7 +242,7 @@ def prune_block(
 
 @dataclass
 class Solved:
-    """One matrix: the weight [R, C] in the stored type, its mask [R, C], and facts for its `Row`."""
+    """One matrix: its weight [R, C] in the stored type, its mask [R, C], facts for its `Row`."""
 
     weight: torch.Tensor
     mask: torch.Tensor

@@ -129,7 +129,7 @@ class BlockStage:
         )
 
     def bind(self) -> None:
-        """Records what the stage was asked to do; before its first block is written, on all ranks."""
+        """Records what the stage was asked to do, before its first block is written."""
         self.run.bind(self.folder, self.recipe)
 
     def report(self, i: int, result: PrunedBlock) -> None:
