@@ -783,7 +783,7 @@ REFUSED = {
     ),
     "no dense model": (
         lambda a: {"recover.teacher": "null"},
-        ["recover starts from", "name the dense model with --recover.teacher"],
+        ["recover starts from", "name the dense model with --model.dense"],
     ),
     "changed weights": (
         lambda a: {"model.path": changed_model(a)},

@@ -205,8 +205,7 @@ def prune_block(
 
     def change(group: Group, inputs: Iterator[torch.Tensor]) -> None:
         names = [n for n in group.names if sparsities.get(model.weight_name(i, n))]
-        short = " ".join(n.rpartition(".")[2] for n in group.names)
-        phase(f"reading {short}")
+        phase(f"reading {group.short}")
         full = config.method in SECOND_ORDER or config.refit or measure
         moments = Moments(group.columns, model.device, full)
         for x in inputs:
@@ -214,7 +213,7 @@ def prune_block(
                 moments.add(x)
         if names:
             moments.merge(world)
-            phase(f"solving {short}")
+            phase(f"solving {group.short}")
             solve(names, moments.finish(f"{model.block_name(i)}.{names[0]}"))
 
     def solve(names: list[str], moments: Moments | None) -> None:
@@ -305,15 +304,18 @@ def spread(
 class Solver:
     """The configured method on the matrices that read one input; factorises their Hessian once."""
 
-    def __init__(self, config: OneshotConfig, moments: Moments | None, name: str):
+    def __init__(
+        self, config: OneshotConfig, moments: Moments | None, name: str, needs_factor: bool = False
+    ):
         self.config, self.moments = config, moments
         self.pattern = Pattern.parse(config.pattern)
         self.factor = self.added = None
-        if moments and (config.method in SECOND_ORDER or config.refit):
+        refits = needs_factor or config.refit or config.method == "alps"
+        if moments and (config.method in SECOND_ORDER or refits):
             self.mean_square = moments.diagonal.clone()
             self.factor = factorise(moments.hessian, config.damping, name)
             self.added = self.factor.hessian.diagonal() - self.mean_square
-            if config.refit or config.method == "alps":
+            if refits:
                 upper = self.factor.inverse
                 self.inverse = upper.T @ upper
         elif moments:

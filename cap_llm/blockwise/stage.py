@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,8 @@ from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.reading import Texts
+
+BY_CHANCE = 0.01  # a quantised matrix that nobody pruned has some zeros, far fewer than this
 
 
 class BlockStage:
@@ -208,6 +210,18 @@ class BlockStage:
         pruned, zeros, n_weights = write_sparsity(
             self.folder, self._source.name, rows, total, blocks
         )
+        if blocks:
+            before, after = (sum(e[k] for e in blocks) / n_blocks for k in ("before", "after"))
+            self.run.console.say(f"mean error of the blocks {before:.4f} -> {after:.4f}")
+        else:
+            self._table(rows)
+        self.run.console.say(
+            f"verified: {zeros:,} zeros in {pruned:,} pruned weights "
+            f"({100 * zeros / pruned:.2f} %), {100 * total / n_weights:.2f} % of the whole model"
+        )
+
+    def _table(self, rows: list[Row]) -> None:
+        """One line for each kind of matrix."""
         by_kind: dict[str, list[Row]] = {}
         for row in rows:
             by_kind.setdefault(kind(row.name), []).append(row)
@@ -229,10 +243,6 @@ class BlockStage:
             )
         columns = ["matrix", "count", "shape", "sparsity", "mean error", "worst", "solver s"]
         self.run.console.table("pruned matrices", columns, table)
-        self.run.console.say(
-            f"verified: {zeros:,} zeros in {pruned:,} pruned weights "
-            f"({100 * zeros / pruned:.2f} %), {100 * total / n_weights:.2f} % of the whole model"
-        )
 
     def _refuse_other_text(self) -> None:
         """Holds the calibration ids against those that the finished blocks were made with."""
@@ -256,6 +266,24 @@ class BlockStage:
 
     def _mask_file(self, i: int) -> Path:
         return self.parts / f"{i:05d}.safetensors"
+
+
+def start_masks(folder: Path) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
+    """Where the masks of a pruned model come from: given a weight's name and the weight [R, C].
+
+    From `masks.safetensors`; without one from the zeros, where a matrix has more than by chance.
+    None stands for a matrix that is dense.
+    """
+    file = folder / mask_files.FILE
+    known = mask_files.MaskFile(file) if file.exists() else None
+
+    def mask_of(name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        if known:
+            return known.read(name).to(weight.device) if name in known else None
+        mask = weight != 0
+        return mask if (~mask).sum() >= BY_CHANCE * mask.numel() else None
+
+    return mask_of
 
 
 def activation_bytes(config: Config) -> int | None:

@@ -8,7 +8,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.prune import Row
-from cap_llm.blockwise.stage import verify, write_sparsity
+from cap_llm.blockwise.stage import BY_CHANCE, verify, write_sparsity
 from cap_llm.models.blocks import find_blocks, match_names, skeleton
 from cap_llm.models.checkpoint import Checkpoint, ShardWriter
 from cap_llm.recovery.engines import gathered
@@ -16,8 +16,6 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.world import World
 from cap_llm.sparsity import masks as mask_files
-
-BY_CHANCE = 0.01  # a quantised matrix that nobody pruned has some zeros, far fewer than this
 
 
 def export(engine, source: Path, folder: Path, pruned: bool, world: World) -> None:

@@ -46,30 +46,6 @@ from cap_llm.text.reading import Texts
 STAGE = "recover"
 
 
-def starting_points(source: Path, config: Config, run: Run) -> tuple[Path, Path]:
-    """The student and the dense model of a run.
-
-    The student is what `oneshot` made in this run directory, now or in an earlier job; without it,
-    the model itself. The dense model is then `recover.teacher`, or with a ladder the model itself.
-
-    Raises:
-        UserError: nothing says which model is the dense one.
-    """
-    settings = config.recover
-    folder, done = run.stage("oneshot", config.recipe("oneshot"))
-    student = folder if done else source
-    if settings.teacher:
-        model = ModelConfig(path=settings.teacher)
-        return student, prepare(locate(model), model, run, "teacher-source")
-    pruned = (source / "masks.safetensors").exists()
-    if not done and (pruned or not settings.ladder):
-        raise UserError(
-            f"recover starts from {source}, and nothing says what it was pruned from: name the "
-            "dense model with --recover.teacher, or let --stages begin with oneshot"
-        )
-    return student, source
-
-
 def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
     """Recovers the model of directory `student`.
 

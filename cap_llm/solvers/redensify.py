@@ -78,7 +78,7 @@ def redensify_by_sgd(
     lr: float = 0.1,
     l1: float = 0.1,
     l2: float = 0.1,
-    after_step: Callable[[torch.Tensor], torch.Tensor] = lambda w: w,
+    after_pass: Callable[[torch.Tensor], torch.Tensor] = lambda w: w,
 ) -> torch.Tensor:
     """200 passes of plain SGD from W_s on the paper's loss, each batch of sequences a step.
 
@@ -94,7 +94,7 @@ def redensify_by_sgd(
         lr: the rate.
         l1: weight of the mean absolute value.
         l2: weight of the mean square.
-        after_step: what becomes of the weights after each step.
+        after_pass: what becomes of the weights after each pass.
 
     Returns:
         W [R, C].
@@ -105,7 +105,7 @@ def redensify_by_sgd(
             w.addmm_(w - dense, h, alpha=-2 * lr / w.shape[0])
             if l1 or l2:
                 w -= (lr / w.numel()) * (l1 * w.sign() + 2 * l2 * w)
-            w = after_step(w)
+        w = after_pass(w)
     return w
 
 

@@ -46,13 +46,21 @@ class ScoredText:
 
 @dataclass
 class Texts:
-    """Calibration ids [N, T] with their origin and the recovery text, where a stage reads them, and
-    the scored texts."""
+    """What the stages read; None or empty where none of them does.
+
+    Attributes:
+        calibration: ids [N, T] that solvers see.
+        origin: where these are from.
+        scored: the texts that perplexity is measured on.
+        recovery: the text to train on.
+        held_out: calibration ids [M, T] of other documents, which only judge.
+    """
 
     calibration: torch.Tensor | None
     origin: str | None
     scored: list[ScoredText]
     recovery: PackedText | None = None
+    held_out: torch.Tensor | None = None
 
     @property
     def calibration_digest(self) -> str | None:
@@ -87,7 +95,9 @@ def read_texts(config: Config, model: Path) -> Texts:
     if config.uses_calibration:
         c = config.calibration
         corpus = calibration_corpus(c.corpus)
-        texts.calibration = calibration_windows(tokenizer, corpus, c.sequences, c.length, c.seed)
+        n_held_out = c.held_out if config.holds_out else 0
+        windows = calibration_windows(tokenizer, corpus, c.sequences, c.length, c.seed, n_held_out)
+        texts.calibration, texts.held_out = windows.split([c.sequences, n_held_out])
         texts.origin = f"{c.sequences} x {c.length} tokens of {corpus.origin}, seed {c.seed}"
     if "recover" in config.stages:
         r = config.recover
