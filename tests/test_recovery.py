@@ -777,6 +777,14 @@ REFUSED = {
         lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},
         ["recover.teacher", "hidden_size 64", "32", "recover.objective.feature, prc, fic 0"],
     ),
+    "a cap on the logits": (
+        lambda a: {"model.path": a.tiny("gemma2"), "stages": "[oneshot, recover]"},
+        ["Gemma2ForCausalLM", "caps its logits", "not recovered"],
+    ),
+    "a teacher with a cap on its logits": (
+        lambda a: {"recover.teacher": a.tiny("gemma2", num_hidden_layers=3)},
+        ["Gemma2ForCausalLM", "caps its logits", "not recovered"],
+    ),
     "width of the fine-tuned model": (
         lambda a: {"recover.finetuned": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},
         ["recover.finetuned", "hidden_size 64", "32"],

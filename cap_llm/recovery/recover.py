@@ -30,6 +30,7 @@ from cap_llm.models.checkpoint import config_dict, remove_weights
 from cap_llm.models.source import locate, prepare
 from cap_llm.recovery import engines
 from cap_llm.recovery.bank import Bank
+from cap_llm.recovery.check import refuse_changed_logits
 from cap_llm.recovery.contrasts import Contrast, Contrasts
 from cap_llm.recovery.export import export, in_parameter_shape, masks_and_rows
 from cap_llm.recovery.training import Job, held_out_perplexity, train
@@ -95,6 +96,8 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     engines.start(world)
     o = settings.objective
     engines.check_pair(student, dense, "recover.teacher", bool(o.feature or o.prc))
+    for model in dict.fromkeys((student, dense)):
+        refuse_changed_logits(model, world)
     rungs = settings.rungs
     _refuse_shrinking(student, rungs)
     work = _Recovery(student, dense, texts.recovery, config, run, folder)
