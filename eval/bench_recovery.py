@@ -210,7 +210,7 @@ def steps(work: dict, world) -> list[float]:
             shape = getattr(p, "ds_shape", p.shape)
             masks[name] = torch.arange(shape.numel()).view(shape) % 2 == 0
     keep_zeros(engine, masks)
-    job = training.Job(model, {}, teacher, contrasts, text, folder, {}, "bench", "bench")
+    job = training.Job(model, (), teacher, contrasts, text, folder, {}, "bench", "bench")
     run = Run.__new__(Run)
     run.world = world
     seconds = []

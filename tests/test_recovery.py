@@ -581,6 +581,11 @@ def add_rungs(cases: Cases) -> None:
         resume = "true" if "true" in name else resume
         again = ("copy", stopped, cases.out(name))
         cases.add(name, edits=[again], **two_rungs, recover__resume=resume)
+    elsewhere = Path(shutil.copytree(cases.assets.half, cases.assets.folder / "elsewhere"))
+    for name in ("masks.safetensors", "sparsity.json"):
+        (elsewhere / name).unlink()
+    settings = {"model.path": elsewhere, "oneshot.block_size": 16, "recover.ladder": "0.6"}
+    cases.add("pruned elsewhere", **settings, **short)
     # so large a rate that the model is lost
     cases.add("gate", recover__ladder="0.7, 0.8", recover__gate=1.01, recover__lr=0.1, **short)
 
@@ -659,6 +664,14 @@ def test_a_dense_model_goes_to_a_pattern_at_once(one, assets):
         assert (mask.reshape(-1, 4).sum(1) == 2).all()
     assert "SnC is off on this rung" in (run / "log.txt").read_text()
     assert "snc" not in names(losses(run, "recover/1"))
+
+
+def test_a_ladder_prunes_inside_the_zeros_of_a_model_that_was_pruned_elsewhere(one, assets):
+    run = one.finished("pruned elsewhere")
+    assert_zeros(run / "recover", run / "recover" / "rungs" / "1" / "pruned")
+    assert sparsity(run / "recover") == pytest.approx(0.6, abs=0.01)
+    for name, mask in masks(run / "recover").items():
+        assert not (mask & ~masks(assets.half)[name]).any()
 
 
 def test_snapshots_begin_with_the_second_rung_of_a_dense_model_and_old_ones_go(one):

@@ -32,7 +32,7 @@ from cap_llm.recovery import engines
 from cap_llm.recovery.bank import Bank
 from cap_llm.recovery.check import refuse_changed_logits
 from cap_llm.recovery.contrasts import Contrast, Contrasts
-from cap_llm.recovery.export import export, in_parameter_shape, masks_and_rows
+from cap_llm.recovery.export import Masks, export
 from cap_llm.recovery.training import Job, held_out_perplexity, train
 from cap_llm.recovery.units import Encoder
 from cap_llm.runtime.console import duration
@@ -40,7 +40,6 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.runtime.trackers import TensorBoard, Wandb
-from cap_llm.sparsity.masks import MaskFile
 from cap_llm.text.packing import PackedText
 from cap_llm.text.reading import Texts
 
@@ -99,7 +98,6 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     for model in dict.fromkeys((student, dense)):
         refuse_changed_logits(model, world)
     rungs = settings.rungs
-    _refuse_shrinking(student, rungs)
     work = _Recovery(student, dense, texts.recovery, config, run, folder)
     work.check()
     run.bind(folder, recipe)
@@ -139,7 +137,7 @@ class _Recovery:
     def __init__(
         self, start: Path, dense: Path, text: PackedText, config: Config, run: Run, folder: Path
     ):
-        self.start, self.dense = start, dense
+        self.start, self.dense, self.masks = start, dense, Masks(start)
         self.text, self.config, self.run, self.folder = text, config, run, folder
         self.settings, self.world = config.recover, run.world
         self.student_ds = engines.student_settings(self.settings, self.world)
@@ -154,9 +152,16 @@ class _Recovery:
 
     def check(self) -> None:
         """Raises:
-        UserError: a masked weight of the student is not zero, or a bank would be too large.
+        UserError: a masked weight of the student is not zero, the first rung is no sparser than
+            it is, or a bank would be too large.
         """
-        masks_and_rows(self.start)
+        self.masks.check(self.world)
+        rungs, sparsity = self.settings.rungs, self.masks.sparsity if self.masks else 0.0
+        if rungs and rungs[0].sparsity <= sparsity + 1e-6:
+            raise UserError(
+                f"recover.ladder begins with {rungs[0]}, but {self.start} is "
+                f"{100 * sparsity:.1f} % sparse already; masks only grow: begin above that"
+            )
         if self.settings.contrasts:
             s, encoder = self.settings, self.encoder
             gib = 2 * math.prod(self._bank_shape) / 2**30
@@ -202,19 +207,21 @@ class _Recovery:
             self.began = time.monotonic() - known["stage_seconds"]
             return target
         if rung:
-            changed = dataclasses.replace(config, oneshot=rung.apply(config.oneshot))
+            asked = rung.apply(config.oneshot)
+            if student == self.start and self.masks and self.masks.from_zeros:
+                asked = dataclasses.replace(asked, earlier_mask="zeros")
+            changed = dataclasses.replace(config, oneshot=asked)
             place = f"{STAGE}/rungs/{n}/pruned"
             run.console.say(f"{title}: pruning", style="bold")
             pruned = oneshot(student, texts, changed, run, place)
-        masks, _ = masks_and_rows(pruned)
+        masks = self.masks if pruned == self.start else Masks(pruned)
         if not masks:
             run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
-        masks = in_parameter_shape(masks, pruned)
         teacher = self._open_teacher()
         contrasts = self._contrasts(teacher)
         job = Job(
             pruned,
-            masks,
+            masks.in_parameter_shape(),
             teacher if self._online else None,
             contrasts,
             self.text,
@@ -232,7 +239,7 @@ class _Recovery:
         if self._resume is not False:
             self._resume = "auto"  # what was asked for was meant for the first rung to train
         self.began = job.began
-        export(engine, pruned, target, True, self.world)
+        export(engine, pruned, target, masks, self.world)
         engine.destroy()
         del engine
         gc.collect()
@@ -316,7 +323,7 @@ class _Recovery:
 
     def _snapshot(self, student: Path, n: int, trained: bool) -> None:
         """Banks the student as it stands before rung `n` prunes it. A dense one is PrC's."""
-        if not masks_and_rows(student)[0]:
+        if n == 1 and not self.masks:
             return
         bank = self._bank(f"snapshot-{n}", student)
         if not trained:
@@ -384,7 +391,7 @@ class _Recovery:
         )
         job = Job(
             self.dense,
-            {},
+            (),
             None,
             Contrasts(None, settings.contrast, settings.batch, self.world),
             self.text,
@@ -396,7 +403,7 @@ class _Recovery:
         )
         engine, _ = train(job, only_ce, run)
         self.began = job.began
-        export(engine, self.dense, folder, False, self.world)
+        export(engine, self.dense, folder, {}, self.world)
         engine.destroy()
         gc.collect()
         run.finish_stage(folder, {"held_out_ppl": job.held_out[settings.steps]})
@@ -420,24 +427,6 @@ class _Recovery:
         run.console.say(
             f"verified: reloaded from {folder}, held-out ppl {ppl:.4f} (engine {expected:.4f}), "
             "zeros exact"
-        )
-
-
-def _refuse_shrinking(student: Path, rungs: list[Rung]) -> None:
-    """Refuses a first rung that is no sparser than the student is already."""
-    path = student / "sparsity.json"
-    if not rungs or not path.exists():
-        return
-    now = read_json(path)["pruned_matrices"]
-    if not now["count"]:
-        return
-    file = MaskFile(student / "masks.safetensors")
-    masked = sum(r["masked"] for r in read_json(path)["rows"] if r["name"] in file)
-    sparsity = masked / now["weights"]
-    if rungs[0].sparsity <= sparsity + 1e-6:
-        raise UserError(
-            f"recover.ladder begins with {rungs[0]}, but {student} is {100 * sparsity:.1f} % "
-            "sparse already; masks only grow: begin above that"
         )
 
 
