@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.config import RecoverConfig
+from cap_llm.config import ObjectiveConfig, RecoverConfig
 from cap_llm.recovery import checkpoints, engines
 from cap_llm.recovery.contrasts import Contrasts
 from cap_llm.recovery.objectives import head_loss
@@ -26,7 +26,7 @@ from cap_llm.runtime.interrupt import Stopped, held_back
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.text.packing import PackedText
 
-PARTS = ("loss", "ce", "kl", "feature", "prc", "snc", "fic")
+PARTS = ("loss", *ObjectiveConfig.TERMS)
 
 
 @dataclass
