@@ -461,6 +461,7 @@ STAGES = ("oneshot", "recover", "evaluate")
 # Settings of recover that change how it is computed or watched, not what it gives beyond rounding.
 _NOT_OF_THE_RESULT = (
     "micro_batch",
+    "gate",
     "gradient_checkpointing",
     "deepspeed",
     "teacher_deepspeed",

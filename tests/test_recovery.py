@@ -241,7 +241,9 @@ def two(assets, tmp_path_factory) -> Cases:
     cases.add("after the crash", out="crashed", recover__deepspeed="zero3")
     cases.add("ladder", **LADDER)
     cases.add("ladder, stopped", ("stop", "recover/2", 4), **LADDER)
-    cases.add("ladder, resumed", out="ladder, stopped", **LADDER)
+    snapshot = cases.out("ladder, stopped") / "recover" / "banks" / "snapshot-1"
+    lost = [("remove", snapshot)]
+    cases.add("ladder, resumed", out="ladder, stopped", edits=lost, **LADDER)
     short = {"recover.tokens": 4 * BATCH * LENGTH}
     for family, zero in (("gpt2", "zero3"), ("opt", "zero2")):
         model = {"model.path": assets.tiny(family), "stages": "[oneshot, recover]"}
@@ -587,7 +589,11 @@ def add_rungs(cases: Cases) -> None:
     settings = {"model.path": elsewhere, "oneshot.block_size": 16, "recover.ladder": "0.6"}
     cases.add("pruned elsewhere", **settings, **short)
     # so large a rate that the model is lost
-    cases.add("gate", recover__ladder="0.7, 0.8", recover__gate=1.01, recover__lr=0.1, **short)
+    lost = {"recover.ladder": "0.7, 0.8", "recover.lr": 0.1} | short
+    cases.add("gate", recover__gate=1.01, **lost)
+    cases.add("gate, again", out="gate", recover__gate=1.02, **lost)
+    raised = ("copy", cases.out("gate"), cases.out("gate, raised"))
+    cases.add("gate, raised", edits=[raised], recover__gate=1e9, **lost)
 
 
 def test_a_ladder_prunes_inside_the_earlier_masks(two, assets):
@@ -691,6 +697,9 @@ def test_a_rung_that_loses_too_much_ends_the_ladder(one):
     assert "recover.tokens" in message
     trained = one.out("gate") / "recover" / "rungs" / "1" / "trained"
     assert sparsity(trained) == pytest.approx(0.7, abs=0.01)
+    assert "rung 1/2 (0.7) ends with" in one.refused("gate, again")
+    assert not (one.out("gate") / "recover" / "rungs" / "2").exists()
+    assert sparsity(one.finished("gate, raised") / "recover") == pytest.approx(0.8, abs=0.01)
 
 
 # the objective's terms
@@ -774,6 +783,16 @@ def changed_model(assets: Assets) -> Path:
     return folder
 
 
+def other_words(assets: Assets) -> Path:
+    """The dense model with as large a tokenizer whose entries have other ids."""
+    folder = Path(shutil.copytree(assets.dense, assets.folder / "other-words"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    entries = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(entries, reversed(entries.values()), strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
 def no_json(assets: Assets) -> Path:
     path = assets.folder / "broken.json"
     path.write_text('{"zero_optimization": ')
@@ -786,12 +805,19 @@ REFUSED = {
         lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, vocab_size=600)},
         ["recover.teacher", "vocabulary of 600", "512", "share their tokenizer"],
     ),
+    "tokenizer": (
+        lambda a: {"recover.teacher": other_words(a)},
+        ["recover.teacher", "another tokenizer", "share their tokenizer"],
+    ),
     "width": (
         lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},
         ["recover.teacher", "hidden_size 64", "32", "recover.objective.feature, prc, fic 0"],
     ),
     "a cap on the logits": (
-        lambda a: {"model.path": a.tiny("gemma2"), "stages": "[oneshot, recover]"},
+        lambda a: {
+            "model.path": a.tiny("gemma2", num_hidden_layers=3),
+            "stages": "[oneshot, recover]",
+        },
         ["Gemma2ForCausalLM", "caps its logits", "not recovered"],
     ),
     "a teacher with a cap on its logits": (

@@ -18,6 +18,9 @@ from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
 from cap_llm.runtime.world import World
+from cap_llm.text.tokenizers import load_tokenizer
+
+SAME_TOKENIZER = 0.9  # of the entries; instruct siblings rename some that were in reserve
 
 
 def check_recovery(
@@ -49,7 +52,7 @@ def check_recovery(
     ):
         # names of the hub are checked when they are here
         if path and path != "train" and Path(path).is_dir():
-            engines.check_pair(located, Path(path), option, same_width)
+            check_pair(located, Path(path), option, same_width)
     if not needs_conversion(located):  # what is converted is looked at afterwards
         with contextlib.suppress(NamesDiffer):
             refuse_changed_logits(located, world)
@@ -58,6 +61,42 @@ def check_recovery(
     if predict:
         text += f", {duration(flops / matrix_rate(world.device) / world.size)}"
     console.say(f"estimate of recover: {text}")
+
+
+def check_pair(student: Path, teacher: Path, name: str, same_width: bool) -> None:
+    """Holds two models against each other.
+
+    Raises:
+        UserError: other vocabularies, or other widths or depths where a term compares states.
+    """
+    a, b = config_dict(student), config_dict(teacher)
+    if a.get("vocab_size") != b.get("vocab_size"):
+        raise UserError(
+            f"{name} {teacher} has a vocabulary of {b.get('vocab_size')}, the student one of "
+            f"{a.get('vocab_size')}; they must share their tokenizer"
+        )
+    ours, theirs = _entries(student), _entries(teacher)
+    same = sum(theirs.get(entry) == i for entry, i in ours.items())
+    if ours and theirs and same < SAME_TOKENIZER * max(len(ours), len(theirs)):
+        raise UserError(
+            f"{name} {teacher} has another tokenizer than the student: {same} of {len(ours)} "
+            "entries have the same id; they must share their tokenizer"
+        )
+    for key in ("hidden_size", "n_embd", "num_hidden_layers", "n_layer"):
+        if same_width and a.get(key) != b.get(key):
+            raise UserError(
+                f"{name} {teacher} has {key} {b.get(key)}, the student {a.get(key)}; the feature "
+                "and contrast terms compare states of equal width: switch them off "
+                "(recover.objective.feature, prc, fic 0) or give another model"
+            )
+
+
+def _entries(folder: Path) -> dict[str, int]:
+    """The tokenizer's entries and their ids; none where the directory has no tokenizer."""
+    try:
+        return load_tokenizer(str(folder)).get_vocab()
+    except UserError:
+        return {}
 
 
 def refuse_changed_logits(folder: Path, world: World) -> None:
