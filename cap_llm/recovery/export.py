@@ -88,11 +88,11 @@ class Masks(Mapping[str, torch.Tensor]):
 
     They come from `masks.safetensors`, or from the zeros of the matrices where there is none: a
     matrix outside the blocks, or with fewer zeros than chance makes, has no mask. A dense model
-    has none at all.
+    has none at all. All ranks open them together, and each reads its share of the weights.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self._checkpoint = folder, Checkpoint(folder)
+    def __init__(self, folder: Path, world: World):
+        self.folder, self._world, self._checkpoint = folder, world, Checkpoint(folder)
         model = skeleton(folder)
         self._keys = match_names(model, self._checkpoint)
         prefix, _ = find_blocks(model)
@@ -103,11 +103,17 @@ class Masks(Mapping[str, torch.Tensor]):
         }
         file = folder / mask_files.FILE
         self._file = mask_files.MaskFile(file) if file.exists() else None
-        self._names = [name for name in self._transposed if self._has_mask(name)]
-
-    def _has_mask(self, name: str) -> bool:
         if self._file:
-            return name in self._file
+            self._names = [name for name in self._transposed if name in self._file]
+        else:
+            mine = [n for n in self._share(list(self._transposed)) if self._is_pruned(n)]
+            pruned = {name for names in world.gather(mine) for name in names}
+            self._names = [name for name in self._transposed if name in pruned]
+
+    def _share(self, names: list[str]) -> list[str]:
+        return names[self._world.rank :: self._world.size]
+
+    def _is_pruned(self, name: str) -> bool:
         return (self._weight(name) == 0).float().mean().item() >= BY_CHANCE
 
     def _weight(self, name: str) -> torch.Tensor:
@@ -128,15 +134,15 @@ class Masks(Mapping[str, torch.Tensor]):
         """Whether there is no file of masks: the model was pruned elsewhere, or not at all."""
         return self._file is None
 
-    def check(self, world: World) -> None:
-        """Holds the weights against the file of masks; each rank reads its share.
+    def check(self) -> None:
+        """Holds the weights against the file of masks.
 
         Raises:
             UserError: a masked weight is not zero.
         """
-        mine = () if self.from_zeros else self._names[world.rank :: world.size]
+        mine = () if self.from_zeros else self._share(self._names)
         counts = ((n, int((self._weight(n)[~self[n]] != 0).sum())) for n in mine)
-        found = world.gather(next((stray for stray in counts if stray[1]), None))
+        found = self._world.gather(next((stray for stray in counts if stray[1]), None))
         for name, count in filter(None, found):
             raise UserError(
                 f"{name} in {self.folder} has {count} weights that are not zero where its mask "

@@ -137,7 +137,7 @@ class _Recovery:
     def __init__(
         self, start: Path, dense: Path, text: PackedText, config: Config, run: Run, folder: Path
     ):
-        self.start, self.dense, self.masks = start, dense, Masks(start)
+        self.start, self.dense, self.masks = start, dense, Masks(start, run.world)
         self.text, self.config, self.run, self.folder = text, config, run, folder
         self.settings, self.world = config.recover, run.world
         self.student_ds = engines.student_settings(self.settings, self.world)
@@ -155,7 +155,7 @@ class _Recovery:
         UserError: a masked weight of the student is not zero, the first rung is no sparser than
             it is, or a bank would be too large.
         """
-        self.masks.check(self.world)
+        self.masks.check()
         rungs, sparsity = self.settings.rungs, self.masks.sparsity if self.masks else 0.0
         if rungs and rungs[0].sparsity <= sparsity + 1e-6:
             raise UserError(
@@ -215,7 +215,7 @@ class _Recovery:
             place = f"{STAGE}/rungs/{n}/pruned"
             run.console.say(f"{title}: pruning", style="bold")
             pruned = oneshot(student, texts, changed, run, place)
-        masks = self.masks if pruned == self.start else Masks(pruned)
+        masks = self.masks if pruned == self.start else Masks(pruned, self.world)
         if not masks:
             run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
         teacher = self._open_teacher()
