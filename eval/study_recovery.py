@@ -5,10 +5,11 @@
 
 The arms of a seed start from one pruned model (SparseGPT + refit), see the same tokens in the same
 order, and differ in their objective alone; the seed draws calibration, text, order and units. Arms
-on a ladder start from the dense model and get as many tokens, split evenly over their rungs. The
-model of FiC is the dense one, fine-tuned on the tokens of a rung, which are not counted. Text is
-split by document: calibration, training and held-out C4 are three files. Scored on held-out C4 and
-on WikiText-2, its first 32 windows or, with --whole, all of it.
+on a ladder start from the dense model and get as many tokens, split evenly over their rungs, each
+of which passes the same share of the text: hold them against each other. The model of FiC is the
+dense one, fine-tuned on the tokens of a rung, which are not counted. Text is split by document:
+calibration, training and held-out C4 are three files. Scored on held-out C4 and on WikiText-2, its
+first 32 windows or, with --whole, all of it.
 
 Finished runs are kept in `eval/results/study_recovery.json` and not repeated; one that was stopped
 goes on from its checkpoint in WORK_DIR. The defaults are the screen for two cores: hours. With a
