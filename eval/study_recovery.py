@@ -261,10 +261,10 @@ def table(options) -> list[str]:
     for arm in ("dense", *ARMS):
         figures, gaps = [], []
         for corpus in ("c4", "wikitext2"):
-            mine, (dense, *_) = ppl(arm, corpus), [*ppl("dense", corpus).values(), None]
+            mine, dense = ppl(arm, corpus), next(iter(ppl("dense", corpus).values()), None)
             figures.append(cell(list(mine.values()), ".2f"))
             start = ppl("no training; 2:4" if "2:4" in arm else "no training", corpus)
-            both = [s for s in mine if s in start and dense and arm in ARMS and ARMS[arm][0]]
+            both = [seed for seed in mine if seed in start and dense]
             gap = [100 * (start[s] - mine[s]) / (start[s] - dense) for s in both]
             gaps.append(f"{cell(gap, '.0f')} %" if gap else "")
         if mine:
