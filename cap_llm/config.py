@@ -233,8 +233,10 @@ class ObjectiveConfig:
     fic: float = 0.1
     """Contrast with a fine-tuned model (recover.finetuned); off without one."""
 
+    TERMS = ("ce", "kl", "feature", "prc", "snc", "fic")
+
     def __post_init__(self):
-        for name in ("ce", "kl", "feature", "prc", "snc", "fic"):
+        for name in self.TERMS:
             if getattr(self, name) < 0:
                 raise UserError(
                     f"recover.objective.{name} is {getattr(self, name):g}; it must be at least 0"
@@ -243,14 +245,8 @@ class ObjectiveConfig:
             raise UserError(
                 f"recover.objective.temperature is {self.temperature:g}; it must be above 0"
             )
-        if not self.weights:
+        if not any(getattr(self, name) for name in self.TERMS):
             raise UserError("recover.objective has no weight above 0; give one, such as kl")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weights above 0."""
-        names = ("ce", "kl", "feature", "prc", "snc", "fic")
-        return {n: getattr(self, n) for n in names if getattr(self, n)}
 
 
 @dataclass
@@ -539,6 +535,7 @@ MODELS = STAGES[:-1]  # the stages that make a model
 # Settings of recover that change how it is computed or watched, not what it gives beyond rounding.
 _NOT_OF_THE_RESULT = (
     "micro_batch",
+    "gate",
     "gradient_checkpointing",
     "deepspeed",
     "teacher_deepspeed",
@@ -599,24 +596,27 @@ class Config:
                     f"evaluate.corpora has two files called {name}, which results could not tell "
                     "apart; rename one"
                 )
-        if self.uses_calibration and "evaluate" in self.stages:
+        if "evaluate" in self.stages:
             # C4's training and validation documents differ: to calibrate on the one and score the
             # other is the papers' own protocol. WikiText-2's splits share their style and topics.
             scored = [_corpus_key(name) for name in self.evaluate.corpora if name != "c4"]
-            if _corpus_key(self.calibration.corpus) in scored and (
-                not self.calibration.allow_scored_corpus
-            ):
-                raise UserError(
-                    f"calibration.corpus {self.calibration.corpus!r} is also scored by evaluate: "
-                    "choose another one, or set --calibration.allow_scored_corpus true"
-                )
-        if "recover" in self.stages and "evaluate" in self.stages:
-            scored = [_corpus_key(name) for name in self.evaluate.corpora if name != "c4"]
-            if _corpus_key(self.recover.corpus) in scored:
-                raise UserError(
-                    f"recover.corpus {self.recover.corpus!r} is also scored by evaluate: choose "
-                    "another text to train on"
-                )
+            for option, corpus, remedy in self.not_to_be_scored:
+                if _corpus_key(corpus) in scored:
+                    raise UserError(
+                        f"{option} {corpus!r} is also scored by evaluate: choose another text"
+                        f"{remedy}"
+                    )
+
+    @property
+    def not_to_be_scored(self) -> list[tuple[str, str, str]]:
+        """The texts that a model is made with: the option, the corpus, and a further remedy."""
+        texts = []
+        if self.uses_calibration and not self.calibration.allow_scored_corpus:
+            remedy = ", or set --calibration.allow_scored_corpus true"
+            texts.append(("calibration.corpus", self.calibration.corpus, remedy))
+        if "recover" in self.stages:
+            texts.append(("recover.corpus", self.recover.corpus, ""))
+        return texts
 
     @property
     def uses_calibration(self) -> bool:

@@ -81,9 +81,8 @@ def read_texts(config: Config, model: Path) -> Texts:
     vocab_size = read_json(model / "config.json").get("vocab_size")
     tokenizer = load_tokenizer(config.model.tokenizer or str(model), vocab_size)
     texts = Texts(None, None, [])
-    if config.uses_calibration and "evaluate" in config.stages:
-        _refuse_scored_file(config)
     if "evaluate" in config.stages:
+        _refuse_scored_file(config)
         e = config.evaluate
         for name in e.corpora:
             text, origin = evaluation_text(name)
@@ -111,14 +110,12 @@ def _digest(ids: torch.Tensor) -> str:
 
 
 def _refuse_scored_file(config: Config) -> None:
-    """Refuses a calibration file that is what a scored corpus is read from."""
-    c = config.calibration
-    if c.corpus in NAMES or c.allow_scored_corpus:
-        return
+    """Refuses a file to calibrate or train on that is what a scored corpus is read from."""
     for name in set(config.evaluate.corpora) & set(NAMES):
-        file = corpus_file(name, "validation" if name == "c4" else "test")
-        if file and file.resolve() == Path(c.corpus).resolve():
-            raise UserError(
-                f"calibration.corpus {c.corpus} is the text of {name}, which evaluate scores: "
-                "choose another one, or set --calibration.allow_scored_corpus true"
-            )
+        scored = corpus_file(name, "validation" if name == "c4" else "test")
+        for option, corpus, remedy in config.not_to_be_scored:
+            if corpus not in NAMES and scored and scored.resolve() == Path(corpus).resolve():
+                raise UserError(
+                    f"{option} {corpus} is the text of {name}, which evaluate scores: choose "
+                    f"another text{remedy}"
+                )
