@@ -58,8 +58,8 @@ def check_everything(
     model = BlockModel(skeleton(located), torch.device("cpu"))
     if "evaluate" in config.stages and not model.is_causal:
         raise UserError(
-            f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity; "
-            "set --stages [oneshot]"
+            f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity "
+            "and no zero-shot scores; set --stages [oneshot]"
         )
     if "oneshot" in config.stages:
         plan_sparsities(model, config.oneshot)
@@ -87,7 +87,7 @@ def _check_positions(config: Config, facts: dict) -> None:
     asked = {}
     if config.uses_calibration:
         asked["calibration.length"] = config.calibration.length
-    if "evaluate" in config.stages:
+    if "evaluate" in config.stages and config.evaluate.corpora:
         asked["evaluate.window"] = config.evaluate.window
     if "recover" in config.stages:
         asked["recover.length"] = config.recover.length
@@ -139,7 +139,7 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
             estimate["flops"] += sum(r * c * c * 2 for shapes in linears for r, c in shapes)
             if config.oneshot.refit:
                 estimate["flops"] += sum(r * c * c * 50 for shapes in linears for r, c in shapes)
-    if "evaluate" in config.stages:
+    if "evaluate" in config.stages and config.evaluate.corpora:
         windows = config.evaluate.max_windows or 160
         n = windows * config.evaluate.window * len(config.evaluate.corpora)
         n_models = 1 + ("oneshot" in config.stages and config.evaluate.dense)
@@ -160,6 +160,8 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
         estimate["disk"] += max(0, share * width * hidden - allowed) * world.size
     outside = n_weights - sum(block_weights)
     estimate["memory"] = width * (outside + 2 * max(block_weights)) + work + estimate["activations"]
+    if "evaluate" in config.stages and config.evaluate.tasks:
+        estimate["memory"] = max(estimate["memory"], width * n_weights)  # the whole model at once
     return estimate
 
 
