@@ -49,21 +49,19 @@ def main() -> int:
             runtime=RuntimeConfig(device=options.device, activation_gib=options.activation_gib),
         )
         world = World(options.device)
-        try:
-            folder = locate(config.model)
-            path = place_of_results(options, folder, FILE, console)
-            check_everything(folder, config, console, world)
-            if needs_conversion(folder):
-                raise UserError(
-                    f"{folder} holds no safetensors; give cap-llm --model.path {folder} "
-                    "--stages [evaluate] --output_dir DIRECTORY, which rewrites them"
-                )
-            scored = read_texts(config, folder).scored
-            facts = facts_of(config, world)
-            score_corpora(folder, scored, config, facts, path, None, world, console)
-            world.barrier()
-        finally:
-            world.close()
+        folder = locate(config.model)
+        path = place_of_results(options, folder, FILE, console)
+        check_everything(folder, config, console, world)
+        if needs_conversion(folder):
+            raise UserError(
+                f"{folder} holds no safetensors; give cap-llm --model.path {folder} "
+                "--stages [evaluate] --output_dir DIRECTORY, which rewrites them"
+            )
+        scored = read_texts(config, folder).scored
+        facts = facts_of(config, world)
+        score_corpora(folder, scored, config, facts, path, None, world, console)
+        world.barrier()
+        world.close()
 
     return guarded(work, "perplexity.py")
 

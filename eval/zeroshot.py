@@ -46,18 +46,18 @@ def main() -> int:
             limit=options.limit,
             batch_size=options.batch_size,
         )
+        if not names:
+            raise UserError("--tasks names none; give some, such as wanda")
         model = ModelConfig(path=options.model, tokenizer=options.tokenizer)
         world = World(options.device)
-        try:
-            folder = locate(model)
-            path = place_of_results(options, folder, FILE, console)
-            check_causal(folder)
-            tasks = find_tasks(settings, console)
-            facts = facts_of(Config(model=model), world)
-            score_tasks(folder, tasks, settings, facts, path, world, console, model.tokenizer)
-            world.barrier()
-        finally:
-            world.close()
+        folder = locate(model)
+        path = place_of_results(options, folder, FILE, console)
+        check_causal(folder)
+        tasks = find_tasks(settings, console)
+        facts = facts_of(Config(model=model), world)
+        score_tasks(folder, tasks, settings, facts, path, world, console, model.tokenizer)
+        world.barrier()
+        world.close()
 
     return guarded(work, "zeroshot.py")
 

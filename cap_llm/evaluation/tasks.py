@@ -8,6 +8,7 @@ imported late, and only where it is needed: its import takes seconds, the index 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -219,7 +220,7 @@ def find_tasks(config: EvaluateConfig, console: Console, fetch: bool = True) -> 
     sets = [name for name in config.tasks if name in SETS]
     named = [name for name in config.tasks if name not in SETS]
     tasks, missing = {}, {}
-    for name in dict.fromkeys(t for name in config.tasks for t in SETS.get(name, [name])):
+    for name in dict.fromkeys(t for asked in config.tasks for t in SETS.get(asked, [asked])):
         try:
             tasks[name] = _find(name, known, folder)
             if tasks[name].rows is None and (fetch or offline()):
@@ -264,6 +265,7 @@ def _find(name: str, known: dict[str, str], folder: Path | None) -> Task:
 _NAME = re.compile(rb"^(task|group): *[\"']?([^\s\"'#]+)", re.MULTILINE)
 
 
+@functools.cache
 def _builtin_tasks() -> dict[str, str]:
     """lm-eval's tasks with their files, and its groups with their names."""
     root = importlib.util.find_spec("lm_eval").submodule_search_locations[0]
