@@ -389,6 +389,28 @@ def test_a_mean_over_a_part_of_a_set_is_called_partial(llama, rows, capsys):
     assert "partial: without storycloze_2016, winogrande" in said
 
 
+def test_a_group_of_lm_evals_has_one_score(llama, rows, tmp_path):
+    """As MMLU: weighted by the sizes of its tasks."""
+    from lm_eval.tasks import TaskManager
+
+    parts = find_tasks(settings(rows, "copa", "piqa"), Console())
+    group = {"group": "walls", "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    group["task"] = []
+    for part in parts:
+        path = part._write(tmp_path)
+        path.write_text(path.read_text().replace(f"task: {part.name}", f"task: walls_{part.name}"))
+        group["task"].append(f"walls_{part.name}")
+    (tmp_path / "walls.yaml").write_text(json.dumps(group))
+    manager = TaskManager(include_defaults=False, include_path=tmp_path)
+    task = tasks_module.Task("walls", "walls", built=manager.load(["walls"])["groups"]["walls"])
+    alone = World.alone(torch.device("cpu"))
+    found = zeroshot.score_tasks(llama, [task], settings(rows), {}, None, alone, Console())
+    apart = score(llama, rows, "copa", "piqa")["tasks"]
+    assert found["tasks"]["walls"]["items"] == 24
+    mean = (apart["copa"]["acc"] + apart["piqa"]["acc"]) / 2
+    assert found["tasks"]["walls"]["acc"] == pytest.approx(mean)
+
+
 def test_a_whole_set_is_not_partial():
     entries = {name: {"acc": i / 10} for i, name in enumerate(SETS["wanda"])}
     mean = zeroshot.means(entries, EvaluateConfig(tasks=["wanda"]))["wanda"]
@@ -415,14 +437,23 @@ def refused(*args, **options) -> str:
 
 
 def test_a_named_task_that_is_missing_is_refused_before_a_model_is_read(rows):
-    message = refused(rows, "winogrande")
+    message = refused(rows, "winogrande", "storycloze_2016", "copa")
     assert "winogrande_validation.jsonl" in message and "HF_HUB_OFFLINE" in message
+    assert "storycloze_2016_test.jsonl" in message
     assert "put it there" in message
 
 
 def test_an_unknown_task_is_refused(rows):
     assert "did you mean arc_easy" in refused(rows, "arc_esay")
     assert "does not exist" in refused(rows, "mine.yaml")
+
+
+def test_a_task_file_that_lm_eval_cannot_load_is_refused(own_rows):
+    path = own_rows / "mine.yaml"
+    path.write_text("dataset_path: json\n")
+    assert "names no task" in refused(own_rows, str(path))
+    path.write_text("task: mine\ndataset_path: json\ntest_split: test\n")
+    assert "mine.yaml cannot be loaded by lm-eval: " in refused(own_rows, str(path))
 
 
 def test_a_folder_that_is_none_is_refused(rows):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 
 import torch
 from lm_eval.api.instance import Instance
@@ -186,5 +187,6 @@ def evaluate_task(lm: SharedLM, name: str, task, members: list, limit: int | Non
 
 
 def quiet() -> None:
-    """lm-eval speaks of every default it takes; only errors pass."""
+    """lm-eval speaks of every default it takes; only errors pass. And it forks to draw samples."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")

@@ -230,12 +230,18 @@ def find_tasks(config: EvaluateConfig, console: Console, fetch: bool = True) -> 
         except _Missing as error:
             tasks.pop(name, None)
             missing[name] = str(error)
+    problems = []
     for name, reason in missing.items():
+        if name not in _ROWS:
+            raise UserError(f"task {name} cannot be loaded by lm-eval: {reason}")
         where = f"task {name} cannot be had: no {_wanted(name, folder)}, and {reason}"
         if name in named or not tasks:
-            raise UserError(f"{where}; put it there or leave the task out")
+            problems.append(where)
+            continue
         parts = ", ".join(s for s in sets if name in SETS[s])
         console.say(f"{where}; it is left out, and the mean of {parts} will be partial")
+    if problems:
+        raise UserError("; ".join(problems) + "; put it there or leave the task out")
     return list(tasks.values())
 
 
@@ -247,10 +253,10 @@ def _find(name: str, known: dict[str, str], folder: Path | None) -> Task:
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise UserError(f"task file {name} does not exist")
-        inside = _NAME.search(Path(name).read_bytes())
-        if not inside:
+        inside = dict(_NAME.findall(Path(name).read_bytes()))
+        if b"group" in inside or b"task" not in inside:
             raise UserError(f"task file {name} names no task; it needs a line like `task: mine`")
-        return Task(inside[2].decode(), str(Path(name).resolve()), Path(name).name)
+        return Task(inside[b"task"].decode(), str(Path(name).resolve()), Path(name).name)
     if name not in known:
         near = difflib.get_close_matches(name, [*SETS, *known], n=1)
         hint = f"did you mean {near[0]}?" if near else f"sets are {', '.join(SETS)}"
@@ -271,11 +277,11 @@ def _builtin_tasks() -> dict[str, str]:
     root = importlib.util.find_spec("lm_eval").submodule_search_locations[0]
     known = {}
     for path in sorted(Path(root, "tasks").rglob("*.yaml")):
-        names = {kind: name.decode() for kind, name in _NAME.findall(path.read_bytes())}
-        if b"group" in names:
-            known.setdefault(names[b"group"], names[b"group"])
-        elif b"task" in names:
-            known.setdefault(names[b"task"], str(path))
+        inside = {kind: name.decode() for kind, name in _NAME.findall(path.read_bytes())}
+        if b"group" in inside:
+            known.setdefault(inside[b"group"], inside[b"group"])
+        elif b"task" in inside:
+            known.setdefault(inside[b"task"], str(path))
     return known
 
 
@@ -290,8 +296,6 @@ def _data_folder(config: EvaluateConfig) -> Path | None:
 
 
 def _wanted(name: str, folder: Path | None) -> str:
-    if name not in _ROWS:
-        return "local rows"
     return f"{folder or 'CAP_LLM_DATA (unset)/zeroshot'}/{name}_{_ROWS[name][0]}.jsonl"
 
 
@@ -393,5 +397,7 @@ def _load(name: str, spec: str):
         if not offline() or is_file and not isinstance(error, ConnectionError):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise _Missing(reason) from None
+    if any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+        raise UserError(f"task {name} runs code that the model writes; leave it out")
     groups = loaded.get("groups", {})
     return groups[name] if name in groups else loaded["tasks"][name]

@@ -69,6 +69,10 @@ def score_tasks(
         for task in tasks:
             built = task.build(Path(scratch))
             key = task.name + _suffix(config)
+            if len(set(world.gather(task.digest))) > 1:
+                raise UserError(
+                    f"task {task.name}: the ranks read different rows; give all nodes the same data"
+                )
             recipe = {
                 "task": task.name,
                 "limit": config.limit,
@@ -214,6 +218,7 @@ def _score(lm, task: Task, built, limit: int | None) -> dict:
         "version": found["versions"].get(task.name),
         "shots": found["n-shot"].get(task.name),
         "origin": task.origin,
+        "positions": lm.max_length,
         "truncated": lm.truncated - cut,
         "computed_in": str(lm.model.dtype).removeprefix("torch."),
         "batch_size": lm.batch_size,
