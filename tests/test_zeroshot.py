@@ -135,6 +135,25 @@ def own_rows(rows, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def raw_rows(rows, tmp_path_factory) -> Path:
+    """The same data where BoolQ and HellaSwag have the hub's own fields."""
+    folder = Path(shutil.copytree(rows, tmp_path_factory.mktemp("raw") / "data"))
+    (folder / FILES["hellaswag"]).unlink()
+    boolq, hellaswag = ([LOCAL[task](i) for i in range(12)] for task in ("boolq", "hellaswag"))
+    for row in boolq:
+        row["label"] = int(row.pop("answer"))
+    write_rows(folder / FILES["boolq"], boolq)
+    raw = {"activity_label": "Painting", "ctx_b": "he", "source_id": "x"}
+    raw = [
+        raw
+        | {"ctx_a": f"A man opens bucket {i}.", "endings": r["choices"], "label": str(r["gold"])}
+        for i, r in enumerate(hellaswag)
+    ]
+    write_rows(folder / "hellaswag_validation.jsonl", raw)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def llama(tiny) -> Path:
     """A sound model of two blocks; not to be changed."""
     return tiny("llama")
@@ -162,9 +181,14 @@ def score(model: Path, folder: Path, *names: str, path: Path | None = None, **op
     return zeroshot.score_tasks(model, found, config, {}, path, alone, Console())
 
 
-def prompts(task, folder: Path) -> list[tuple]:
-    """What lm-eval asks a model about the rows of a task."""
+def build(task, folder: Path):
+    """lm-eval's task."""
     (member,) = tasks_module.members(task.build(folder))
+    return member
+
+
+def prompts(member) -> list[tuple]:
+    """What lm-eval asks a model about the rows of a task."""
     member.set_config("num_fewshot", 0)
     member.build_all_requests(limit=None, rank=0, world_size=1)
     return [request.args for request in member.instances]
@@ -192,7 +216,8 @@ PERPLEXITY = ROOT / "eval" / "perplexity.py"
 
 def test_the_prompts_are_those_of_lm_eval(rows, tmp_path):
     """The first row of each task, as lm-eval's templates put it."""
-    asked = {t.name: prompts(t, tmp_path) for t in find_tasks(settings(rows, *LOCAL), Console())}
+    found = find_tasks(settings(rows, *LOCAL), Console())
+    asked = {task.name: prompts(build(task, tmp_path)) for task in found}
     arc = "Question: What dries after 0 hours?\nAnswer:"
     assert asked["arc_easy"][:2] == [(arc, " red paint"), (arc, " blue paint")]
     assert asked["openbookqa"][0] == ("A wall of 0 metres is", " red paint")
@@ -213,7 +238,7 @@ def test_nothing_but_the_rows_differs_from_the_built_in_task(rows, tmp_path):
 
     data = {"dataset_path", "dataset_name", "dataset_kwargs", "process_docs", "include", "tag"}
     for task in find_tasks(settings(rows, *LOCAL, "wikitext"), Console()):
-        (member,) = tasks_module.members(task.build(tmp_path))
+        member = build(task, tmp_path)
         built_in = load_yaml(task.spec)
         for field in set(built_in) - data:
             if not field.endswith("_split"):
@@ -226,41 +251,16 @@ def test_nothing_but_the_rows_differs_from_the_built_in_task(rows, tmp_path):
         assert scored == (member.config.test_split or member.config.validation_split), task.name
 
 
-def test_the_hubs_raw_fields_give_the_same_questions(rows, tmp_path):
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    boolq = [LOCAL["boolq"](i) for i in range(12)]
-    write_rows(
-        raw / "boolq_validation.jsonl",
-        [
-            {"question": r["question"], "passage": r["passage"], "label": int(r["answer"])}
-            for r in boolq
-        ],
-    )
-    hellaswag = [LOCAL["hellaswag"](i) for i in range(12)]
-    write_rows(
-        raw / "hellaswag_validation.jsonl",
-        [
-            {
-                "activity_label": "Painting",
-                "ctx_a": f"A man opens bucket {i}.",
-                "ctx_b": "he",
-                "endings": r["choices"],
-                "label": str(r["gold"]),
-                "source_id": "x",
-            }
-            for i, r in enumerate(hellaswag)
-        ],
-    )
+def test_the_hubs_raw_fields_give_the_same_questions(rows, raw_rows, tmp_path):
     for name in ("boolq", "hellaswag"):
         both = []
-        for folder in (rows, raw):
+        for folder in (rows, raw_rows):
             place = tmp_path / f"{name}-{folder.name}"
             place.mkdir()
             (task,) = find_tasks(settings(folder, name), Console())
-            asked = prompts(task, place)
-            (member,) = tasks_module.members(task.built)
-            both.append((asked, [int(member.doc_to_target(doc)) for doc in member.eval_docs]))
+            member = build(task, place)
+            answers = [int(member.doc_to_target(doc)) for doc in member.eval_docs]
+            both.append((prompts(member), answers))
         assert both[0] == both[1], name
 
 
@@ -536,7 +536,7 @@ def test_requests_longer_than_the_model_are_counted(tiny, own_rows):
 # the commands
 
 
-def test_the_stage_scores_each_model(llama, rows, text_file, tmp_path, monkeypatch, capfd):
+def test_the_stage_scores_each_model(llama, raw_rows, tmp_path, monkeypatch, capfd):
     """Dense and pruned, beside the model; scores of the dense model are not copied to the other."""
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     shutil.copy(write_rows(tmp_path / "x.json", [{"old": 1}]), model / "zeroshot.json")
@@ -544,7 +544,7 @@ def test_the_stage_scores_each_model(llama, rows, text_file, tmp_path, monkeypat
     args = [
         *("--model.path", model, "--output_dir", out, "--oneshot.method", "magnitude"),
         *("--oneshot.sparsity", "0.9", "--evaluate.corpora", "[]"),
-        *("--evaluate.tasks", "[copa, sds]", "--evaluate.task_data", rows),
+        *("--evaluate.tasks", "[hellaswag, sds]", "--evaluate.task_data", raw_rows),
     ]
     monkeypatch.setattr(sys, "argv", ["cap-llm", *map(str, args)])
     assert train.main() == 0, capfd.readouterr().err
@@ -552,7 +552,8 @@ def test_the_stage_scores_each_model(llama, rows, text_file, tmp_path, monkeypat
         json.loads((out / stage / "zeroshot.json").read_text()) for stage in ("dense", "oneshot")
     )
     assert dense["stage"] == "dense" and pruned["stage"] == "oneshot"
-    assert dense["tasks"].keys() == pruned["tasks"].keys() == set(dense["means"]["sds"]["tasks"])
+    assert dense["tasks"].keys() == pruned["tasks"].keys()
+    assert set(dense["tasks"]) == {"hellaswag", *dense["means"]["sds"]["tasks"]}
     assert dense["weights_sha256"] != pruned["weights_sha256"]
     perplexities = [d["tasks"]["lambada_openai"]["perplexity"] for d in (dense, pruned)]
     assert perplexities[0] != perplexities[1] and all(map(math.isfinite, perplexities))

@@ -145,7 +145,7 @@ class Task:
         origin: the file of the rows, or `hub`.
         rows: of a local file, in the hub's fields; None where lm-eval fetches them itself.
         overrides: further fields that the task file made for `rows` sets.
-        built: what lm-eval made of it, once it has.
+        built: what lm-eval made of a task without local rows, once it has.
     """
 
     name: str
@@ -156,14 +156,15 @@ class Task:
     built: object = None
 
     def build(self, folder: Path | None = None):
-        """lm-eval's task or group; a local one reads a copy of its rows in `folder`.
+        """lm-eval's task or group; a local one reads a copy of its rows in `folder`, which must
+        stay as long as the task is used.
 
         Raises:
             UserError: lm-eval cannot load it.
         """
-        if self.built is None:
-            spec = self.spec if self.rows is None else str(self._write(folder))
-            self.built = _load(self.name, spec)
+        if self.rows is not None:
+            return _load(self.name, str(self._write(folder)))
+        self.built = self.built or _load(self.name, self.spec)
         return self.built
 
     @property
