@@ -589,6 +589,19 @@ def test_the_perplexity_script_gives_the_stages_figure(llama, text_file, tmp_pat
     assert ours["text_sha256"] == stage["text_sha256"]
 
 
+def test_figures_of_other_weights_are_not_taken(tiny, text_file, tmp_path, monkeypatch):
+    import perplexity as perplexity_script
+
+    file, figures = tmp_path / "perplexity.json", []
+    for model in (tiny("llama"), tiny("llama", seed=1)):
+        args = [model, "--corpora", text_file, "--window", 64, "--output", file]
+        monkeypatch.setattr(sys, "argv", ["perplexity.py", *map(str, args)])
+        assert perplexity_script.main() == 0
+        (entry,) = json.loads(file.read_text())["corpora"].values()
+        figures.append(entry["ppl_token"])
+    assert figures[0] != figures[1]
+
+
 def test_the_scripts_refuse_in_one_line(tiny, llama, tmp_path, monkeypatch, capfd):
     import perplexity as perplexity_script
     import zeroshot as zeroshot_script

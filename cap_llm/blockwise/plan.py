@@ -79,6 +79,8 @@ def check_everything(
         text += f", of the memory {size(estimate['activations'])} for activations"
     if predict:
         text += f", time {duration(estimate['flops'] / matrix_rate(world.device) / world.size)}"
+        if "evaluate" in config.stages and config.evaluate.tasks:
+            text += " and the zero-shot tasks"
     console.say(f"estimate: {text}")
 
 

@@ -95,7 +95,8 @@ def score_corpora(
         folder: the model.
         scored: the windows.
         config: the run's settings.
-        facts: what the file says of the model besides.
+        facts: what the file says of the model besides; with `weights_sha256`, figures of other
+            weights do not count.
         path: the file that is written after each text, and read for what it holds already.
         scratch: where activations go that do not fit in memory; None: a temporary folder.
         world: the ranks.
@@ -109,6 +110,10 @@ def score_corpora(
     """
     stage = facts.get("stage", folder.name)
     results = read_json(path) if path and path.exists() else {"corpora": {}}
+    weights = facts.get("weights_sha256")  # a run directory's models are known by their recipes
+    if weights and results.get("weights_sha256", weights) != weights:
+        console.say(f"{path} scores other weights; it will be written anew")
+        results = {"corpora": {}}
     world.barrier()  # all have read before the first one writes
     for text in scored:
         known = results["corpora"].get(text.key)
