@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cap_llm.blockwise.oneshot import activation_bytes
 from cap_llm.blockwise.perplexity import streamed_nll
+from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config
 from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.tasks import Task
