@@ -23,6 +23,7 @@ quiet_libraries()
 
 import contextlib  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 
 from cap_llm.command_line import read_config  # noqa: E402
 from cap_llm.config import MODELS, Config  # noqa: E402
@@ -38,6 +39,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.blockwise.sds import sds
     from cap_llm.evaluation.evaluate import evaluate
     from cap_llm.evaluation.report import collect, write_report
+    from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.checkpoint import remove_weights
     from cap_llm.models.source import locate, prepare, start_of
     from cap_llm.runtime.rundir import Run
@@ -53,6 +55,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             from cap_llm.recovery.check import check_recovery
 
             check_recovery(located, config, world, console)
+        tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
         texts = read_texts(config, located) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
         for stage in ("dense", *config.stages):
@@ -78,7 +81,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             student, dense = start_of("recover", source, config, run)
             models["recover"] = recover(student, dense, texts, config, run)
         if "evaluate" in config.stages:
-            evaluate(models, texts, config, run)
+            evaluate(models, texts, tasks, config, run)
         world.barrier()
         if world.first:
             made = [stage for stage in MODELS if stage in models]
@@ -97,6 +100,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
 def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
     from cap_llm.blockwise.plan import check_everything
+    from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.source import locate
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
@@ -109,6 +113,8 @@ def dry_run(config: Config, console: Console) -> None:
             from cap_llm.recovery.check import check_recovery
 
             check_recovery(located, config, world, console, predict=True)
+        if "evaluate" in config.stages:
+            find_tasks(config.evaluate, console, fetch=False)
         if located and located.is_dir():
             read_texts(config, located)
         console.say("dry run: nothing was written")
@@ -118,22 +124,31 @@ def dry_run(config: Config, console: Console) -> None:
 
 def main() -> int:
     """Runs the command; returns its exit code: 0, 2 for bad input, 128 + signal when stopped."""
-    rank = int(os.environ.get("RANK", 0))
-    console = Console(speaks=rank == 0)
-    stop_at_once()
-    try:
+
+    def work(console: Console) -> None:
         config, config_yaml, only_check = read_config()
         config.check()
         if only_check:
             dry_run(config, console)
         else:
             pipeline(config, config_yaml, console)
+
+    return guarded(work, "cap-llm")
+
+
+def guarded(work: Callable[[Console], None], program: str) -> int:
+    """Does `work` and turns what ends it early into one line of `program` and an exit code."""
+    rank = int(os.environ.get("RANK", 0))
+    console = Console(speaks=rank == 0)
+    stop_at_once()
+    try:
+        work(console)
     except BaseException as error:
         number = stopped_by(error)
         if number:
             if rank == 0:
                 print(
-                    "cap-llm: stopped; give the same command again to go on",
+                    f"{program}: stopped; give the same command again to go on",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -143,12 +158,12 @@ def main() -> int:
         if not isinstance(error, UserError):
             error = "out of memory: lower --runtime.activation_gib or --calibration.sequences"
         if rank == 0:
-            print(f"cap-llm: error: {error}", file=sys.stderr, flush=True)
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         else:
             # The launcher ends the first rank when another one fails: let it speak before that.
             time.sleep(2)
             with contextlib.suppress(BrokenPipeError):
-                print(f"cap-llm: rank {rank}: {error}", file=sys.stderr, flush=True)
+                print(f"{program}: rank {rank}: {error}", file=sys.stderr, flush=True)
         return leave(2)
     return leave(0)
 

@@ -28,7 +28,7 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic, disk_error, read_json, write_json
 from cap_llm.runtime.world import World
 
-LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
+LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy", "lm_eval")
 
 
 class Run:
