@@ -8,7 +8,7 @@ one row, mean ± standard deviation.
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cap_llm.evaluation.published import beside, short_name
@@ -54,7 +54,8 @@ class Row:
     name: str
     results: list[Result]
     group: tuple[str, ...] = ()
-    mark: str = ""
+    status: str = ""
+    baseline: bool = False
     runs: list[int] = field(default_factory=list)
 
     def values(self, column: Column) -> list[float]:
@@ -72,11 +73,13 @@ class Row:
 
 @dataclass
 class Cell:
-    """What a table shows at one place; a row's name also has its mark and the runs behind it."""
+    """What a table shows at one place. A row's name also has what is wrong with the row, whether it
+    is a baseline, and the numbers of the runs behind it."""
 
     text: str
     best: bool = False
-    mark: str = ""
+    status: str = ""
+    baseline: bool = False
     runs: list[int] = field(default_factory=list)
 
 
@@ -99,7 +102,6 @@ class Section:
     rows: list[Row]
     columns: dict[str, list[Column]]
     tables: list[Table]
-    notes: list[str]
 
 
 def compare(results: list[Result]) -> list[Section]:
@@ -117,13 +119,17 @@ def compare(results: list[Result]) -> list[Section]:
         kinds["mean"] = _columns(group, "mean", splits)
         _add_gaps(rows, kinds["ppl"])
         kinds["gap"] = _columns(group, "gap", [])
+        if len(kinds["ppl"]) == 1:
+            kinds["gap"] = [replace(c, label=["gap", "closed"]) for c in kinds["gap"]]
         kinds |= {kind: _columns(group, kind, splits) for kind in COSTS}
         tables = [t for t in _tables(rows, kinds) if t.rows]
-        notes = splits + _remarks(rows, kinds)
-        sections.append(Section(short_name(dense), rows, kinds, tables, notes))
+        tables[0].notes = splits + _remarks(rows, kinds)
+        sections.append(Section(short_name(dense), rows, kinds, tables))
     if len(sections) > 1:
         for section in sections:
-            section.notes.insert(0, f"{section.title}: models of another dense model stand apart.")
+            section.tables[0].notes.append(
+                "Models of another dense model have tables of their own."
+            )
     return sections
 
 
@@ -159,10 +165,9 @@ def _rows(results: list[Result], runs: list[Path]) -> list[Row]:
             row.name += f" ({row.results[0].run.name})"
     further = any(r.results[0].stage not in ("dense", "oneshot") for r in rows)
     for row in rows:
-        if row.results[0].status:
-            row.mark = "; ".join(row.results[0].status)
-        elif row.results[0].stage == "dense" or (further and row.results[0].stage == "oneshot"):
-            row.mark = "baseline"
+        stage = row.results[0].stage
+        row.baseline = stage == "dense" or (further and stage == "oneshot")
+        row.status = "; ".join(row.results[0].status)
     order = list(dict.fromkeys([(), *(row.group for row in rows)]))
     return sorted(rows, key=lambda row: order.index(row.group))
 
@@ -294,7 +299,7 @@ def _differing(columns: list[Column]) -> list[str]:
 def _label(kind: str, name: str, facts: dict) -> list[str]:
     """A column's heading, in lines."""
     if kind in ("ppl", "gap"):
-        label = [name, f"ppl_token@{facts['window']}"] if kind == "ppl" else ["gap closed", name]
+        label = [name, f"ppl_token@{facts['window']}"] if kind == "ppl" else ["gap", "closed", name]
         return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
     if kind == "mean":
         n = len(facts["tasks"].split(", "))
@@ -338,7 +343,7 @@ def _table(title: str, rows: list[Row], columns: list[Column], sparsity: bool = 
     for i, row in enumerate(shown):
         if i and row.group != shown[i - 1].group:
             table.starts.append(i)
-        cells = [Cell(row.name, False, row.mark, row.runs)]
+        cells = [Cell(row.name, False, row.status, row.baseline, row.runs)]
         for column in columns:
             cells.append(Cell(_cell(row, column), _is_best(row, column, shown)))
         if sparse:
@@ -432,6 +437,4 @@ def _remarks(rows: list[Row], kinds: dict[str, list[Column]]) -> list[str]:
             "Gap closed: the share of the one-shot model's excess perplexity over dense that the "
             "later stages of the same run won back."
         )
-    if any(row.group and row.mark == "baseline" for row in rows):
-        notes.append("Baselines are the dense and the one-shot models.")
     return notes

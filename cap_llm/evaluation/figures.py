@@ -12,8 +12,8 @@ from cap_llm.runtime.files import atomic
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; black is the dense model's.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#6B6B6B")
-_SIZE = (5.6, 3.5)  # inches; small, so that the text is read on a phone
-_DPI = 200
+_SIZE = (4.8, 3.2)  # inches; small, so that the text is read on a phone
+_DPI = 220
 _NAMES = ("perplexity-over-sparsity", "layers", "training", "zero-shot", "cost")
 
 

@@ -20,6 +20,8 @@ from cap_llm.runtime.files import atomic
 
 __all__ = ["collect", "write_report"]
 
+BEST = "best of its pattern and sparsity"
+BASELINE = "baseline (dense, one-shot)"
 _PAGE = jinja2.Environment(
     loader=jinja2.PackageLoader("cap_llm.evaluation", "."),
     autoescape=True,
@@ -48,14 +50,17 @@ def write_report(results: list[Result], folder: Path, title: str, console: Conso
         for table in section.tables[1:]:
             if table.title == PUBLISHED:
                 console.table(table.title, *_plain(table))
-        for note in section.notes:
+        if any(cell.best for row in section.tables[0].rows for cell in row):
+            console.say(f"* {BEST}")
+        for note in section.tables[0].notes:
             console.say(note)
     if missing:
         console.say(missing)
     runs = [_provenance(run, results) for run in dict.fromkeys(r.run for r in results)]
+    common = _common(runs)
     text = {
-        "report.md": _markdown(title, sections, pictures, runs, missing),
-        "report.html": _html(title, sections, pictures, runs, missing),
+        "report.md": _markdown(title, sections, pictures, runs, common, missing),
+        "report.html": _html(title, sections, pictures, runs, common, missing),
         "report.csv": _csv(results),
     }
     for name, content in text.items():
@@ -105,6 +110,16 @@ def _provenance(run: Path, results: Iterable[Result]) -> Provenance:
     return Provenance(str(run), facts)
 
 
+def _common(runs: list[Provenance]) -> list[tuple[str, str]]:
+    """Takes out what all of several runs say alike."""
+    if len(runs) < 2:
+        return []
+    common = [fact for fact in runs[0].facts if all(fact in run.facts for run in runs)]
+    for run in runs:
+        run.facts = [fact for fact in run.facts if fact not in common]
+    return common
+
+
 # files
 
 
@@ -115,7 +130,7 @@ def _plain(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def _named(cell: Cell) -> str:
-    return f"{cell.text} [{cell.mark}]" if cell.mark else cell.text
+    return f"{cell.text} [{cell.status}]" if cell.status else cell.text
 
 
 def _markdown(
@@ -123,6 +138,7 @@ def _markdown(
     sections: list[Section],
     pictures: dict[str, list[Picture]],
     runs: list[Provenance],
+    common: list[tuple[str, str]],
     missing: str,
 ) -> str:
     lines = [f"# {title}", ""]
@@ -135,14 +151,18 @@ def _markdown(
             for row in table.rows:
                 cells = [_named(c).replace("|", "\\|") for c in row]
                 cells = [f"**{t}**" if c.best else t for t, c in zip(cells, row, strict=True)]
+                cells[0] = f"*{cells[0]}*" if row[0].baseline else cells[0]
                 cells[0] += "".join(f" ({n})" for n in row[0].runs)
                 lines.append(_line(cells))
-            lines += ["", *(f"{n}\n" for n in table.notes)]
-        lines += [*(f"- {note}" for note in section.notes), ""]
+            cells = [cell for row in table.rows for cell in row]
+            legend = [f"**bold**: {BEST}"] * any(c.best for c in cells)
+            legend += [f"*italics*: {BASELINE}"] * any(c.baseline for c in cells)
+            lines += ["", *(f"- {note}" for note in (*legend, *table.notes)), ""]
         for picture in pictures[section.title]:
             lines += [f"![{picture.caption}](figures/{picture.path.name})", "", picture.caption, ""]
     lines += [missing, ""] * bool(missing)
     lines += ["## Where the figures come from", "", "By the numbers behind the models' names.", ""]
+    lines += [f"- all: {name}: {value}" for name, value in common] + [""] * bool(common)
     for n, run in enumerate(runs, 1):
         lines.append(f"{n}. `{run.run}`")
         lines += [f"   - {k}: `{v}`" if k == "command" else f"   - {k}: {v}" for k, v in run.facts]
@@ -158,6 +178,7 @@ def _html(
     sections: list[Section],
     pictures: dict[str, list[Picture]],
     runs: list[Provenance],
+    common: list[tuple[str, str]],
     missing: str,
 ) -> str:
     inline = {
@@ -171,7 +192,10 @@ def _html(
         pictures=pictures,
         inline=inline,
         runs=runs,
+        common=common,
         published=PUBLISHED,
+        best=BEST,
+        baseline=BASELINE,
         missing=missing,
     )
 

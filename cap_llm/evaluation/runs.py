@@ -358,8 +358,11 @@ def _curves(path: Path, recover: dict, done: dict, result: Result) -> None:
                     continue
                 entry = json.loads(line)
                 if re.fullmatch(r"recover(/\d+)?", entry["stage"]):
-                    # written again by a job that went back to a checkpoint: the last one counts
-                    rungs.setdefault(entry["stage"], {})[entry["step"]] = entry["value"]
+                    points = rungs.setdefault(entry["stage"], {})
+                    # a job that went back to a checkpoint, or began anew, writes steps again
+                    for step in [s for s in points if s >= entry["step"]]:
+                        del points[step]
+                    points[entry["step"]] = entry["value"]
     except (OSError, ValueError, KeyError):
         result.status.append("metrics.jsonl cannot be read")
     start = 0
