@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cap_llm.evaluation.published import beside, short_name
+from cap_llm.evaluation.published import of_protocol, published, short_name
 from cap_llm.evaluation.runs import Figure, Result
 from cap_llm.runtime.console import duration, size
 
@@ -53,17 +53,24 @@ class Row:
 
     name: str
     results: list[Result]
-    group: tuple[str, ...] = ()
+    group: tuple = ()
     status: str = ""
     baseline: bool = False
     runs: list[int] = field(default_factory=list)
 
     def values(self, column: Column) -> list[float]:
-        """The figures of a column, one a result that has it; of a dense model just one."""
-        found = []
+        """The figures of a column, one a seed that has it."""
+        found: dict[tuple, float] = {}
         for result in self.results:
-            found += [f.value for f in result.figures if column.takes(f)][:1]
-        return found[:1] if self.results[0].stage == "dense" else found
+            for figure in result.figures:
+                if column.takes(figure):
+                    found.setdefault(result.seeds, figure.value)
+        return list(found.values())
+
+    @property
+    def n_seeds(self) -> int:
+        """Runs that differ in their seeds; the same one twice counts once."""
+        return len({r.seeds for r in self.results})
 
     def value(self, column: Column) -> float | None:
         """Their mean."""
@@ -120,7 +127,7 @@ def compare(results: list[Result]) -> list[Section]:
         _add_gaps(rows, kinds["ppl"])
         kinds["gap"] = _columns(group, "gap", [])
         if len(kinds["ppl"]) == 1:
-            kinds["gap"] = [replace(c, label=["gap", "closed"]) for c in kinds["gap"]]
+            kinds["gap"] = [replace(c, label=["gap", "closed, %"]) for c in kinds["gap"]]
         kinds |= {kind: _columns(group, kind, splits) for kind in COSTS}
         tables = [t for t in _tables(rows, kinds) if t.rows]
         tables[0].notes = splits + _remarks(rows, kinds)
@@ -140,45 +147,47 @@ def _rows(results: list[Result], runs: list[Path]) -> list[Row]:
     """Folds seeds, sorts by pattern and sparsity (dense first), and marks the baselines."""
     rows: list[Row] = []
     for result in results:
-        for row in rows:
-            first = row.results[0]
-            if first.stage == result.stage == "dense":
-                break
-            alike = (first.stage, first.recipe) == (result.stage, result.recipe)
-            whole = not (first.status or result.status)
-            if alike and whole and result.seeds not in [r.seeds for r in row.results]:
-                break
-        else:
+        row = next((row for row in rows if all(_one_row(r, result) for r in row.results)), None)
+        if not row:
             row = Row(result.name, [], _group(result))
             rows.append(row)
         row.results.append(result)
-    for row in rows:
-        row.runs = list(dict.fromkeys(runs.index(r.run) + 1 for r in row.results))
-        row.name = _common_name([r.name for r in row.results])
-        if row.results[0].stage == "dense":
-            row.name = "dense"
-        elif len(row.results) > 1:
-            row.name += f" ({len(row.results)} seeds)"
-    names = [row.name for row in rows]
-    for row in rows:
-        if names.count(row.name) > 1 and row.results[0].run.name:
-            row.name += f" ({row.results[0].run.name})"
-    further = any(r.results[0].stage not in ("dense", "oneshot") for r in rows)
+    further = any(row.results[0].stage not in ("dense", "oneshot") for row in rows)
     for row in rows:
         stage = row.results[0].stage
+        row.name = "dense" if stage == "dense" else _common_name([r.name for r in row.results])
+        row.name += f" ({row.n_seeds} seeds)" * (row.n_seeds > 1)
+        row.runs = list(dict.fromkeys(runs.index(r.run) + 1 for r in row.results))
         row.baseline = stage == "dense" or (further and stage == "oneshot")
         row.status = "; ".join(row.results[0].status)
-    order = list(dict.fromkeys([(), *(row.group for row in rows)]))
-    return sorted(rows, key=lambda row: order.index(row.group))
+    names = [row.name for row in rows]
+    for row in rows:
+        if names.count(row.name) > 1:
+            row.name += f" ({row.results[0].run.name})"
+    return sorted(rows, key=lambda row: row.group)
 
 
-def _group(result: Result) -> tuple[str, ...]:
-    """What must be alike for the best to be a fair word: the pattern and the share of zeros."""
+def _one_row(known: Result, result: Result) -> bool:
+    """Whether two results are one model made with two seeds, or the same model scored twice."""
+    if known.stage == result.stage == "dense":
+        return True
+    if (known.stage, known.recipe) != (result.stage, result.recipe):
+        return False
+    if known.status or result.status:
+        return False
+    scores = [(f, g) for f in known.figures for g in result.figures if f.kind in ("ppl", "task")]
+    scores = [(f, g) for f, g in scores if (f.kind, f.name, f.facts) == (g.kind, g.name, g.facts)]
+    agree = all(abs(f.value - g.value) <= 1e-3 * f.value for f, g in scores)
+    return known.seeds != result.seeds or agree
+
+
+def _group(result: Result) -> tuple:
+    """What must be alike for the best to be a fair word, the pattern and the share of zeros in %;
+    in the order of tables. Empty for a dense model."""
     if result.stage == "dense":
         return ()
-    if ":" in result.amount or not result.sparsity:
-        return (result.amount,)
-    return (f"{100 * result.sparsity[0]:.0f} %",)
+    share = round(100 * result.sparsity[0]) if result.sparsity else 100
+    return (1, share, result.amount) if ":" in result.amount else (0, share, "")
 
 
 def _common_name(names: list[str]) -> str:
@@ -299,7 +308,7 @@ def _differing(columns: list[Column]) -> list[str]:
 def _label(kind: str, name: str, facts: dict) -> list[str]:
     """A column's heading, in lines."""
     if kind in ("ppl", "gap"):
-        label = [name, f"ppl_token@{facts['window']}"] if kind == "ppl" else ["gap", "closed", name]
+        label = [name, f"ppl_token@{facts['window']}"] if kind == "ppl" else ["gap closed, %", name]
         return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
     if kind == "mean":
         n = len(facts["tasks"].split(", "))
@@ -327,10 +336,8 @@ def _tables(rows: list[Row], kinds: dict[str, list[Column]]) -> list[Table]:
     costs = [column for kind in COSTS for column in kinds[kind]]
     if costs:
         tables.append(_table("Cost", rows, costs))
-    pairs = beside([r for row in rows for r in row.results])
-    if pairs:
-        tables.append(_published(pairs))
-    return tables
+    beside = _beside_published(rows, kinds["ppl"])
+    return [*tables, beside] if beside else tables
 
 
 def _table(title: str, rows: list[Row], columns: list[Column], sparsity: bool = False) -> Table:
@@ -362,7 +369,7 @@ def _cell(row: Row, column: Column) -> str:
         text = show(column.kind, mean)
     else:
         text = f"{show(column.kind, mean)} ± {show(column.kind, statistics.stdev(values))}"
-    few = len(values) < len(row.results) and row.results[0].stage != "dense"
+    few = len(values) < row.n_seeds
     return text + f" (of {len(values)})" * few
 
 
@@ -371,7 +378,7 @@ def show(kind: str, value: float) -> str:
     if kind == "ppl":
         return f"{value:.2f}" if value < 10_000 else f"{value:.3g}"
     if kind in ("task", "norm", "mean", "gap"):
-        return f"{100 * value:.1f}" + " %" * (kind == "gap")
+        return f"{100 * value:.1f}"
     if kind == "trained":
         return f"{value:,.0f}"
     return duration(value) if kind == "time" else size(value)
@@ -397,25 +404,48 @@ def _unfinished(row: Row) -> bool:
     return any(s.startswith("unfinished") for s in row.results[0].status)
 
 
-def _published(pairs: list) -> Table:
-    """Measured, published and the difference, side by side."""
-    columns = ["method", "corpus", "window", "measured", "published", "difference", "source"]
-    table = Table(PUBLISHED, columns, [])
-    before = None
-    for figure, values in sorted(pairs, key=lambda p: (p[0].amount != "", p[0].amount)):
-        measured = statistics.mean(values) if values else None
-        cells = [f"{figure.method} {figure.amount}".strip(), figure.corpus, str(figure.window)]
-        cells.append(NOTHING if measured is None else show("ppl", measured))
-        cells.append(f"{figure.ppl:g}")
-        cells.append(NOTHING if measured is None else f"{measured - figure.ppl:+.2f}")
-        if before is not None and figure.amount != before:
-            table.starts.append(len(table.rows))
-        before = figure.amount
-        table.rows.append([Cell(c) for c in (*cells, figure.source)])
+def _beside_published(rows: list[Row], columns: list[Column]) -> Table | None:
+    """Measured, published and their difference, for what was measured as the papers do."""
+    model = short_name(rows[0].results[0].dense)
+    table = Table(PUBLISHED, ["model", "perplexity", "measured", "published", "difference"], [])
+    table.columns.append("source")
+    others: dict[tuple, dict[str, float]] = {}
+    matched = set()
+    for column in (c for c in columns if of_protocol(c.facts)):
+        for row in rows:
+            measured, first = row.value(column), row.results[0]
+            if measured is None or row.status:
+                continue
+            method = first.method if row.group else "dense"
+            for p in published():
+                place = (p.model, p.amount, p.corpus, p.window)
+                if place != (model, first.amount, column.name, column.facts["window"]):
+                    continue
+                if p.method != method:
+                    others.setdefault(place[1:], {}).setdefault(p.method, p.ppl)
+                    continue
+                matched.add((p.method, *place[1:]))
+                where = ", ".join([f"{p.corpus}@{p.window}", *column.label[2:]])
+                texts = [row.name, where, show("ppl", measured), f"{p.ppl:g}"]
+                texts += [f"{measured - p.ppl:+.2f}", p.source]
+                table.rows.append([Cell(t) for t in texts])
+    if not table.rows:
+        return None
+    table.rows.sort(key=lambda cells: [row.name for row in rows].index(cells[0].text))
+    names = [row[0].text for row in table.rows]
+    table.starts = [i for i in range(1, len(names)) if names[i] != names[i - 1]]
     table.notes.append(
-        "Perplexity on the whole test set; calibrated on 128 x 2048 tokens of C4, other runs are "
-        "left out. Papers differ in the sample that they drew."
+        "Whole test sets, calibrated on 128 x 2048 tokens of C4; what was measured otherwise is "
+        "not here. Papers drew other samples, so that last digits differ."
     )
+    for (amount, corpus, window), methods in others.items():
+        told = {m: p for m, p in methods.items() if (m, amount, corpus, window) not in matched}
+        if corpus == "wikitext2" and told:
+            best = sorted(told.items(), key=lambda item: item[1])
+            table.notes.append(
+                f"Also published at {amount} on {corpus}@{window}: "
+                + ", ".join(f"{method} {ppl:g}" for method, ppl in best)
+            )
     return table
 
 
@@ -430,7 +460,7 @@ def _remarks(rows: list[Row], kinds: dict[str, list[Column]]) -> list[str]:
                 f"{column.name}: the runs' dense figures go from {min(values):.4f} to "
                 f"{max(values):.4f} though all facts agree; the first one is shown."
             )
-    if any(len(row.results) > 1 and row.group for row in rows):
+    if any(row.n_seeds > 1 for row in rows):
         notes.append("± is the standard deviation over seeds.")
     if kinds["gap"]:
         notes.append(

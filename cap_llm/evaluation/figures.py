@@ -12,6 +12,7 @@ from cap_llm.runtime.files import atomic
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; black is the dense model's.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#6B6B6B")
+_MARKERS = "oD^v"  # once the colours are used up
 _SIZE = (4.8, 3.2)  # inches; small, so that the text is read on a phone
 _DPI = 220
 _NAMES = ("perplexity-over-sparsity", "layers", "training", "zero-shot", "cost")
@@ -54,11 +55,15 @@ def draw(sections: list[Section], folder: Path) -> tuple[dict[str, list[Picture]
     return pictures, ""
 
 
-def _colours(section: Section) -> dict[str, str]:
-    """A colour for each row's name."""
+def _styles(section: Section) -> dict[str, dict]:
+    """Colour, marker and line of each row, the same in all pictures."""
     names = [row.name for row in section.rows if row.group]
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
-    return colours | {"dense": "black"}
+    styles = {"dense": {"color": "black", "marker": "o", "linestyle": "-"}}
+    for i, name in enumerate(names):
+        again = i // len(_COLOURS) % len(_MARKERS)
+        styles[name] = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[again]}
+        styles[name]["linestyle"] = ("-", "--", ":")[min(again, 2)]
+    return styles
 
 
 def _first_perplexity(section: Section) -> Column | None:
@@ -67,18 +72,24 @@ def _first_perplexity(section: Section) -> Column | None:
     return max(columns, key=lambda c: sum(bool(r.values(c)) for r in section.rows), default=None)
 
 
-def _dense_line(axes, section: Section, column: Column) -> None:
-    dense = next((r.value(column) for r in section.rows if not r.group), None)
-    if dense is not None:
-        axes.axhline(dense, color="black", linewidth=1, linestyle=":")
-        axes.annotate(
-            f"dense {show('ppl', dense)}",
-            (0.01, dense),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+def _dense_value(section: Section, column: Column) -> float | None:
+    return next((r.value(column) for r in section.rows if not r.group), None)
+
+
+def _mark_dense(axes, value: float | None, side: str) -> None:
+    """A dotted line at the dense model's perplexity, labelled on the `left` or `right`."""
+    if value is None:
+        return
+    axes.axhline(value, color="black", linewidth=1, linestyle=":")
+    axes.annotate(
+        f"dense {show('ppl', value)}",
+        (0.01 if side == "left" else 0.99, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha=side,
+        fontsize=8,
+    )
 
 
 def _scale(axes, values: list[float]) -> None:
@@ -110,18 +121,14 @@ def _tidy(axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(figure, axes, n: int) -> None:
-    """Below the axes, in as many columns as names of this length allow."""
+def _legend(figure, axes) -> None:
+    """Below the axes, in as many columns as names of this length allow; the picture grows by it."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels)) > 36 else 2
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(columns, n),
-        fontsize=8,
-        frameon=False,
-    )
+    n_columns = 1 if max(map(len, labels)) > 30 else min(2, len(labels))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.16 * (-(-len(labels) // n_columns)))
+    place = "outside lower center"
+    figure.legend(handles, labels, loc=place, ncols=n_columns, fontsize=8, frameon=False)
 
 
 def _over_sparsity(section: Section, figure) -> str:
@@ -141,14 +148,17 @@ def _over_sparsity(section: Section, figure) -> str:
     for i, (name, points) in enumerate(lines.items()):
         marker = "s" if ":" in name else "o"
         x, y = zip(*sorted(points), strict=True)
-        colour = _COLOURS[i % len(_COLOURS)]
-        axes.plot(x, y, marker=marker, markersize=4, color=colour, label=name)
+        style = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": "--" if i >= 8 else "-"}
+        axes.plot(x, y, marker=marker, markersize=4, label=name, **style)
     _scale(axes, [y for points in lines.values() for _, y in points])
-    _dense_line(axes, section, column)
+    _mark_dense(axes, _dense_value(section, column), "right")
+    shares = sorted({round(x, 1) for points in lines.values() for x, _ in points})
+    if len(shares) <= 8:
+        axes.set_xticks(shares, [f"{x:g}" for x in shares])
     axes.set_xlabel("zeros in the pruned matrices, %")
     axes.set_ylabel("perplexity")
     _tidy(axes)
-    _legend(figure, axes, len(lines))
+    _legend(figure, axes)
     return f"Perplexity ({_heading(column)}) over sparsity; N:M patterns are squares."
 
 
@@ -167,13 +177,13 @@ def _layers(section: Section, figure) -> str:
     uneven = any(max(s) - min(s) > 0.002 for s in ([s for s, _ in blocks] for _, blocks in rows))
     if not (errors or uneven):
         return ""
-    shown, colours = rows[: len(_COLOURS)], _colours(section)
+    shown, styles = rows[: len(_COLOURS)], _styles(section)
     panels = figure.subplots(uneven + errors, 1, sharex=True, squeeze=False)[:, 0]
     if uneven and errors:
         figure.set_size_inches(_SIZE[0], 1.5 * _SIZE[1])
     for row, blocks in shown:
         places = range(1, len(blocks) + 1)
-        style = {"color": colours[row.name], "label": row.name, "linewidth": 1.4}
+        style = styles[row.name] | {"label": row.name, "linewidth": 1.4, "marker": None}
         if uneven:
             panels[0].plot(places, [100 * s for s, _ in blocks], **style)
         if errors and any(e for _, e in blocks):
@@ -186,7 +196,7 @@ def _layers(section: Section, figure) -> str:
     panels[-1].set_xlabel("block")
     for axes in panels:
         _tidy(axes)
-    _legend(figure, panels[-1 if errors else 0], len(shown))
+    _legend(figure, panels[-1 if errors else 0])
     what = [w for w, there in (("sparsity", uneven), ("output error", errors)) if there]
     even = "" if uneven else " Sparsity is the same in all blocks."
     rest = f" The first {len(shown)} of {len(rows)} models." * (len(shown) < len(rows))
@@ -218,41 +228,26 @@ def _training(section: Section, figure) -> str:
     rows = [row for row in section.rows if any(len(c) > 1 for r in row.results for c in r.curve)]
     if not rows:
         return ""
-    axes, colours, values, dense = figure.add_subplot(), _colours(section), [], set()
+    axes, styles, values, dense = figure.add_subplot(), _styles(section), [], set()
     for row in rows:
         for i, result in enumerate(row.results):
             for j, points in enumerate(result.curve):
                 x, y = zip(*points, strict=True)
                 label = None if i or j else row.name
-                axes.plot(
-                    x,
-                    y,
-                    marker=".",
-                    color=colours[row.name],
-                    label=label,
-                    alpha=1 if not i else 0.5,
-                )
+                style = styles[row.name] | {"label": label, "alpha": 0.5 if i else 1, "marker": "."}
+                axes.plot(x, y, **style)
                 values += y
             if result.curve_dense:
                 dense.add(round(result.curve_dense, 2))
     for value in dense:
-        axes.axhline(value, color="black", linewidth=1, linestyle=":")
-    if len(dense) == 1:
-        place = (0.01, *dense)
-        axes.annotate(
-            f"dense {show('ppl', *dense)}",
-            place,
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        _mark_dense(axes, value, "left")
     _scale(axes, [*values, *dense])
     axes.set_xlabel("tokens trained")
     axes.set_ylabel("held-out perplexity")
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
     _tidy(axes)
-    _legend(figure, axes, len(rows))
+    _legend(figure, axes)
     return "Perplexity on held-out text of the training corpus along the recovery."
 
 
@@ -262,35 +257,39 @@ def _zero_shot(section: Section, figure) -> str:
     rows = [row for row in section.rows if any(row.values(c) for c in columns)]
     if not columns or not rows:
         return ""
-    rows = rows[: len(_COLOURS) + 1]
-    figure.set_size_inches(_SIZE[0], max(_SIZE[1], 0.5 + len(columns) * (0.25 + 0.11 * len(rows))))
-    axes, colours = figure.add_subplot(), _colours(section)
-    height = 0.8 / len(rows)
-    for i, row in enumerate(rows):
+    shown = rows[: len(_COLOURS) + 1]  # dense and one of each colour
+    figure.set_size_inches(_SIZE[0], max(_SIZE[1], 0.6 + len(columns) * (0.1 + 0.09 * len(shown))))
+    axes, styles = figure.add_subplot(), _styles(section)
+    height = 0.84 / len(shown)
+    for i, row in enumerate(shown):
         places, widths, errors = [], [], []
         for j, column in enumerate(columns):
             if row.values(column):
                 figures = [f for r in row.results for f in r.figures if column.takes(f)]
-                places.append(j + (i - (len(rows) - 1) / 2) * height)
+                places.append(j + (i - (len(shown) - 1) / 2) * height)
                 widths.append(100 * row.value(column))
-                errors.append(100 * (figures[0].stderr or 0.0) / len(row.values(column)) ** 0.5)
+                errors.append(100 * (figures[0].stderr or 0.0))
         axes.barh(
             places,
             widths,
             height,
             xerr=errors,
-            color=colours[row.name],
+            color=styles[row.name]["color"],
+            hatch="///" if styles[row.name]["linestyle"] != "-" else None,
+            edgecolor="white",
+            linewidth=0.3,
             label=row.name,
             error_kw={"linewidth": 0.7, "ecolor": "#444444"},
         )
     axes.set_yticks(range(len(columns)), [_heading(c) for c in columns], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(columns) - 0.5, -0.5)
     axes.set_xlabel("accuracy, %")
     _tidy(axes)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#e4e4e8", linewidth=0.7)
-    _legend(figure, axes, len(rows))
-    return "Zero-shot accuracy by task; whiskers are one standard error over the items."
+    _legend(figure, axes)
+    rest = f" The first {len(shown)} of {len(rows)} models." * (len(shown) < len(rows))
+    return f"Zero-shot accuracy by task; whiskers are one standard error over the items.{rest}"
 
 
 def _cost(section: Section, figure) -> str:
@@ -306,16 +305,16 @@ def _cost(section: Section, figure) -> str:
     ]
     if len(points) < 2:
         return ""
-    axes, colours = figure.add_subplot(), _colours(section)
+    axes, styles = figure.add_subplot(), _styles(section)
     for row, minutes, ppl in points:
-        marker = "s" if ":" in row.results[0].amount else "o"
-        axes.plot([minutes], [ppl], marker, markersize=7, color=colours[row.name], label=row.name)
+        style = styles[row.name] | {"linestyle": "none", "markersize": 6}
+        axes.plot([minutes], [ppl], label=row.name, **style)
     _scale(axes, [ppl for *_, ppl in points])
-    _dense_line(axes, section, column)
+    _mark_dense(axes, _dense_value(section, column), "left")
     axes.set_xlabel("minutes, all stages")
     axes.set_ylabel("perplexity")
     axes.set_xlim(left=0)
     _tidy(axes)
-    _legend(figure, axes, len(points))
+    _legend(figure, axes)
     machine = time.facts.get("machine")
     return f"Perplexity ({_heading(column)}) against the time it took, on {machine}."

@@ -9,8 +9,6 @@ from importlib.resources import files
 
 import yaml
 
-from cap_llm.evaluation.runs import Figure, Result
-
 CALIBRATION = "128 x 2048 of c4"
 
 
@@ -48,34 +46,7 @@ def short_name(model: str) -> str:
     return re.sub(r"-hf$", "", name.removeprefix("meta-"))
 
 
-def comparable(result: Result, figure: Figure) -> bool:
-    """Whether a measured perplexity follows the papers' protocol: the whole text, and their
+def of_protocol(facts: dict) -> bool:
+    """Whether a perplexity of these facts follows the papers' protocol: the whole text, and their
     calibration or none."""
-    calibration = figure.facts.get("calibration")
-    whole = figure.kind == "ppl" and figure.facts.get("limit") is None
-    return whole and not result.status and calibration in (None, CALIBRATION)
-
-
-def beside(results: list[Result]) -> list[tuple[Published, list[float]]]:
-    """Published figures at the model, patterns, corpora and windows that were measured.
-
-    Args:
-        results: models that come from one dense model.
-
-    Returns:
-        Each with the measured perplexities of the same method, one a seed; none where it was not
-        measured.
-    """
-    measured: dict[tuple, list[float]] = {}
-    for result in results:
-        for figure in result.figures:
-            if comparable(result, figure):
-                place = (result.amount, figure.name, figure.facts["window"])
-                method = "dense" if result.stage == "dense" else result.method
-                measured.setdefault((method, *place), []).append(figure.value)
-    places = {key[1:] for key in measured}
-    return [
-        (p, measured.get((p.method, p.amount, p.corpus, p.window), []))
-        for p in published()
-        if p.model == short_name(results[0].dense) and (p.amount, p.corpus, p.window) in places
-    ]
+    return facts.get("limit") is None and facts.get("calibration") in (None, CALIBRATION)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,12 @@ import jinja2
 from cap_llm.evaluation.comparison import PUBLISHED, Cell, Section, Table, compare
 from cap_llm.evaluation.figures import Picture, draw
 from cap_llm.evaluation.runs import Result, collect
-from cap_llm.runtime.console import Console
+from cap_llm.runtime.console import PLAIN_WIDTH, Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 
 __all__ = ["collect", "write_report"]
 
-BEST = "best of its pattern and sparsity"
-BASELINE = "baseline (dense, one-shot)"
 _PAGE = jinja2.Environment(
     loader=jinja2.PackageLoader("cap_llm.evaluation", "."),
     autoescape=True,
@@ -50,8 +49,6 @@ def write_report(results: list[Result], folder: Path, title: str, console: Conso
         for table in section.tables[1:]:
             if table.title == PUBLISHED:
                 console.table(table.title, *_plain(table))
-        if any(cell.best for row in section.tables[0].rows for cell in row):
-            console.say(f"* {BEST}")
         for note in section.tables[0].notes:
             console.say(note)
     if missing:
@@ -124,9 +121,26 @@ def _common(runs: list[Provenance]) -> list[tuple[str, str]]:
 
 
 def _plain(table: Table) -> tuple[list[str], list[list[str]]]:
-    """A table for the console."""
+    """A table for the console: as many columns as there is room for."""
     rows = [[_named(c) + " *" * c.best for c in row] for row in table.rows]
-    return table.columns, rows
+    widths = [
+        max(len(line) for text in (label, *texts) for line in text.split("\n")) + 3
+        for label, *texts in zip(table.columns, *rows, strict=True)
+    ]
+    room = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+    n = sum(1 for i in range(len(widths)) if sum(widths[: i + 1]) + 1 <= room)
+    return table.columns[:n], [row[:n] for row in rows]
+
+
+def _legend(section: Section) -> list[tuple[str, str, str]]:
+    """How the section's tables mark cells, where they do: class, sample, meaning."""
+    cells = [cell for table in section.tables for row in table.rows for cell in row]
+    marks = []
+    if any(c.best for c in cells):
+        marks.append(("best", "bold", "best of its pattern and sparsity"))
+    if any(c.baseline and c.text != "dense" for c in cells):
+        marks.append(("baseline", "italics", "baseline: dense or one-shot"))
+    return marks
 
 
 def _named(cell: Cell) -> str:
@@ -154,10 +168,10 @@ def _markdown(
                 cells[0] = f"*{cells[0]}*" if row[0].baseline else cells[0]
                 cells[0] += "".join(f" ({n})" for n in row[0].runs)
                 lines.append(_line(cells))
-            cells = [cell for row in table.rows for cell in row]
-            legend = [f"**bold**: {BEST}"] * any(c.best for c in cells)
-            legend += [f"*italics*: {BASELINE}"] * any(c.baseline for c in cells)
-            lines += ["", *(f"- {note}" for note in (*legend, *table.notes)), ""]
+            legend = _legend(section) if table is section.tables[0] else []
+            signs = {"best": "**bold**", "baseline": "*italics*"}
+            marks = [f"{signs[kind]}: {meaning}" for kind, _, meaning in legend]
+            lines += ["", *(f"- {note}" for note in (*marks, *table.notes)), ""]
         for picture in pictures[section.title]:
             lines += [f"![{picture.caption}](figures/{picture.path.name})", "", picture.caption, ""]
     lines += [missing, ""] * bool(missing)
@@ -194,8 +208,7 @@ def _html(
         runs=runs,
         common=common,
         published=PUBLISHED,
-        best=BEST,
-        baseline=BASELINE,
+        legend=_legend,
         missing=missing,
     )
 
