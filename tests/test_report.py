@@ -112,7 +112,7 @@ def test_the_entry_itself_leaves_the_report(real):
 
 
 def test_every_figure_is_in_the_csv_with_its_run_and_command(copy, report):
-    a, b = copy("a", named("first")), copy("b", named("second"))
+    a, b = copy("a", named("first")), copy("b", named("second") | {"oneshot/recipe.json": other})
     with open(report(a, b) / "report.csv") as file:
         lines = list(csv.DictReader(file))
     for run in (a, b):
@@ -169,7 +169,7 @@ SPLITS = {
         "torch (",
     ),
     "calibration": (
-        {"oneshot/recipe.json": lambda c: c["calibration"].update(sequences=99)},
+        {"oneshot/recipe.json": lambda c: other(c) or c["calibration"].update(sequences=99)},
         "calibration (8 x 64 of text.txt, 99 x 64 of text.txt)",
     ),
 }
@@ -177,7 +177,8 @@ SPLITS = {
 
 @pytest.mark.parametrize("changes, why", SPLITS.values(), ids=SPLITS)
 def test_figures_that_do_not_compare_stand_in_columns_of_their_own(copy, changes, why):
-    labels, rows, notes = quality(copy("a", named("first")), copy("b", named("second") | changes))
+    changes = {"oneshot/recipe.json": other} | named("second") | changes
+    labels, rows, notes = quality(copy("a", named("first")), copy("b", changes))
     figures = [label for label in labels if "ppl_token" in label]
     assert len(figures) == len(set(figures)) == 2
     first, second = rows["first"][:2], rows["second"][:2]
@@ -193,7 +194,7 @@ def test_another_build_of_the_same_release_compares(copy):
 
 def test_dense_and_uncalibrated_models_stand_beside_every_calibration(copy):
     more = {"oneshot/recipe.json": lambda c: c["calibration"].update(sequences=99)}
-    without = {"oneshot/recipe.json": lambda c: c.pop("calibration") and None}
+    without = {"oneshot/recipe.json": lambda c: other(c) or (c.pop("calibration") and None)}
     runs = [copy("a", named("first")), copy("b", named("second") | more)]
     _, rows, _ = quality(*runs, copy("c", named("third") | without))
     for name in ("dense", "third"):
@@ -247,8 +248,14 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_row(copy):
     assert len(rows) == 2 and any("standard deviation" in note for note in notes)
 
 
-def test_the_same_seed_twice_is_no_spread(copy):
+def test_the_same_model_scored_twice_is_one_row_and_no_spread(copy):
     _, rows, _ = quality(copy("one", named("same")), copy("two", named("same")))
+    assert set(rows) == {"dense", "same"} and "±" not in rows["same"][0]
+
+
+def test_the_same_seed_with_other_results_is_a_row_of_its_own(copy):
+    other_result = {PERPLEXITY: scored(ppl_token=31.0)}
+    _, rows, _ = quality(copy("one", named("same")), copy("two", named("same") | other_result))
     assert {"same (one)", "same (two)"} < set(rows)
 
 
@@ -290,7 +297,7 @@ SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge",
 def test_a_mean_over_a_part_of_a_papers_set_is_called_partial(copy):
     all_seven = dict.fromkeys(SEVEN, 0.5)
     whole = {"oneshot/zeroshot.json": zeroshot(**all_seven | {"rte": 0.57})}
-    part = {"oneshot/zeroshot.json": zeroshot(boolq=0.6, rte=0.7)}
+    part = {"oneshot/zeroshot.json": zeroshot(boolq=0.6, rte=0.7), "oneshot/recipe.json": other}
     runs = [copy("a", named("whole") | whole), copy("b", named("part") | part)]
     labels, rows, _ = quality(*runs)
     seven, two = labels.index("Wanda's mean 7 tasks"), labels.index("Wanda's mean partial: 2 of 7")
@@ -301,6 +308,7 @@ def test_a_mean_over_a_part_of_a_papers_set_is_called_partial(copy):
 def test_accuracies_of_other_versions_do_not_share_a_column(copy):
     new = {"oneshot/zeroshot.json": zeroshot(arc_easy=0.6)}
     old = {"oneshot/zeroshot.json": zeroshot({"lm_eval": "0.4.8"}, arc_easy=0.7)}
+    old["oneshot/recipe.json"] = other
     runs = [copy("a", named("new") | new), copy("b", named("old") | old)]
     tables = compare([r for run in runs for r in collect(run)])[0].tables
     table = next(t for t in tables if t.title.startswith("Zero-shot"))
@@ -403,10 +411,10 @@ def published_table(run: Path):
 def test_a_measured_figure_stands_beside_the_published_one(copy):
     run = as_opt(copy("a", {PERPLEXITY: scored(ppl_token=37.0)}))
     rows = published_table(run)
-    row = ["SparseGPT 50 %", "wikitext2", "2048", "37.00", "36.85", "+0.15"]
-    assert row in [r[:6] for r in rows]
-    assert ["dense", "27.66"] in [[r[0], r[4]] for r in rows]
-    assert all(row[6] for row in rows)  # a source each
+    row = ["sparsegpt 50 %", "wikitext2@2048", "37.00", "36.85", "+0.15"]
+    assert row in [r[:5] for r in rows]
+    assert ["dense", "27.66"] in [[r[0], r[3]] for r in rows]
+    assert all(row[5] for row in rows)  # a source each
 
 
 @pytest.mark.parametrize("window, oneshot", [(1024, {}), (2048, {"pattern": "1:4"})])
@@ -416,8 +424,11 @@ def test_figures_of_other_windows_and_patterns_are_not_set_against_it(copy, wind
 
 
 def test_a_refit_is_not_taken_for_the_published_method(copy):
-    rows = published_table(as_opt(copy("a"), refit=True))
-    assert {row[3] for row in rows if row[0] == "SparseGPT 50 %"} == {"-"}
+    run = as_opt(copy("a"), refit=True)
+    assert {row[0] for row in published_table(run)} == {"dense"}
+    (section,) = compare(collect(run))
+    told = [n for n in section.tables[-1].notes if n.startswith("Also published at 50 %")]
+    assert len(told) == 1 and "SparseGPT 36.85" in told[0]
 
 
 def test_published_figures_name_known_models_and_sources():

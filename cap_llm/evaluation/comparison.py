@@ -201,7 +201,7 @@ def _common_name(names: list[str]) -> str:
         shared = shared[:length]
     if len(set(names)) > 1:
         shared = shared.rstrip(" ,;:-_(").removesuffix("seed").rstrip(" ,;:-_(")
-    return shared or names[0]
+    return shared or " / ".join(dict.fromkeys(names))
 
 
 # derived figures
