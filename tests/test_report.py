@@ -13,10 +13,11 @@ import yaml
 from conftest import ROOT
 
 import cap_llm
+from cap_llm.command_line import read_config
 from cap_llm.evaluation import published as papers
 from cap_llm.evaluation.comparison import compare
 from cap_llm.evaluation.report import write_report
-from cap_llm.evaluation.runs import collect, run_directories
+from cap_llm.evaluation.runs import Figure, Result, collect, run_directories
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.train import main
@@ -441,18 +442,102 @@ def test_published_figures_name_known_models_and_sources():
     assert papers.short_name("meta-llama/Llama-2-7b-hf@main") == "llama-2-7b"
 
 
+# acceptance and the benchmark of sparsity
+
+
+def test_the_acceptance_runs_are_valid_and_aim_at_published_figures():
+    import acceptance
+
+    for settings in acceptance.RUNS.values():
+        config, *_ = read_config(
+            ["--config", "opt-125m-acceptance", "--output_dir", "x", *settings]
+        )
+        config.check()
+    for (name, corpus), (figure, low, high) in acceptance.TARGETS.items():
+        method, _, amount = name.partition(" ")
+        known = [
+            p.ppl
+            for p in papers.published()
+            if (p.model, p.method, p.amount, p.corpus) == ("opt-125m", method, amount, corpus)
+        ]
+        assert float(figure) in known and low <= float(figure) <= high
+
+
+def test_the_verdict_is_within_or_outside_the_range(tmp_path):
+    import acceptance
+
+    scores = {"dense": {"wikitext2": 27.66, "ptb": 38.99, "c4": 26.56}}
+    scores |= {"magnitude 50 %": {"wikitext2": 193.4}, "SparseGPT 50 %": {"wikitext2": 36.5}}
+    scores |= {"Wanda 50 %": {"wikitext2": 39.5}, "SparseGPT 2:4": {"wikitext2": 60.5}}
+    results = {}
+    for name in acceptance.RUNS:
+        figures = [Figure("ppl", corpus, ppl) for corpus, ppl in scores.get(name, {}).items()]
+        results[name] = Result(name, "oneshot", tmp_path, "opt-125m", figures=figures)
+    rows, n_outside = acceptance.verdicts(results)
+    said = {(row[0], row[1]): (row[4], row[-1]) for row in rows}
+    assert said["SparseGPT 50 %", "wikitext2"] == ("-0.35", "within")
+    assert said["Wanda 50 %", "wikitext2"] == ("+0.50", "OUTSIDE")
+    assert said["Wanda 2:4", "wikitext2"] == ("-", "OUTSIDE")  # not measured
+    assert n_outside == 2
+
+
+@pytest.mark.parametrize("columns", [64, 37])
+def test_every_format_gives_the_dense_product(columns):
+    import bench_sparse
+    import torch
+
+    torch.manual_seed(0)
+    weight = torch.randn(48, columns).bfloat16()
+    weight[torch.rand_like(weight.float()) < 0.5] = 0
+    x = torch.randn(5, columns).bfloat16()
+    expected, nnz = x.float() @ weight.float().T, int(weight.count_nonzero())
+    n_bytes = {
+        bench_sparse.dense: 2 * weight.numel(),
+        bench_sparse.dense_float32: 4 * weight.numel(),
+    }
+    n_bytes[bench_sparse.bit_packed] = 2 * nnz + 48 * -(-columns // 8)
+    n_bytes[bench_sparse.csr] = 4 * nnz + 4 * nnz + 4 * 49
+    for stored_as, n in n_bytes.items():
+        stored = stored_as(weight)
+        assert stored.n_bytes == n
+        product = stored.product(x)
+        assert product.dtype == x.dtype
+        torch.testing.assert_close(product.float(), expected, atol=0.1, rtol=0.02)
+
+
+def test_the_benchmark_runs_and_says_what_is_slower(real, tmp_path):
+    result = script("bench_sparse.py", real / "oneshot", "--repeats", 1, "--out", tmp_path / "b")
+    assert result.returncode == 0, result.stderr
+    assert "2:4: not measured, the zeros do not follow that pattern" in result.stdout
+    assert re.search(r"(slower|faster|the same)", result.stdout)
+    found = json.loads((tmp_path / "b").read_text())
+    assert {line["batch"] for line in found["steps"]} == {1, 64}
+    assert found["sparsity"] == 0.5
+    assert (
+        found["bytes"]["pruned_matrices"]["bit-packed"]
+        < (found["bytes"]["pruned_matrices"]["dense bf16"])
+    )
+
+
+def test_the_benchmark_refuses_what_is_not_pruned_in_one_line(tiny, tmp_path):
+    for folder, words in ((tmp_path, "no model directory"), (tiny("llama"), "is not pruned")):
+        result = script("bench_sparse.py", folder)
+        assert result.returncode == 2 and words in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1
+
+
 # the command
 
 
-def compare_runs(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "eval" / "compare.py"), *map(str, args)]
+def script(name: str, *args) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "eval" / name), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_command_takes_runs_or_a_folder_of_them(copy, tmp_path):
     copy("runs/a", named("first"))
     copy("runs/b", named("second"))
-    result = compare_runs(tmp_path / "runs", "-o", tmp_path / "out", "--title", "Two runs")
+    result = script("compare.py", tmp_path / "runs", "-o", tmp_path / "out", "--title", "Two runs")
     assert result.returncode == 0, result.stderr
     assert "first" in result.stdout and "second" in result.stdout
     assert "Two runs" in (tmp_path / "out" / "report.html").read_text()
@@ -469,7 +554,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, real):
         ([tmp_path], [str(tmp_path), "holds no run", "environment.json"]),
         ([real, "-o", tmp_path / "file" / "out"], ["cannot be written", "file"]),
     ):
-        result = compare_runs(*args)
+        result = script("compare.py", *args)
         assert result.returncode == 2, result.stderr
         assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
         assert all(word in result.stderr for word in words), result.stderr
