@@ -30,6 +30,7 @@ def real(tiny, text_file, tmp_path_factory) -> Path:
     held_out = folder / "held-out.txt"
     held_out.write_text(text_file.read_text()[::-1])
     words = ["cap-llm", "--output_dir", folder / "run", "--model.path", tiny("llama")]
+    words += ["--name", "a method"]
     words += ["--calibration.corpus", text_file, "--calibration.sequences", 8]
     words += ["--calibration.length", 64, "--evaluate.corpora", f"[{held_out}]"]
     words += ["--evaluate.window", 64, "--evaluate.max_windows", 9, "--runtime.device", "cpu"]
@@ -107,7 +108,7 @@ def test_the_entry_itself_leaves_the_report(real):
     for text in (page, (real / "report.md").read_text()):
         assert f"{entry['ppl_token']:.2f}" in text
         assert "ppl_token@64" in text
-        assert "sparsegpt 50" in text
+        assert "a method" in text
     assert "http" not in page and 'src="data:image/png' in page  # nothing is fetched
     assert (real / "figures" / "layers.png").read_bytes().startswith(b"\x89PNG")
 
@@ -278,8 +279,18 @@ def test_the_share_of_the_loss_won_back(copy):
     (run / "recover" / "perplexity.json").write_text(json.dumps(scores))
     labels, rows, _ = quality(run)
     gap = labels.index("gap closed, %")
-    assert rows["sparsegpt 50 %"][gap] == "75.0"
+    assert rows["a method"][gap] == "75.0"
     assert rows["SparseGPT 50 %"][gap] == "-"
+
+
+def test_a_run_that_nobody_named_is_called_by_what_was_done(copy):
+    run = copy("a")
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"name": ""}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copytree(run / "oneshot", run / "recover")
+    (run / "recover" / "recipe.json").write_text(json.dumps({"model": {}, "recover": {}}))
+    names = [r.name for r in collect(run)]
+    assert names == ["dense", "SparseGPT 50 %", "SparseGPT 50 % + recovery"]
 
 
 def test_stages_stand_in_the_order_of_the_pipeline_also_unknown_ones(copy):
@@ -339,7 +350,7 @@ def test_an_unfinished_run_is_shown_as_such_and_is_never_the_best(copy, report):
     unfinished = copy("b", named("cut") | {PERPLEXITY: scored(ppl_token=1.5)})
     (unfinished / "oneshot" / "done.json").unlink()
     out = report(done, unfinished)
-    assert "cut [unfinished]" in (out / "report.md").read_text()
+    assert "cut (unfinished)" in (out / "report.md").read_text()
     table = compare([r for run in (done, unfinished) for r in collect(run)])[0].tables[0]
     assert not any(c.best for row in table.rows for c in row)
 
@@ -348,7 +359,7 @@ def test_a_run_that_has_just_begun_is_shown(copy, report):
     run = copy("a", named("begun"))
     for stage in ("dense", "oneshot"):
         shutil.rmtree(run / stage)
-    assert "begun [oneshot not begun]" in (report(run) / "report.md").read_text()
+    assert "begun (oneshot not begun)" in (report(run) / "report.md").read_text()
 
 
 def test_damaged_and_foreign_files_are_named_and_the_rest_is_shown(copy, report):
@@ -360,13 +371,20 @@ def test_damaged_and_foreign_files_are_named_and_the_rest_is_shown(copy, report)
     assert "dense" in text
 
 
+def test_a_folder_without_a_recipe_is_still_read(copy):
+    run = copy("a")
+    (run / "dense" / "recipe.json").unlink()
+    labels, rows, _ = quality(run)
+    assert rows["dense"][0] != "-" and len(rows) == 2
+
+
 def test_a_run_of_another_version_is_shown_as_such(copy, report):
     def older(content):
         content["versions"]["cap_llm"] = "0.0.1"
 
     text = (report(copy("a", {"environment.json": older})) / "report.md").read_text()
-    assert "[of cap_llm 0.0.1]" in text
-    assert f"[of cap_llm {cap_llm.__version__}]" not in text
+    assert "(of cap_llm 0.0.1)" in text
+    assert f"(of cap_llm {cap_llm.__version__})" not in text
 
 
 def test_without_matplotlib_the_report_has_no_pictures_and_says_so(real, tmp_path, monkeypatch):
@@ -412,7 +430,7 @@ def published_table(run: Path):
 def test_a_measured_figure_stands_beside_the_published_one(copy):
     run = as_opt(copy("a", {PERPLEXITY: scored(ppl_token=37.0)}))
     rows = published_table(run)
-    row = ["sparsegpt 50 %", "wikitext2@2048", "37.00", "36.85", "+0.15"]
+    row = ["a method", "wikitext2@2048", "37.00", "36.85", "+0.15"]
     assert row in [r[:5] for r in rows]
     assert ["dense", "27.66"] in [[r[0], r[3]] for r in rows]
     assert all(row[5] for row in rows)  # a source each

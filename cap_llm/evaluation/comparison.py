@@ -133,10 +133,8 @@ def compare(results: list[Result]) -> list[Section]:
         tables[0].notes = splits + _remarks(rows, kinds)
         sections.append(Section(short_name(dense), rows, kinds, tables))
     if len(sections) > 1:
-        for section in sections:
-            section.tables[0].notes.append(
-                "Models of another dense model have tables of their own."
-            )
+        note = "Models that come from different dense models do not compare: each has its tables."
+        sections[0].tables[0].notes.insert(0, note)
     return sections
 
 
@@ -345,7 +343,7 @@ def _table(title: str, rows: list[Row], columns: list[Column], sparsity: bool = 
     labels = ["model", *("\n".join(c.label) for c in columns)]
     sparse = sparsity and any(r.results[0].sparsity for r in rows)
     labels += ["sparsity", "whole\nmodel"] * sparse
-    shown = [r for r in rows if sparsity or any(r.values(c) for c in columns)]
+    shown = [r for r in rows if any(r.values(c) for c in columns) or (sparsity and r.status)]
     table = Table(title, labels, [])
     for i, row in enumerate(shown):
         if i and row.group != shown[i - 1].group:
@@ -376,7 +374,9 @@ def _cell(row: Row, column: Column) -> str:
 def show(kind: str, value: float) -> str:
     """A figure as tables print it."""
     if kind == "ppl":
-        return f"{value:.2f}" if value < 10_000 else f"{value:.3g}"
+        return (
+            f"{value:.2f}" if value < 10_000 else f"{value:.0f}" if value < 1e6 else f"{value:.2g}"
+        )
     if kind in ("task", "norm", "mean", "gap"):
         return f"{100 * value:.1f}"
     if kind == "trained":

@@ -194,6 +194,7 @@ def _layers(section: Section, figure) -> str:
         panels[-1].set_yscale("log")
         panels[-1].set_ylabel("relative output error")
     panels[-1].set_xlabel("block")
+    panels[-1].locator_params(axis="x", integer=True)
     for axes in panels:
         _tidy(axes)
     _legend(figure, panels[-1 if errors else 0])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from rich.markup import escape
 
 from cap_llm.evaluation.comparison import PUBLISHED, Cell, Section, Table, compare
 from cap_llm.evaluation.figures import Picture, draw
@@ -45,7 +46,10 @@ def write_report(results: list[Result], folder: Path, title: str, console: Conso
     sections = compare(results)
     pictures, missing = draw(sections, folder / "figures")
     for section in sections:
-        console.table(title, *_plain(section.tables[0]))
+        heading = title if len(sections) == 1 else f"{title}: {section.title}"
+        console.table(heading, *_plain(section.tables[0]))
+        for _, _, meaning in (mark for mark in _legend(section) if mark[0] == "best"):
+            console.say(f"* {meaning}")
         for table in section.tables[1:]:
             if table.title == PUBLISHED:
                 console.table(table.title, *_plain(table))
@@ -122,7 +126,7 @@ def _common(runs: list[Provenance]) -> list[tuple[str, str]]:
 
 def _plain(table: Table) -> tuple[list[str], list[list[str]]]:
     """A table for the console: as many columns as there is room for."""
-    rows = [[_named(c) + " *" * c.best for c in row] for row in table.rows]
+    rows = [[escape(_named(c)) + " *" * c.best for c in row] for row in table.rows]
     widths = [
         max(len(line) for text in (label, *texts) for line in text.split("\n")) + 3
         for label, *texts in zip(table.columns, *rows, strict=True)
@@ -144,7 +148,7 @@ def _legend(section: Section) -> list[tuple[str, str, str]]:
 
 
 def _named(cell: Cell) -> str:
-    return f"{cell.text} [{cell.status}]" if cell.status else cell.text
+    return f"{cell.text} ({cell.status})" if cell.status else cell.text
 
 
 def _markdown(

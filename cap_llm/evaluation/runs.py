@@ -88,6 +88,10 @@ class Result:
     status: list[str] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
 
+    def figures_of(self, *kinds: str) -> list[Figure]:
+        """The figures of some kinds."""
+        return [figure for figure in self.figures if figure.kind in kinds]
+
 
 def run_directories(paths: list[Path]) -> list[Path]:
     """The run directories among `paths`, and those directly inside the others.
@@ -122,20 +126,24 @@ def collect(folder: Path) -> list[Result]:
     troubles: list[str] = []
     facts = _part(folder / "environment.json", dict, troubles) or {}
     settings = _settings(folder / "config.yaml")
-    stages = [p.name for p in folder.iterdir() if (p / "recipe.json").exists()]
-    stages = [s for s in stages if s != "source"]
+    marks = ("recipe.json", "perplexity.json", "done.json")
+    stages = [p.name for p in folder.iterdir() if any((p / mark).exists() for mark in marks)]
+    stages = [s for s in stages if s != "source"]  # a conversion of the dense model
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
     title = facts.get("run") or folder.name
     results: list[Result] = []
     for stage in stages:
         before = results[-1] if results and results[-1].stage != "dense" else None
-        result = _result(folder, stage, before, facts)
+        result = _result(folder, stage, before, facts, settings)
         if stage == "dense":
             # A model that came pruned is where this run started, and not the dense one.
             if (settings.get("recover") or {}).get("teacher"):
                 result.name, result.stage, result.amount = "start", "start", "as given"
         elif stage == stages[-1]:
-            result.name = title
+            # one that nobody named is called by what was done
+            result.name = result.name if settings.get("name") == "" else title
+            if not result.figures_of("ppl", "task"):
+                result.status.append("not scored")
         results.append(result)
     made = [r for r in results if r.stage not in ("dense", "start")]
     asked = [s for s in settings.get("stages") or [] if s not in (*stages, "evaluate")]
@@ -155,14 +163,18 @@ def _is_run(path: Path) -> bool:
     return (path / "environment.json").is_file()
 
 
-def _result(run: Path, stage: str, before: Result | None, environment: dict) -> Result:
+def _result(
+    run: Path, stage: str, before: Result | None, environment: dict, settings: dict
+) -> Result:
     """Reads one stage's folder."""
     place = run / stage
     status: list[str] = []
     recipe = _part(place / "recipe.json", dict, status) or {}
     done = _part(place / "done.json", dict, status) if (place / "done.json").exists() else None
     config = _part(place / "config.json", dict, []) or {}
-    result = Result(stage, stage, run, _dense(recipe, {}), status=status, environment=environment)
+    result = Result(
+        stage, stage, run, _dense(recipe, settings), status=status, environment=environment
+    )
     history = json.loads(before.recipe) if before else []
     result.recipe = json.dumps([*history, [stage, _without_seeds(recipe)]], sort_keys=True)
     result.seeds = (*(before.seeds if before else ()), *_seeds(recipe))
@@ -182,8 +194,6 @@ def _result(run: Path, stage: str, before: Result | None, environment: dict) -> 
             result.figures += _part(place / file, lambda c, p=parse: p(c, versions), status) or []
     for figure in result.figures:
         figure.facts["calibration"] = _calibration(result.calibration)
-    if not result.figures and done is not None:
-        status.append("not scored")
     counts = None
     if (place / "sparsity.json").exists():
         counts = _part(place / "sparsity.json", lambda c: _sparsity(c, result), status)
@@ -236,15 +246,17 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     else:
         method = before.method if before else "given model"
         amount = before.amount if before else ""
+    name = before.name if before else f"{method} {amount}".strip()
     if result.stage != "oneshot":
-        method = f"{method} + {_ADDED.get(result.stage, result.stage)}"
+        added = _ADDED.get(result.stage, result.stage)
+        method, name = f"{method} + {added}", f"{name} + {added}"
     ladder = (recipe.get("recover") or {}).get("ladder")
     if ladder:
         amount = ladder.split(",")[-1].strip()
         amount = amount if ":" in amount else f"{100 * float(amount):g} %"
         method += " on a ladder"
-    result.method, result.amount = method, amount
-    result.name = f"{method} {amount}".strip()
+        name = f"{method} {amount}"
+    result.method, result.amount, result.name = method, amount, name
 
 
 def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
