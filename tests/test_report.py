@@ -328,6 +328,21 @@ def test_accuracies_of_other_versions_do_not_share_a_column(copy):
     assert any("arc_easy" in n and "lm_eval (0.4.13, 0.4.8)" in n for n in tables[0].notes)
 
 
+def test_entries_of_the_evaluate_stage_are_read(copy):
+    """A task may be limited; its facts stand in its entry; word_perplexity is no accuracy."""
+    entry = {"items": 40, "limit": 40, "rows_sha256": "r", "lm_eval": "0.4.13", "shots": 0}
+    tasks = {
+        "piqa first 40": entry | {"task": "piqa", "acc": 0.6, "acc_norm": 0.7, "acc_stderr": None},
+        "wikitext": entry | {"task": "wikitext", "limit": None, "word_perplexity": 38.5},
+    }
+    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"versions": {}, "tasks": tasks}})
+    labels, rows, _ = quality(run)
+    assert rows["a method"][labels.index("wikitext word_perplexity")] == "38.50"
+    tables = compare(collect(run))[0].tables
+    table = next(t for t in tables if t.title.startswith("Zero-shot"))
+    assert table.columns[1:] == ["piqa\nfirst 40"] and table.rows[-1][1].text == "60.0"
+
+
 def test_pictures_show_only_what_was_measured(copy, report):
     few = {p.name for p in (report(copy("a", named("first"))) / "figures").iterdir()}
     assert few == {"layers.png"}

@@ -17,12 +17,17 @@ from cap_llm.runtime.console import duration, size
 
 # The papers' sets; a set's mean is of plain accuracies, as theirs are.
 SETS = {
-    "Wanda": (
-        *("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+    "wanda": (
+        *("boolq", "rte", "hellaswag", "winogrande"),
+        *("arc_easy", "arc_challenge", "openbookqa"),
     ),
-    "SDS": ("copa", "lambada", "openbookqa", "piqa", "rte", "storycloze", "winogrande"),
+    "sds": (
+        *("copa", "lambada_openai", "openbookqa", "piqa"),
+        *("rte", "storycloze_2016", "winogrande"),
+    ),
 }
-_LOWER_IS_BETTER = {"ppl": True, "task": False, "mean": False, "gap": False}
+_PAPERS = {"wanda": "Wanda", "sds": "SDS"}
+_LOWER_IS_BETTER = {"ppl": True, "word": True, "task": False, "mean": False, "gap": False}
 COSTS = ("on disk", "bit-packed", "time", "peak memory", "trained")
 NOTHING = "-"
 PUBLISHED = "Beside published figures"
@@ -123,7 +128,7 @@ def compare(results: list[Result]) -> list[Section]:
         rows = _rows(group, runs)
         splits: list[str] = []
         kinds = {"ppl": _columns(group, "ppl", splits), "task": _columns(group, "task", splits)}
-        kinds["mean"] = _columns(group, "mean", splits)
+        kinds |= {kind: _columns(group, kind, splits) for kind in ("word", "mean")}
         _add_gaps(rows, kinds["ppl"])
         kinds["gap"] = _columns(group, "gap", [])
         if len(kinds["ppl"]) == 1:
@@ -173,7 +178,9 @@ def _one_row(known: Result, result: Result) -> bool:
         return False
     if known.status or result.status:
         return False
-    scores = [(f, g) for f in known.figures for g in result.figures if f.kind in ("ppl", "task")]
+    scores = [
+        (f, g) for f in known.figures for g in result.figures if f.kind in ("ppl", "word", "task")
+    ]
     scores = [(f, g) for f, g in scores if (f.kind, f.name, f.facts) == (g.kind, g.name, g.facts)]
     agree = all(abs(f.value - g.value) <= 1e-3 * f.value for f, g in scores)
     return known.seeds != result.seeds or agree
@@ -219,7 +226,7 @@ def _add_means(results: list[Result]) -> None:
                 if not all(scores):
                     continue
                 facts = {"tasks": ", ".join(part), "of": len(tasks)}
-                for key in ("torch", "transformers", "lm_eval", "calibration"):
+                for key in ("shots", "torch", "transformers", "lm_eval", "calibration"):
                     facts[key] = scores[0].facts.get(key)
                 each = ("items", "limit", "task version", "text")
                 facts["scored"] = str([[s.facts.get(key) for key in each] for s in scores])
@@ -228,13 +235,7 @@ def _add_means(results: list[Result]) -> None:
 
 
 def _task(result: Result, task: str) -> Figure | None:
-    """A result's accuracy on a task of a set; LAMBADA and StoryCloze have several variants."""
-    for figure in result.figures:
-        if figure.kind == "task" and figure.name.partition("_")[0] == task.partition("_")[0]:
-            variants = task in ("lambada", "storycloze")
-            if figure.name == task or variants:
-                return figure
-    return None
+    return next((f for f in result.figures_of("task") if f.name == task), None)
 
 
 def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
@@ -311,9 +312,13 @@ def _label(kind: str, name: str, facts: dict) -> list[str]:
     if kind == "mean":
         n = len(facts["tasks"].split(", "))
         part = f"{n} tasks" if n == facts["of"] else f"partial: {n} of {facts['of']}"
-        return [f"{name}'s mean", part]
-    if kind == "task":
-        return [name] + [f"first {facts['limit']}"] * bool(facts.get("limit"))
+        return [f"{_PAPERS[name]}'s mean", part]
+    if kind in ("task", "word"):
+        return (
+            [name]
+            + ["word_perplexity"] * (kind == "word")
+            + [f"first {facts['limit']}"] * bool(facts.get("limit"))
+        )
     return ["tokens", "trained"] if kind == "trained" else kind.split(" ", 1)
 
 
@@ -327,7 +332,7 @@ def _fact(name: str, value) -> str:
 def _tables(rows: list[Row], kinds: dict[str, list[Column]]) -> list[Table]:
     """Quality first, then the tasks one by one, then costs, then published figures."""
     tables = []
-    main = [*kinds["ppl"], *kinds["gap"], *kinds["mean"]]
+    main = [*kinds["ppl"], *kinds["gap"], *kinds["word"], *kinds["mean"]]
     tables.append(_table("Quality", rows, main, sparsity=True))
     if kinds["task"]:
         tables.append(_table("Zero-shot accuracy, %", rows, kinds["task"]))
@@ -373,10 +378,8 @@ def _cell(row: Row, column: Column) -> str:
 
 def show(kind: str, value: float) -> str:
     """A figure as tables print it."""
-    if kind == "ppl":
-        return (
-            f"{value:.2f}" if value < 10_000 else f"{value:.0f}" if value < 1e6 else f"{value:.2g}"
-        )
+    if kind in ("ppl", "word"):
+        return f"{value:.2f}" if value < 1e4 else f"{value:.0f}" if value < 1e6 else f"{value:g}"
     if kind in ("task", "norm", "mean", "gap"):
         return f"{100 * value:.1f}"
     if kind == "trained":

@@ -22,6 +22,8 @@ from cap_llm.runtime.files import read_json
 ORDER = ("dense", "oneshot", "sds", "reconstruct", "recover")  # other stages come behind
 _METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 _ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
+_METRICS = {"task": "acc", "norm": "acc_norm", "word": "word_perplexity"}  # lm-eval's names
+SCORES = ("ppl", "word", "task")  # what makes a model a scored one
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -30,9 +32,9 @@ class Figure:
     """One number.
 
     Attributes:
-        kind: `ppl`, `task` (accuracy), `norm` (normalised accuracy), `mean`, `gap`, or the name of
-            a cost: `on disk`, `bit-packed`, `peak memory` (bytes), `time` (seconds), `trained`
-            (tokens).
+        kind: `ppl` (ppl_token), `word` (lm-eval's word_perplexity), `task` (accuracy), `norm`
+            (normalised accuracy), `mean`, `gap`, or the name of a cost: `on disk`, `bit-packed`,
+            `peak memory` (bytes), `time` (seconds), `trained` (tokens).
         name: the corpus, task or set of tasks; empty for a cost.
         value: shares are in [0, 1].
         facts: what must agree before it is compared. `calibration` None agrees with any.
@@ -142,7 +144,7 @@ def collect(folder: Path) -> list[Result]:
         elif stage == stages[-1]:
             # one that nobody named is called by what was done
             result.name = result.name if settings.get("name") == "" else title
-            if not result.figures_of("ppl", "task"):
+            if not result.figures_of(*SCORES):
                 result.status.append("not scored")
         results.append(result)
     made = [r for r in results if r.stage not in ("dense", "start")]
@@ -277,18 +279,21 @@ def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
 
 def _tasks(content: dict, run_versions: dict) -> list[Figure]:
     figures = []
-    for task, entry in content["tasks"].items():
+    for key, entry in content["tasks"].items():
+        task = entry.get("task", key.partition(" first ")[0])
         facts = {
             "items": entry.get("items"),
             "limit": entry.get("limit"),
+            "shots": entry.get("shots"),
             "task version": entry.get("version"),
-            "text": entry.get("data_sha256"),
+            "text": entry.get("rows_sha256", entry.get("data_sha256")),
         }
         facts |= _versions(entry, content, run_versions, ("torch", "transformers", "lm_eval"))
-        for kind, key in (("task", "acc"), ("norm", "acc_norm")):
-            if entry.get(key) is not None:
-                error = entry.get(f"{key}_stderr")
-                figures.append(Figure(kind, task, float(entry[key]), dict(facts), error))
+        facts["lm_eval"] = entry.get("lm_eval", facts["lm_eval"])
+        for kind, metric in _METRICS.items():
+            if entry.get(metric) is not None:
+                error = entry.get(f"{metric}_stderr")
+                figures.append(Figure(kind, task, float(entry[metric]), dict(facts), error))
     return figures
 
 
