@@ -293,6 +293,27 @@ def test_a_run_that_nobody_named_is_called_by_what_was_done(copy):
     assert names == ["dense", "SparseGPT 50 %", "SparseGPT 50 % + recovery"]
 
 
+def test_a_model_that_came_pruned_is_not_taken_for_the_dense_one(copy):
+    run = copy("a")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["recover"]["teacher"] = "somebody/dense-model"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "oneshot").rename(run / "recover")
+    recipe = {"model": settings["model"], "recover": {"teacher": "somebody/dense-model"}}
+    (run / "recover" / "recipe.json").write_text(json.dumps(recipe))
+    (section,) = compare(collect(run))
+    assert section.title == "dense-model"
+    assert [row.name for row in section.rows] == ["a method", "given model"]
+    assert not any(row.baseline for row in section.rows)
+
+
+def test_a_run_that_was_stopped_before_any_score_is_shown(copy, report):
+    run = copy("a", {"dense/recipe.json": lambda c: c["model"].update(path="some/model")})
+    shutil.rmtree(run / "oneshot")
+    (run / "dense" / "perplexity.json").unlink()
+    assert "not scored; oneshot not begun" in (report(run) / "report.md").read_text()
+
+
 def test_stages_stand_in_the_order_of_the_pipeline_also_unknown_ones(copy):
     run = copy("a")
     for stage in ("recover", "sds", "something-new", "reconstruct"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cap_llm.evaluation.published import of_protocol, published, short_name
-from cap_llm.evaluation.runs import Figure, Result
+from cap_llm.evaluation.runs import SCORES, Figure, Result
 from cap_llm.runtime.console import duration, size
 
 # The papers' sets; a set's mean is of plain accuracies, as theirs are.
@@ -134,7 +134,7 @@ def compare(results: list[Result]) -> list[Section]:
         if len(kinds["ppl"]) == 1:
             kinds["gap"] = [replace(c, label=["gap", "closed, %"]) for c in kinds["gap"]]
         kinds |= {kind: _columns(group, kind, splits) for kind in COSTS}
-        tables = [t for t in _tables(rows, kinds) if t.rows]
+        tables = _tables(rows, kinds)
         tables[0].notes = splits + _remarks(rows, kinds)
         sections.append(Section(short_name(dense), rows, kinds, tables))
     if len(sections) > 1:
@@ -178,12 +178,11 @@ def _one_row(known: Result, result: Result) -> bool:
         return False
     if known.status or result.status:
         return False
-    scores = [
-        (f, g) for f in known.figures for g in result.figures if f.kind in ("ppl", "word", "task")
-    ]
-    scores = [(f, g) for f, g in scores if (f.kind, f.name, f.facts) == (g.kind, g.name, g.facts)]
-    agree = all(abs(f.value - g.value) <= 1e-3 * f.value for f, g in scores)
-    return known.seeds != result.seeds or agree
+    if known.seeds != result.seeds:
+        return True
+    pairs = ((f, g) for f in known.figures_of(*SCORES) for g in result.figures_of(f.kind))
+    pairs = ((f, g) for f, g in pairs if (f.name, f.facts) == (g.name, g.facts))
+    return all(abs(f.value - g.value) <= 1e-3 * f.value for f, g in pairs)
 
 
 def _group(result: Result) -> tuple:
@@ -314,11 +313,8 @@ def _label(kind: str, name: str, facts: dict) -> list[str]:
         part = f"{n} tasks" if n == facts["of"] else f"partial: {n} of {facts['of']}"
         return [f"{_PAPERS[name]}'s mean", part]
     if kind in ("task", "word"):
-        return (
-            [name]
-            + ["word_perplexity"] * (kind == "word")
-            + [f"first {facts['limit']}"] * bool(facts.get("limit"))
-        )
+        label = [name] + ["word_perplexity"] * (kind == "word")
+        return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
     return ["tokens", "trained"] if kind == "trained" else kind.split(" ", 1)
 
 
@@ -336,6 +332,7 @@ def _tables(rows: list[Row], kinds: dict[str, list[Column]]) -> list[Table]:
     tables.append(_table("Quality", rows, main, sparsity=True))
     if kinds["task"]:
         tables.append(_table("Zero-shot accuracy, %", rows, kinds["task"]))
+        tables[-1].notes.append("Standard errors and normalised accuracies are in report.csv.")
     costs = [column for kind in COSTS for column in kinds[kind]]
     if costs:
         tables.append(_table("Cost", rows, costs))
@@ -372,8 +369,7 @@ def _cell(row: Row, column: Column) -> str:
         text = show(column.kind, mean)
     else:
         text = f"{show(column.kind, mean)} ± {show(column.kind, statistics.stdev(values))}"
-    few = len(values) < row.n_seeds
-    return text + f" (of {len(values)})" * few
+    return text + f" ({len(values)} of {row.n_seeds})" * (len(values) < row.n_seeds)
 
 
 def show(kind: str, value: float) -> str:

@@ -133,20 +133,20 @@ def collect(folder: Path) -> list[Result]:
     stages = [s for s in stages if s != "source"]  # a conversion of the dense model
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
     title = facts.get("run") or folder.name
+    teacher = (settings.get("recover") or {}).get("teacher")
     results: list[Result] = []
     for stage in stages:
-        before = results[-1] if results and results[-1].stage != "dense" else None
+        before = results[-1] if results and results[-1].stage not in ("dense", "start") else None
         result = _result(folder, stage, before, facts, settings)
-        if stage == "dense":
+        if stage == "dense" and (teacher or result.sparsity):
             # A model that came pruned is where this run started, and not the dense one.
-            if (settings.get("recover") or {}).get("teacher"):
-                result.name, result.stage, result.amount = "start", "start", "as given"
-        elif stage == stages[-1]:
-            # one that nobody named is called by what was done
-            result.name = result.name if settings.get("name") == "" else title
-            if not result.figures_of(*SCORES):
-                result.status.append("not scored")
+            result.name, result.stage, result.method = "given model", "start", "given model"
+            result.dense = _dense({"recover": {"teacher": teacher}}, settings)
+        elif stage != "dense" and stage == stages[-1] and settings.get("name") != "":
+            result.name = title  # one that nobody named is called by what was done
         results.append(result)
+    if results and not results[-1].figures_of(*SCORES):
+        results[-1].status.append("not scored")
     made = [r for r in results if r.stage not in ("dense", "start")]
     asked = [s for s in settings.get("stages") or [] if s not in (*stages, "evaluate")]
     last = (made or results or [Result(title, "none", folder, _dense({}, settings))])[-1]
@@ -196,10 +196,10 @@ def _result(
             result.figures += _part(place / file, lambda c, p=parse: p(c, versions), status) or []
     for figure in result.figures:
         figure.facts["calibration"] = _calibration(result.calibration)
-    counts = None
-    if (place / "sparsity.json").exists():
-        counts = _part(place / "sparsity.json", lambda c: _sparsity(c, result), status)
     weights = Path(recipe.get("model", {}).get("path") or "") if stage == "dense" else place
+    counts = None
+    if (weights / "sparsity.json").exists():
+        counts = _part(weights / "sparsity.json", lambda c: _sparsity(c, result), status)
     result.figures += _sizes(weights, config, counts)
     if done is not None:
         result.figures += _costs(done, before, environment)
