@@ -31,6 +31,7 @@ _LOWER_IS_BETTER = {"ppl": True, "word": True, "task": False, "mean": False, "ga
 COSTS = ("on disk", "bit-packed", "time", "peak memory", "trained")
 NOTHING = "-"
 PUBLISHED = "Beside published figures"
+COST = "Cost"
 
 
 @dataclass
@@ -335,7 +336,11 @@ def _tables(rows: list[Row], kinds: dict[str, list[Column]]) -> list[Table]:
         tables[-1].notes.append("Standard errors and normalised accuracies are in report.csv.")
     costs = [column for kind in COSTS for column in kinds[kind]]
     if costs:
-        tables.append(_table("Cost", rows, costs))
+        tables.append(_table(COST, rows, costs))
+        tables[-1].notes.append(
+            "Time: all stages of the run up to the model. Bytes: in the type that the model is stored "
+            "in; bit-packed are the non-zero values and one bit a weight."
+        )
     beside = _beside_published(rows, kinds["ppl"])
     return [*tables, beside] if beside else tables
 

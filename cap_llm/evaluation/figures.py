@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ def draw(sections: list[Section], folder: Path) -> tuple[dict[str, list[Picture]
     """
     for name in _NAMES:
         for path in (*folder.glob(f"{name}.png"), *folder.glob(f"*-{name}.png")):
-            path.unlink()
+            with contextlib.suppress(OSError):  # writing to such a folder says what is wrong
+                path.unlink()
     pictures: dict[str, list[Picture]] = {section.title: [] for section in sections}
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 from rich.markup import escape
 
-from cap_llm.evaluation.comparison import PUBLISHED, Cell, Section, Table, compare
+from cap_llm.evaluation.comparison import COST, PUBLISHED, Cell, Section, Table, compare
 from cap_llm.evaluation.figures import Picture, draw
 from cap_llm.evaluation.runs import Result, collect
 from cap_llm.runtime.console import PLAIN_WIDTH, Console
@@ -51,7 +51,7 @@ def write_report(results: list[Result], folder: Path, title: str, console: Conso
         for _, _, meaning in (mark for mark in _legend(section) if mark[0] == "best"):
             console.say(f"* {meaning}")
         for table in section.tables[1:]:
-            if table.title == PUBLISHED:
+            if table.title == PUBLISHED or (table.title == COST and len(table.rows) > 2):
                 console.table(table.title, *_plain(table))
         for note in section.tables[0].notes:
             console.say(note)
