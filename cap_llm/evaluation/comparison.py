@@ -338,8 +338,8 @@ def _tables(rows: list[Row], kinds: dict[str, list[Column]]) -> list[Table]:
     if costs:
         tables.append(_table(COST, rows, costs))
         tables[-1].notes.append(
-            "Time: all stages of the run up to the model. Bytes: in the type that the model is stored "
-            "in; bit-packed are the non-zero values and one bit a weight."
+            "Time: all stages of the run up to the model. Bytes: in the type that the model is "
+            "stored in; bit-packed are the non-zero values and one bit a weight."
         )
     beside = _beside_published(rows, kinds["ppl"])
     return [*tables, beside] if beside else tables
