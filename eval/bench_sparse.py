@@ -33,15 +33,15 @@ import torch  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from cap_llm.models.blocks import model_class  # noqa: E402
+from cap_llm.models.blocks import find_blocks, model_class  # noqa: E402
 from cap_llm.models.checkpoint import Checkpoint  # noqa: E402
-from cap_llm.recovery.export import masks_and_rows  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 from cap_llm.runtime.files import write_json  # noqa: E402
 from cap_llm.sparsity.masks import pack, unpack  # noqa: E402
 
 BATCHES = (1, 64)
 DENSE = "dense bf16"
+PRUNED = 0.05  # share of zeros from which on a matrix counts as pruned
 SAME = 0.05  # ratios this near to 1 are called the same
 Product = Callable[[torch.Tensor], torch.Tensor]  # [B, C] -> [B, R]
 
@@ -124,23 +124,22 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model directory: it has no config.json")
-    masks, _ = masks_and_rows(folder)
-    if not masks:
-        raise UserError(
-            f"{folder} is not pruned: none of its matrices has a mask or enough zeros; give a "
-            "stage's folder such as RUN/oneshot"
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model_class(folder).from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-    modules = {n: model.get_submodule(n.removesuffix(".weight")) for n in masks}
-    weights = {n: _weight(m) for n, m in modules.items()}
+    modules = _pruned(model)
+    if not modules:
+        raise UserError(
+            f"{folder} is not pruned: no matrix of its blocks has {PRUNED:.0%} of zeros; give "
+            " a stage's folder such as RUN/oneshot"
+        )
+    weights = {name: _weight(module) for name, module in modules.items()}
     made, absent = _formats(weights, device, console)
     result = {"machine": _machine(device), "model": str(folder), "absent": absent}
     result["sparsity"] = 1 - sum(int(w.count_nonzero()) for w in weights.values()) / sum(
         w.numel() for w in weights.values()
     )
     console.say(
-        f"{folder}: {len(masks)} pruned matrices, {100 * result['sparsity']:.1f} % zeros; "
+        f"{folder}: {len(modules)} pruned matrices, {100 * result['sparsity']:.1f} % zeros; "
         f"{result['machine']}; medians of {repeats}"
     )
     result["bytes"] = _bytes(folder, model, weights, made, console)
@@ -149,6 +148,18 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
     for name, why in absent.items():
         console.say(f"{name}: not measured, {why}")
     return result
+
+
+def _pruned(model) -> dict[str, torch.nn.Module]:
+    """The linears inside the blocks that have more zeros than chance makes."""
+    prefix, _ = find_blocks(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(prefix + ".")
+        and isinstance(module, torch.nn.Linear | Conv1D)
+        and module.weight.count_nonzero() <= (1 - PRUNED) * module.weight.numel()
+    }
 
 
 def _weight(module: torch.nn.Module) -> torch.Tensor:

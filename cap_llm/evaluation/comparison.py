@@ -28,7 +28,7 @@ SETS = {
 }
 _PAPERS = {"wanda": "Wanda", "sds": "SDS"}
 _LOWER_IS_BETTER = {"ppl": True, "word": True, "task": False, "mean": False, "gap": False}
-COSTS = ("on disk", "bit-packed", "time", "peak memory", "trained")
+COSTS = ("on disk", "bit-packed", "time", "peak memory", "GPU memory", "trained")
 NOTHING = "-"
 PUBLISHED = "Beside published figures"
 COST = "Cost"

@@ -16,11 +16,13 @@ from pathlib import Path
 import yaml
 
 import cap_llm
+from cap_llm.config import MODELS
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
 
-ORDER = ("dense", "oneshot", "sds", "reconstruct", "recover")  # other stages come behind
+ORDER = ("dense", *MODELS)  # stages of another version come behind
 _METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+_METHODS |= {"admm_grad": "ADMM-grad", "alps": "ALPS"}
 _ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
 _METRICS = {"task": "acc", "norm": "acc_norm", "word": "word_perplexity"}  # lm-eval's names
 SCORES = ("ppl", "word", "task")  # what makes a model a scored one
@@ -34,7 +36,7 @@ class Figure:
     Attributes:
         kind: `ppl` (ppl_token), `word` (lm-eval's word_perplexity), `task` (accuracy), `norm`
             (normalised accuracy), `mean`, `gap`, or the name of a cost: `on disk`, `bit-packed`,
-            `peak memory` (bytes), `time` (seconds), `trained` (tokens).
+            `peak memory`, `GPU memory` (bytes), `time` (seconds), `trained` (tokens).
         name: the corpus, task or set of tasks; empty for a cost.
         value: shares are in [0, 1].
         facts: what must agree before it is compared. `calibration` None agrees with any.
@@ -359,6 +361,9 @@ def _costs(done: dict, before: Result | None, environment: dict) -> list[Figure]
     if done.get("peak_memory_bytes"):
         peak = max(done["peak_memory_bytes"], earlier.get("peak memory", 0))
         figures.append(Figure("peak memory", "", peak, {"machine": machine}))
+    if done.get("peak_cuda_bytes"):
+        peak = max(done["peak_cuda_bytes"], earlier.get("GPU memory", 0))
+        figures.append(Figure("GPU memory", "", peak, {"machine": machine}))
     if done.get("tokens") or "trained" in earlier:
         figures.append(Figure("trained", "", (done.get("tokens") or 0) + earlier.get("trained", 0)))
     return figures
