@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test study lint clean
+.PHONY: demo test study acceptance lint clean
 
 demo: $(INSTALLED)  ## prune a real pretrained model by five methods and compare them
 	$(BIN)/python eval/demo.py runs/demo
@@ -17,6 +17,9 @@ test: $(INSTALLED)  ## the tests
 
 study: $(INSTALLED)  ## the README's WikiText-2 table; hours on two cores, resumable
 	$(BIN)/python eval/study_oneshot.py
+
+acceptance: $(INSTALLED)  ## OPT-125m against the published figures; needs the hub, better a GPU
+	$(BIN)/python eval/acceptance.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
