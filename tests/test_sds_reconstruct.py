@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import assets
 import pytest
 import torch
 import transformers
@@ -127,19 +128,18 @@ def test_reconstruction_brings_a_trained_model_closer_to_the_dense_one(
     small.save_pretrained(source)
     tokenizer = load_tokenizer(str(smollm2))
     tokenizer.save_pretrained(source)
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(tokenizer.batch_decode(calibration_ids[:6])))
+    text, _ = assets.wikipedia()
     words = options(source, text, tmp_path / "run", "--stages", "[oneshot, reconstruct]")
-    words += ["--calibration.sequences", "12", "--calibration.length", "64"]
-    words += ["--calibration.held_out", "4", "--oneshot.pattern", "2:4", "--reconstruct.lr", "5e-4"]
-    words += ["--reconstruct.batch", "2", "--reconstruct.epochs", "4"]
+    words += ["--calibration.sequences", "48", "--calibration.length", "128"]
+    words += ["--calibration.held_out", "8", "--oneshot.pattern", "2:4", "--reconstruct.lr", "5e-4"]
+    words += ["--reconstruct.batch", "4", "--reconstruct.epochs", "3"]
     monkeypatch.setattr(sys, "argv", ["cap-llm", *words])
     assert main() == 0
 
     def distance(stage: str) -> float:
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / stage)
         with torch.no_grad():
-            states = [m.model(calibration_ids[6:, :64]).last_hidden_state for m in (model, small)]
+            states = [m.model(calibration_ids[:, :128]).last_hidden_state for m in (model, small)]
         return (states[0] - states[1])[:, 1:].square().mean().item()
 
     assert distance("reconstruct") < 0.95 * distance("oneshot")
