@@ -336,7 +336,7 @@ def _report_block(run: Run, i: int, n_blocks: int, result: PrunedBlock) -> None:
     weights = sum(r.shape[0] * r.shape[1] for r in result.rows)
     sparsity = sum(r.zeros for r in result.rows) / weights
     text = f"block {i + 1:>3}/{n_blocks}  {result.seconds:6.1f} s  sparsity {sparsity:.4f}"
-    values = {"sparsity": sparsity, "seconds": result.seconds}
+    values = {"sparsity": sparsity, "seconds": result.seconds, "blocks": n_blocks}
     errors = {_kind(r.name): r.error for r in result.rows if r.error is not None}
     if errors:
         mean = sum(errors.values()) / len(errors)

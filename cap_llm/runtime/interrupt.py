@@ -1,17 +1,24 @@
 """Signals that ask a job to stop: at once, or at the next safe point.
 
-SIGTERM and SIGINT end a run by the exception `Stopped`, which is no `Exception`, so that nothing on
-the way takes it for an error. Training, which has a safe point every few seconds, holds them back
-(`held_back`) until all ranks have written a checkpoint together.
+They end a run by the exception `Stopped`, which is no `Exception`, so that nothing on the way takes
+it for an error. Training, which has a safe point every few seconds, holds them back (`held_back`)
+until all ranks have written a checkpoint together.
+
+SIGTERM and SIGINT are a person's or the cluster's; SIGUSR1 is what a batch file passes on when its
+time is nearly up, and SIGALRM is this process's own clock (`stop_before_limit`). After the last two
+the job is meant to go on by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import time
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGALRM)
+GOES_ON = (signal.SIGUSR1, signal.SIGALRM)
 
 
 class Stopped(BaseException):
@@ -23,6 +30,23 @@ def stop_at_once() -> None:
     _raised.clear()
     for number in SIGNALS:
         signal.signal(number, _raise)
+    stop_before_limit(60.0)
+
+
+def stop_before_limit(seconds: float) -> None:
+    """Sets the clock: SIGALRM comes `seconds` before the job's time limit, where it has one.
+
+    But not in the first nine tenths of what is left now, so that a short job does some work too.
+    """
+    if end := os.environ.get("SLURM_JOB_END_TIME"):
+        left = float(end) - time.time()
+        signal.setitimer(signal.ITIMER_REAL, max(1.0, left - min(seconds, 0.1 * left)))
+
+
+def stop_no_more() -> None:
+    """Further signals change nothing: the run is ending already."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 _raised: list[int] = []
@@ -48,7 +72,7 @@ class Request:
         self.number = 0
 
     def _note(self, number, frame) -> None:
-        self.number = number
+        self.number = self.number or number
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import datetime
 import os
+import socket
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -43,12 +45,14 @@ class World:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
             self._owns_group = True
+        self._places = self.gather((socket.gethostname(), os.getpid()))
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
         """A world of this process only, whatever launched it; changes no global state."""
         world = cls.__new__(cls)
         world.rank, world.size, world.device, world._owns_group = 0, 1, device, False
+        world._places = []
         return world
 
     @property
@@ -94,6 +98,15 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def lost(self) -> list[str]:
+        """Ranks of this node whose process is no more, as a person is told of them."""
+        here = socket.gethostname()
+        return [
+            f"rank {rank} (process {pid} on {host})"
+            for rank, (host, pid) in enumerate(self._places)
+            if host == here and not _lives(pid)
+        ]
+
     def close(self) -> None:
         """Ends the process group, if this object started it."""
         if self._owns_group:
@@ -107,6 +120,13 @@ def ranks_on_node() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 1
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _reuse_freed_memory() -> None:
