@@ -97,6 +97,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             if run:
                 error = run.blame(error)
                 run.close(exit_code(error), error)
+            world.stop_watching()
         raise error
     run.close()
     world.close()
@@ -110,18 +111,16 @@ def dry_run(config: Config, console: Console) -> None:
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
-    try:
-        located = locate(config.model, download=False)
-        check_everything(located, config, console, world, predict=True)
-        if located and located.is_dir() and "recover" in config.stages:
-            from cap_llm.recovery.check import check_recovery
+    located = locate(config.model, download=False)
+    check_everything(located, config, console, world, predict=True)
+    if located and located.is_dir() and "recover" in config.stages:
+        from cap_llm.recovery.check import check_recovery
 
-            check_recovery(located, config, world, console, predict=True)
-        if located and located.is_dir():
-            read_texts(config, located)
-        console.say("dry run: nothing was written")
-    finally:
-        world.close()
+        check_recovery(located, config, world, console, predict=True)
+    if located and located.is_dir():
+        read_texts(config, located)
+    console.say("dry run: nothing was written")
+    world.close()
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC1091
 # What the jobs of this folder share; each of them sources this file. Nothing to edit here.
 
-cd "$SLURM_SUBMIT_DIR" || exit 1 # where sbatch was called: the root of the projectif ! command -v cap-llm >/dev/null && [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
+cd "$SLURM_SUBMIT_DIR" || exit 1 # where sbatch was called: the root of the projectif ! command -v deepspeed >/dev/null && [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 
 # No internet in a job. What `cap-llm prefetch` has put into one directory is found there.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1

@@ -28,7 +28,7 @@ print(*config.stages)' --config "$recipe" --output_dir "$folder" "$@")
 place=$(realpath -m "$folder")
 before=
 for stage in $stages; do
-  if cap-llm status "$folder" --json 2>/dev/null | grep -q "\"$stage\": \"done\""; then
+  if python cap_llm/train.py status "$folder" --json 2>/dev/null | grep -q "\"$stage\": \"done\""; then
     echo "$stage: done"
     continue
   fi

@@ -106,7 +106,8 @@ def train(job: Job, config: RecoverConfig, run: Run):
         bar.advance(first)
         for step in range(first, config.steps):
             start = time.monotonic()
-            parts = step_once(engine, job, step, config, run)
+            with world.bounded(f"step {step + 1}"):
+                parts = step_once(engine, job, step, config, run)
             seconds += time.monotonic() - start
             tokens += config.batch * config.length
             rate = tokens / seconds

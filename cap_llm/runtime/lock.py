@@ -3,8 +3,8 @@
     run.lock     held by the job that works here: who that is, and the file's time as a sign of life
     ended.json   how the last job ended; not there while one works, nor after it was killed
 
-`flock` tells two jobs apart where the file system carries it from node to node. Some do not: there a
-job that finds another one's name in the lock watches for a while whether that one still lives.
+`flock` tells two jobs apart where the file system carries it from node to node. Where it does not,
+a job that finds the name of another one in the lock watches for a while whether that one lives.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import RankLost, UserError
 from cap_llm.runtime.files import atomic, disk_error, read_json, write_json
 from cap_llm.runtime.interrupt import GOES_ON, stopped_by
-from cap_llm.runtime.lock import FILE as LOCK_FILE
 from cap_llm.runtime.lock import ENDED, Lock, write_end
+from cap_llm.runtime.lock import FILE as LOCK_FILE
 from cap_llm.runtime.world import World
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
@@ -47,6 +47,7 @@ class Run:
         problem = world.gather(problem)[0]
         if problem:
             raise problem
+        world.tell(lambda why: write_end(self.path, 1, world.rank, why, False))
 
     def _open(self) -> UserError | None:
         """Makes the directory and takes its lock; the first rank's part."""
@@ -62,10 +63,12 @@ class Run:
             )
         try:
             self._lock = Lock(self.path, self.console)
+            self.console.log_to(self.path / "log.txt")
+            self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         except UserError as error:
             return error
-        self.console.log_to(self.path / "log.txt")
-        self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            return disk_error(self.path, LOCK_FILE, error)
         return None
 
     def describe(self, title: str, config_yaml: str) -> None:
