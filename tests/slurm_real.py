@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from conftest import ROOT
 
 BATCH, LENGTH = 4, 64
 STEPS = 20
+PIPELINE = "runs/pipeline"  # the first test's run
 
 
 class Cluster:
@@ -132,8 +134,12 @@ def recipe(cluster, tiny, text_file) -> Path:
 
 def losses(run: Path) -> dict[int, float]:
     """The loss of each step; of a step that was done again, the last one."""
+    return {m["step"]: m["value"] for m in metrics(run, "loss")}
+
+
+def metrics(run: Path, name: str) -> list[dict]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {m["step"]: m["value"] for m in lines if m["name"] == "loss"}
+    return [m for m in lines if m["name"] == name]
 
 
 def step(run: Path) -> int:
@@ -147,7 +153,7 @@ def status(cluster: Cluster, run: str) -> dict:
 
 
 def test_a_pipeline_that_was_killed_half_way_completes_only_what_is_missing(cluster, recipe):
-    run = "runs/pipeline"
+    run = PIPELINE
     command = ["bash", "slurm/pipeline.sh", recipe, run]
     with subprocess.Popen(
         command, env=cluster.env, cwd=cluster.project, stdout=subprocess.PIPE, text=True
@@ -199,7 +205,8 @@ def test_the_array_and_its_comparison_give_one_report(cluster, recipe):
 
 
 def test_a_training_stopped_by_its_limit_and_pre_empted_thrice_loses_nothing(cluster, recipe):
-    steps = 600
+    rates = [m["value"] for m in metrics(cluster.project / PIPELINE, "tokens_a_second")]
+    steps = max(60, round(100 * statistics.median(rates) / (BATCH * LENGTH)))  # about 100 seconds
     options = ["--recover.micro_batch", 2, "--recover.tokens", steps * BATCH * LENGTH]
     options += ["--recover.checkpoint_steps", 1000, "--recover.evaluate_steps", 1000]
     disturbed, plain = "runs/disturbed", "runs/undisturbed"
@@ -208,8 +215,7 @@ def test_a_training_stopped_by_its_limit_and_pre_empted_thrice_loses_nothing(clu
     ]
     for job in made:
         cluster.wait(job)
-    limit = ("--time=2", "--signal=B:USR1@70")
-    job = cluster.submit(*limit, "slurm/recover.sbatch", recipe, disturbed, *options)
+    job = cluster.submit("--signal=B:USR1@110", "slurm/recover.sbatch", recipe, disturbed, *options)
     folder, reached = cluster.project / disturbed, [0]
 
     def until_restarted(n: int) -> None:
@@ -220,20 +226,27 @@ def test_a_training_stopped_by_its_limit_and_pre_empted_thrice_loses_nothing(clu
                 break
             time.sleep(1)
         ended = json.loads((folder / "ended.json").read_text())
-        assert ended["why"] in ("stopped by SIGUSR1", "stopped by SIGALRM", "stopped by SIGTERM")
+        assert ended["why"] in ("stopped by SIGUSR2", "stopped by SIGALRM", "stopped by SIGTERM")
         at = [p.parent.name for p in (folder / "recover").glob("checkpoints/1/*/complete.json")]
         assert max(at) == f"step-{step(folder):06d}"  # nothing was done twice
         assert step(folder) > reached[-1]
         reached.append(step(folder))
 
+    def until_trained() -> None:
+        for _ in range(400):
+            if step(folder) > reached[-1] + 5:
+                return
+            time.sleep(0.5)
+
+    until_trained()
+    _, minutes, _ = cluster.facts(job)["RunTime"].split(":")
+    limit = int(minutes) + 2  # so that the warning is due
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
     until_restarted(1)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=600")
     for n in (2, 3, 4):
         cluster.start_now(job)
-        for _ in range(200):
-            if step(folder) > reached[-1] + 10:
-                break
-            time.sleep(0.5)
+        until_trained()
         urgent = ("-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1")
         other = cluster.submit(*urgent)
         until_restarted(n)

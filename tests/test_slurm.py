@@ -226,7 +226,7 @@ def test_a_job_near_its_limit_checkpoints_is_requeued_and_loses_nothing(stubs, l
         wait_for(lambda: asked.exists() and asked.read_text() == "requeue 7\n")
         os.killpg(shell.pid, signal.SIGKILL)  # the shell waits for SLURM to end it
         ended = json.loads((folder / "ended.json").read_text())
-        assert ended["code"] == 128 + signal.SIGUSR1 and ended["goes_on"], said.read_text()
+        assert ended["code"] == 128 + signal.SIGUSR2 and ended["goes_on"], said.read_text()
         (kept,) = (folder / "recover").glob("checkpoints/1/*/complete.json")
         assert json.loads(kept.read_text())["step"] == max(values(folder, "loss"))
         found = status(folder)

@@ -4,9 +4,9 @@ They end a run by the exception `Stopped`, which is no `Exception`, so that noth
 it for an error. Training, which has a safe point every few seconds, holds them back (`held_back`)
 until all ranks have written a checkpoint together.
 
-SIGTERM and SIGINT are a person's or the cluster's; SIGUSR1 is what a batch file passes on when its
-time is nearly up, and SIGALRM is this process's own clock (`stop_before_limit`). After the last two
-the job is meant to go on by itself.
+SIGTERM and SIGINT are a person's or the cluster's; SIGUSR2 is what a batch file sends when its time
+is nearly up (not SIGUSR1, which NCCL uses), and SIGALRM is this process's own clock
+(`stop_before_limit`). After the last two the job is meant to go on by itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import signal
 import time
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGALRM)
-GOES_ON = (signal.SIGUSR1, signal.SIGALRM)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGALRM)
+GOES_ON = (signal.SIGUSR2, signal.SIGALRM)
 
 
 class Stopped(BaseException):
