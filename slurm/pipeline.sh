@@ -25,10 +25,11 @@ except UserError as error:
     raise SystemExit(f"pipeline.sh: {error}") from None
 print(*config.stages)' --config "$recipe" --output_dir "$folder" "$@")
 
+states=$(python cap_llm/train.py status "$folder" --json 2>/dev/null) || true # of a new RUN: none
 place=$(realpath -m "$folder")
 before=
 for stage in $stages; do
-  if python cap_llm/train.py status "$folder" --json 2>/dev/null | grep -q "\"$stage\": \"done\""; then
+  if [[ $states == *"\"$stage\": \"done\""* ]]; then
     echo "$stage: done"
     continue
   fi

@@ -148,6 +148,13 @@ def step(run: Path) -> int:
     return 0
 
 
+def until(found, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.5)
+
+
 def status(cluster: Cluster, run: str) -> dict:
     return json.loads(cluster.run("python", "cap_llm/train.py", "status", run, "--json"))
 
@@ -176,20 +183,26 @@ def test_a_pipeline_that_was_killed_half_way_completes_only_what_is_missing(clus
     assert "recover" in (scored / "report.md").read_text()
 
 
-def test_two_nodes_train_as_one_does(cluster, recipe):
-    one, two = "runs/one-node", "runs/two-nodes"
+def test_two_nodes_train_as_one_does_though_one_of_them_goes_down(cluster, recipe):
+    one, two, steps = "runs/one-node", "runs/two-nodes", 60
     options = ["--recover.micro_batch", 2, "--recover.deepspeed", "zero3"]
+    options += ["--recover.tokens", steps * BATCH * LENGTH]
     made = [cluster.submit("slurm/oneshot.sbatch", recipe, run, *options) for run in (one, two)]
     first = cluster.submit(
         f"--dependency=afterok:{made[0]}", "slurm/recover.sbatch", recipe, one, *options
     )
     cluster.wait(made[1])
     cluster.wait(first)
-    file = "slurm/recover_multinode.sbatch"
-    second = cluster.wait(cluster.submit(file, recipe, two, *options, RANKS="1"))
-    assert second["NumNodes"] == "2"
+    job = cluster.submit("slurm/recover_multinode.sbatch", recipe, two, *options, RANKS="1")
+    until(lambda: step(cluster.project / two) > 12)
+    assert cluster.facts(job)["NumNodes"] == "2"
+    cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    until(lambda: cluster.facts(job)["Restarts"] == "1")
+    cluster.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    cluster.wait(job)
     one, two = cluster.project / one, cluster.project / two
-    assert losses(one) == losses(two) and len(losses(one)) == STEPS
+    assert losses(one) == losses(two) and len(losses(one)) == steps
+    assert json.loads((two / "recover" / "done.json").read_text())["rungs"][0]["resumed_at_step"]
 
 
 def test_the_array_and_its_comparison_give_one_report(cluster, recipe):
@@ -233,10 +246,7 @@ def test_a_training_stopped_by_its_limit_and_pre_empted_thrice_loses_nothing(clu
         reached.append(step(folder))
 
     def until_trained() -> None:
-        for _ in range(400):
-            if step(folder) > reached[-1] + 5:
-                return
-            time.sleep(0.5)
+        until(lambda: step(folder) > reached[-1] + 5)
 
     until_trained()
     _, minutes, _ = cluster.facts(job)["RunTime"].split(":")

@@ -248,7 +248,6 @@ from cap_llm.runtime import interrupt
 start = time.time()
 try:
     interrupt.stop_at_once()
-    interrupt.stop_before_limit(3600)
     time.sleep(60)
 except interrupt.Stopped as stopped:
     assert stopped.args[0] == signal.SIGALRM in interrupt.GOES_ON
@@ -387,6 +386,15 @@ def test_what_a_dead_job_of_another_node_left_is_taken_over(tmp_path, monkeypatc
         json.dumps({"host": "another-node", "pid": 1, "job": "13"})
     )
     lock.Lock(tmp_path / "run", QUIET).close()
+
+
+def test_a_requeued_job_waits_for_what_it_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    left = lock.Lock(tmp_path, QUIET)
+    slept = []
+    monkeypatch.setattr(lock.time, "sleep", lambda s: slept.append(s) or left._file.close())
+    lock.Lock(tmp_path, QUIET).close()
+    assert slept == [1.0]
 
 
 # status and prefetch

@@ -17,6 +17,8 @@ import signal
 import time
 from collections.abc import Iterator
 
+from cap_llm.runtime.errors import RankLost
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGALRM)
 GOES_ON = (signal.SIGUSR2, signal.SIGALRM)
 
@@ -30,17 +32,15 @@ def stop_at_once() -> None:
     _raised.clear()
     for number in SIGNALS:
         signal.signal(number, _raise)
-    stop_before_limit(60.0)
+    stop_before_limit(60.0, share=0.1)
 
 
-def stop_before_limit(seconds: float) -> None:
-    """Sets the clock: SIGALRM comes `seconds` before the job's time limit, where it has one.
-
-    But not in the first nine tenths of what is left now, so that a short job does some work too.
-    """
+def stop_before_limit(seconds: float, share: float = 1.0) -> None:
+    """Sets the clock: SIGALRM comes `seconds` before the job's time limit, where it has one, and
+    leaves at most `share` of the time from now on unused."""
     if end := os.environ.get("SLURM_JOB_END_TIME"):
         left = float(end) - time.time()
-        signal.setitimer(signal.ITIMER_REAL, max(1.0, left - min(seconds, 0.1 * left)))
+        signal.setitimer(signal.ITIMER_REAL, max(1.0, left - min(seconds, share * left)))
 
 
 def stop_no_more() -> None:
@@ -61,7 +61,10 @@ def stopped_by(error: BaseException) -> int | None:
     """The signal behind an exception that ends the run, or None.
 
     A `Stopped` that comes up inside a library's compiled code may leave it as another exception.
+    A lost rank's launcher has asked the others to stop: that is no reason of their own.
     """
+    if isinstance(error, RankLost):
+        return None
     return error.args[0] if isinstance(error, Stopped) else _raised[-1] if _raised else None
 
 

@@ -35,18 +35,18 @@ class Lock:
     """
 
     def __init__(self, folder: Path, console: Console):
-        path = folder / FILE
+        path, job = folder / FILE, os.environ.get("SLURM_JOB_ID")
         self._file = open(path, "a+")  # noqa: SIM115 (held until the end)
-        job = os.environ.get("SLURM_JOB_ID")
         other = holder(folder)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise _in_use(folder, other) from None
-            # a file system without locks: the signs of life must do
+        requeued = job and other and other["job"] == job
+        patience = WATCH if requeued else 0.0  # what it left behind elsewhere goes by itself
+        while not self._locked():
+            if patience <= 0:
+                raise _in_use(folder, other)
+            time.sleep(1.0)
+            patience -= 1.0
         moved = other and other["host"] != socket.gethostname()
-        if moved and (job is None or other["job"] != job):
+        if moved and not requeued and not (folder / ENDED).exists():
             console.say(f"{folder} was left by {_name(other)}; looking whether that still lives")
             before, until = path.stat().st_mtime, time.monotonic() + WATCH
             while time.monotonic() < until:
@@ -59,6 +59,14 @@ class Lock:
         (folder / ENDED).unlink(missing_ok=True)
         self._over = threading.Event()
         threading.Thread(target=self._beat, args=[path], daemon=True).start()
+
+    def _locked(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # of a file system without locks: the signs of life must do
+            return error.errno not in (errno.EAGAIN, errno.EACCES)
+        return True
 
     def _beat(self, path: Path) -> None:
         while not self._over.wait(BEAT):
