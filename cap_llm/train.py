@@ -63,7 +63,8 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         run = Run(config.output_dir, world, console)
         for stage in ("dense", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
-        run.describe(config.title, config_yaml)
+        title = config.title_beside(run.done)
+        run.describe(title, config_yaml)
         source = prepare(located, config.model, run)
         if source != located:
             check_everything(source, config, console, world)
@@ -90,7 +91,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
                 for path in [source, *(models[stage] for stage in made[:-1])]:
                     if path != located:
                         remove_weights(path)
-            page = write_report(collect(run.path), run.path, config.title, console)
+            page = write_report(collect(run.path), run.path, title, console)
             console.say(f"report: {page}")
     except BaseException as error:
         with held_back():  # the launcher ends all ranks once one has failed

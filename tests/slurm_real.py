@@ -62,7 +62,7 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", job, "--oneliner")
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
-    def wait(self, job: str, seconds: float = 400) -> dict[str, str]:
+    def wait(self, job: str, seconds: float = 900) -> dict[str, str]:
         """The facts of a job once it is over; it must have ended well."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -148,7 +148,7 @@ def step(run: Path) -> int:
     return 0
 
 
-def until(found, seconds: float = 300) -> None:
+def until(found, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < end, "it does not come"
@@ -180,7 +180,7 @@ def test_a_pipeline_that_was_killed_half_way_completes_only_what_is_missing(clus
     assert cluster.run(*command).splitlines() == [f"{s}: done" for s in found["stages"]]
     scored = cluster.project / run
     assert all((scored / s / "perplexity.json").exists() for s in ("dense", "oneshot", "recover"))
-    assert "recover" in (scored / "report.md").read_text()
+    assert "sparsegpt 50 %, oneshot only" in (scored / "report.md").read_text()
 
 
 def test_two_nodes_train_as_one_does_though_one_of_them_goes_down(cluster, recipe):
@@ -209,9 +209,7 @@ def test_the_array_and_its_comparison_give_one_report(cluster, recipe):
     if not (cluster.project / "eval" / "compare.py").exists():
         pytest.skip("there is no eval/compare.py")
     job = cluster.submit("slurm/baselines.sbatch", recipe, "runs/baselines", RANKS="1")
-    until = time.monotonic() + 400
-    while time.monotonic() < until and cluster.run("squeue", "-h", "-o", "%i"):
-        time.sleep(2)
+    until(lambda: not cluster.run("squeue", "-h", "-o", "%i"))
     runs = cluster.project / "runs" / "baselines"
     assert len(list(runs.glob("*-*/oneshot/done.json"))) == 6, cluster.said()
     assert list(runs.glob("comparison/*")), f"of {job}: {cluster.said()}"

@@ -95,6 +95,11 @@ class Run:
         """Also gives all metrics from now on to `tracker` (`log`, `close`)."""
         self._trackers.append(tracker)
 
+    @property
+    def done(self) -> list[str]:
+        """The stages that are finished."""
+        return [path.parent.name for path in self.path.glob("*/done.json")]
+
     def stage(self, name: str, recipe: dict) -> tuple[Path, dict | None]:
         """The folder of stage `name`, and its `done.json` if it is finished.
 
