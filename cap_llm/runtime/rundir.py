@@ -139,9 +139,10 @@ class Run:
     def blame(self, error: BaseException) -> BaseException:
         """`error`, or what is behind it: a rank that has gone without a word.
 
-        Its connections break, and its launcher asks the others to stop; neither says why.
+        Its connections break, which may come up as any error, and its launcher asks the others to
+        stop; neither says why.
         """
-        if self.world.size > 1 and not isinstance(error, UserError):
+        if self.world.size > 1:
             time.sleep(1.0)  # for the one that knows more to say it
             lost = self.world.lost()
             if lost and not (self.path / ENDED).exists():
