@@ -26,6 +26,8 @@ class ModelConfig:
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None
     """Directory, hub name or `tokenizer.model` file, where the model brings no tokenizer."""
+    dense: str | None = None
+    """The dense model (directory or hub name), where `path` is one pruned elsewhere."""
 
 
 @dataclass
@@ -40,11 +42,15 @@ class CalibrationConfig:
     """Tokens a sequence."""
     seed: int = 0
     """Seed of the draw."""
+    held_out: int = 16
+    """Further sequences, of other documents, by which sds and reconstruct judge what they made; 0:
+    they take their last result."""
     allow_scored_corpus: bool = False
     """Allow a calibration corpus that `evaluate` scores too. Its perplexity then flatters."""
 
     def __post_init__(self):
         _at_least("calibration.sequences", self.sequences, 1)
+        _at_least("calibration.held_out", self.held_out, 0)
         _at_least("calibration.length", self.length, 2)
 
 
@@ -71,14 +77,15 @@ class OwlConfig:
 class OneshotConfig:
     """One-shot pruning, block by block."""
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
-    """How weights are chosen; sparsegpt also moves the ones that stay."""
+    method: Literal["magnitude", "wanda", "sparsegpt", "admm_grad", "alps"] = "sparsegpt"
+    """How weights are chosen; sparsegpt, admm_grad and alps also move the ones that stay, and alps
+    ends with the refit."""
     pattern: str = "unstructured"
     """unstructured, row (equal sparsity in each output row), or N:M: keep N of M inputs."""
     sparsity: float | None = None
     """Share of zeros, in (0, 1). Default 0.5; an N:M pattern fixes it."""
     refit: bool = False
-    """Then re-solve the weights that stay by least squares on the same mask."""
+    """Then re-solve the weights that stay by least squares on the same mask (alps always does)."""
     damping: float = 0.01
     """Ridge on the Hessian, as a share of its mean diagonal; raised tenfold where it fails."""
     block_size: int = 128
@@ -141,6 +148,73 @@ class OneshotConfig:
 
 
 @dataclass
+class SdsConfig:
+    """Sparse-Dense-Sparse: the pruned model is made dense again, more prunable, and pruned again by
+    `oneshot`'s method (Li et al. 2025)."""
+
+    mode: Literal["gram", "paper"] = "gram"
+    """gram: solved to the end on second moments. paper: 200 passes of SGD at a rate of 0.1, our
+    reading of the paper, which names no optimiser; slow."""
+    data: Literal["dense", "sparse", "redense"] = "sparse"
+    """Whose activations re-densification sees: the dense model's, the pruned one's, or those of the
+    model as re-densified so far."""
+    redensify: bool = True
+    """The dense step; off, only the adjustment is left, as a control."""
+    adjust: bool = True
+    """After pruning again, move weights and mask towards the dense weights."""
+    mu: float = 0.1
+    """gram: pull towards the pruned weights; inputs are scaled to unit energy."""
+    l1: float | None = None
+    """Weight of the L1 norm. Default: 0.02 (gram), 0.1 (paper, of the mean |W|)."""
+    l2: float | None = None
+    """Weight of the squared L2 norm. Default: 0.01 (gram), 0.1 (paper, of the mean square)."""
+
+    def __post_init__(self):
+        for name in ("mu", "l1", "l2"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"sds.{name} is {value:g}; it must be at least 0")
+        if not (self.redensify or self.adjust):
+            raise UserError("sds.redensify and sds.adjust are both off; nothing is left to do")
+
+    @property
+    def regularisers(self) -> tuple[float, float]:
+        """The weights of the L1 and of the squared L2 norm."""
+        l1, l2 = (0.02, 0.01) if self.mode == "gram" else (0.1, 0.1)
+        return l1 if self.l1 is None else self.l1, l2 if self.l2 is None else self.l2
+
+
+@dataclass
+class ReconstructConfig:
+    """Block reconstruction: the weights that stay are trained, a block at a time, to give the dense
+    block's output (Shin et al. 2024)."""
+
+    inputs: Literal["dense", "student"] = "dense"
+    """What a block reads while it is trained: the dense model's activations, so that blocks are
+    independent and ranks take them in turn, or those of the blocks reconstructed before it."""
+    epochs: int = 2
+    """Passes over the calibration text, at most: it ends when the held-out error rises."""
+    lr: float = 2e-4
+    """Adam's learning rate; it falls linearly to 0."""
+    batch: int = 8
+    """Sequences a step."""
+    halves: bool = False
+    """Train the attention and the rest of a block one after the other."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrices are multiplied in (autocast); weights and errors are fp32. auto: float32 on
+    CPUs, else bfloat16."""
+    seed: int = 0
+    """Seed of the order of sequences."""
+
+    def __post_init__(self):
+        _at_least("reconstruct.epochs", self.epochs, 1)
+        _at_least("reconstruct.batch", self.batch, 1)
+        _at_least("reconstruct.seed", self.seed, 0)
+        if self.lr <= 0:
+            raise UserError(f"reconstruct.lr is {self.lr:g}; it must be above 0")
+
+
+@dataclass
 class ObjectiveConfig:
     """What recovery minimises: a weighted sum. A weight of 0 switches a term off."""
 
@@ -159,8 +233,10 @@ class ObjectiveConfig:
     fic: float = 0.1
     """Contrast with a fine-tuned model (recover.finetuned); off without one."""
 
+    TERMS = ("ce", "kl", "feature", "prc", "snc", "fic")
+
     def __post_init__(self):
-        for name in ("ce", "kl", "feature", "prc", "snc", "fic"):
+        for name in self.TERMS:
             if getattr(self, name) < 0:
                 raise UserError(
                     f"recover.objective.{name} is {getattr(self, name):g}; it must be at least 0"
@@ -169,14 +245,8 @@ class ObjectiveConfig:
             raise UserError(
                 f"recover.objective.temperature is {self.temperature:g}; it must be above 0"
             )
-        if not self.weights:
+        if not any(getattr(self, name) for name in self.TERMS):
             raise UserError("recover.objective has no weight above 0; give one, such as kl")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weights above 0."""
-        names = ("ce", "kl", "feature", "prc", "snc", "fic")
-        return {n: getattr(self, n) for n in names if getattr(self, n)}
 
 
 @dataclass
@@ -459,11 +529,13 @@ class RuntimeConfig:
             )
 
 
-STAGES = ("oneshot", "recover", "evaluate")
+STAGES = ("oneshot", "sds", "reconstruct", "recover", "evaluate")
+MODELS = STAGES[:-1]  # the stages that make a model
 
 # Settings of recover that change how it is computed or watched, not what it gives beyond rounding.
 _NOT_OF_THE_RESULT = (
     "micro_batch",
+    "gate",
     "gradient_checkpointing",
     "deepspeed",
     "teacher_deepspeed",
@@ -484,14 +556,16 @@ class Config:
     """The run directory. The same command goes on where an earlier one stopped."""
     name: str = ""
     """What the report calls this run. Default: made from the method and the pattern."""
-    stages: list[Literal["oneshot", "recover", "evaluate"]] = field(
+    stages: list[Literal["oneshot", "sds", "reconstruct", "recover", "evaluate"]] = field(
         default_factory=lambda: ["oneshot", "evaluate"]
     )
-    """What is done, in this order: oneshot, recover, evaluate. What the run directory already holds
-    of an earlier stage is where the next one starts."""
+    """What is done, in this order: oneshot, sds, reconstruct, recover, evaluate. What the run
+    directory already holds of an earlier stage is where the next one starts."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     oneshot: OneshotConfig = field(default_factory=OneshotConfig)
+    sds: SdsConfig = field(default_factory=SdsConfig)
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -522,44 +596,63 @@ class Config:
                     f"evaluate.corpora has two files called {name}, which results could not tell "
                     "apart; rename one"
                 )
-        if self.uses_calibration and "evaluate" in self.stages:
+        if "evaluate" in self.stages:
             # C4's training and validation documents differ: to calibrate on the one and score the
             # other is the papers' own protocol. WikiText-2's splits share their style and topics.
             scored = [_corpus_key(name) for name in self.evaluate.corpora if name != "c4"]
-            if _corpus_key(self.calibration.corpus) in scored and (
-                not self.calibration.allow_scored_corpus
-            ):
-                raise UserError(
-                    f"calibration.corpus {self.calibration.corpus!r} is also scored by evaluate: "
-                    "choose another one, or set --calibration.allow_scored_corpus true"
-                )
-        if "recover" in self.stages and "evaluate" in self.stages:
-            scored = [_corpus_key(name) for name in self.evaluate.corpora if name != "c4"]
-            if _corpus_key(self.recover.corpus) in scored:
-                raise UserError(
-                    f"recover.corpus {self.recover.corpus!r} is also scored by evaluate: choose "
-                    "another text to train on"
-                )
+            for option, corpus, remedy in self.not_to_be_scored:
+                if _corpus_key(corpus) in scored:
+                    raise UserError(
+                        f"{option} {corpus!r} is also scored by evaluate: choose another text"
+                        f"{remedy}"
+                    )
+
+    @property
+    def not_to_be_scored(self) -> list[tuple[str, str, str]]:
+        """The texts that a model is made with: the option, the corpus, and a further remedy."""
+        texts = []
+        if self.uses_calibration and not self.calibration.allow_scored_corpus:
+            remedy = ", or set --calibration.allow_scored_corpus true"
+            texts.append(("calibration.corpus", self.calibration.corpus, remedy))
+        if "recover" in self.stages:
+            texts.append(("recover.corpus", self.recover.corpus, ""))
+        return texts
 
     @property
     def uses_calibration(self) -> bool:
         """Whether any stage reads the calibration text."""
         prunes = "oneshot" in self.stages or ("recover" in self.stages and self.recover.ladder)
-        return bool(prunes) and self.oneshot.uses_calibration
+        return self.holds_out or bool(prunes and self.oneshot.uses_calibration)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any stage judges its work on held-out calibration sequences."""
+        return "sds" in self.stages or "reconstruct" in self.stages
+
+    def start(self, stage: str) -> str | None:
+        """The stage whose model `stage` starts from, done or to be done; None: the model itself."""
+        for earlier in reversed(MODELS[: MODELS.index(stage)]):
+            done = Path(self.output_dir) / earlier / "done.json"
+            if earlier in self.stages or done.exists():
+                return earlier
+        return None
 
     @property
     def title(self) -> str:
         """What the report calls this run."""
         if self.name:
             return self.name
+        names = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
+        later = [names[stage] for stage in self.stages if stage in names]
         if "oneshot" not in self.stages:
-            return "recovered" if "recover" in self.stages else "dense"
+            return " + ".join(later) or "dense"
         o = self.oneshot
         amount = o.pattern if ":" in o.pattern else f"{100 * o.amount:g} %"
         return " ".join(
             [o.method, *(["+ refit"] if o.refit else []), amount]
             + (["row"] if o.pattern == "row" else [])
             + (["OWL"] if o.budget == "owl" else [])
+            + [f"+ {name}" for name in later]
         )
 
     def title_beside(self, done: list[str]) -> str:
@@ -572,19 +665,26 @@ class Config:
         settings = {"model": dataclasses.asdict(self.model)}
         if stage == "dense":
             return settings
-        prunes = stage == "oneshot" or self.recover.ladder
-        if prunes:
+        if stage in ("oneshot", "sds") or (stage == "recover" and self.recover.ladder):
             settings["oneshot"] = dataclasses.asdict(self.oneshot) | {
                 "sparsity": self.oneshot.amount
             }
-            if self.oneshot.uses_calibration:
-                settings["calibration"] = dataclasses.asdict(self.calibration)
-                del settings["calibration"]["allow_scored_corpus"]
+        if stage in ("sds", "reconstruct") or (
+            "oneshot" in settings and self.oneshot.uses_calibration
+        ):
+            settings["calibration"] = dataclasses.asdict(self.calibration)
+            del settings["calibration"]["allow_scored_corpus"]
+            if stage not in ("sds", "reconstruct"):
+                del settings["calibration"]["held_out"]
+        if stage in ("sds", "reconstruct"):
+            settings[stage] = dataclasses.asdict(getattr(self, stage))
         if stage == "recover":
             recover = dataclasses.asdict(self.recover)
             for name in _NOT_OF_THE_RESULT:
                 del recover[name]
             settings["recover"] = recover
+        if stage in MODELS[1:]:
+            settings["start"] = self.start(stage)
         return settings
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import socket
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from cap_llm.config import MODELS, STAGES
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
@@ -57,7 +59,7 @@ def status(folder: Path) -> dict:
     config = yaml.safe_load(_text(folder / "config.yaml")) or {}
     names = [
         stage
-        for stage in ("oneshot", "recover", "evaluate")
+        for stage in STAGES
         if stage in config.get("stages", []) or (folder / stage / "recipe.json").exists()
     ]
     metrics = _metrics(folder / "metrics.jsonl")
@@ -101,11 +103,11 @@ def _metrics(path: Path) -> list[dict]:
     return lines
 
 
-def _oneshot(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
-    if (done := folder / "oneshot" / "done.json").exists():
+def _blockwise(stage: str, folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
+    if (done := folder / stage / "done.json").exists():
         return True, duration(read_json(done)["seconds"])
-    finished = len(list((folder / "oneshot" / "blocks").glob("*.json")))
-    total = [m["value"] for m in metrics if m["stage"] == "oneshot" and m["name"] == "blocks"]
+    finished = len(list((folder / stage / "blocks").glob("*.json")))
+    total = [m["value"] for m in metrics if m["stage"] == stage and m["name"] == "blocks"]
     return False, f"{finished} of {total[-1]} blocks" if total else ""
 
 
@@ -133,9 +135,8 @@ def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str
 
 
 def _evaluate(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
-    models = [s for s in ("dense", "oneshot", "recover") if (folder / s / "recipe.json").exists()]
-    made = [s for s in ("oneshot", "recover") if s in config.get("stages", []) or s in models]
-    wanted = [*made, *(["dense"] if "dense" in models else [])]
+    bound = [s for s in ("dense", *MODELS) if (folder / s / "recipe.json").exists()]
+    wanted = [s for s in ("dense", *MODELS) if s in config.get("stages", []) or s in bound]
     each = len(config["evaluate"]["corpora"])
     files = [folder / stage / "perplexity.json" for stage in wanted]
     scores = sum(len(read_json(path)["corpora"]) for path in files if path.exists())
@@ -144,7 +145,8 @@ def _evaluate(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, st
     return bool(total) and scores >= total, text
 
 
-_PROGRESS = {"oneshot": _oneshot, "recover": _recover, "evaluate": _evaluate}
+_PROGRESS = {stage: functools.partial(_blockwise, stage) for stage in MODELS}
+_PROGRESS |= {"recover": _recover, "evaluate": _evaluate}
 
 
 def _text(path: Path) -> str:

@@ -28,7 +28,7 @@ import time  # noqa: E402
 import traceback  # noqa: E402
 
 from cap_llm.command_line import read_config  # noqa: E402
-from cap_llm.config import Config  # noqa: E402
+from cap_llm.config import MODELS, Config  # noqa: E402
 from cap_llm.runtime.errors import RankLost, UserError  # noqa: E402
 from cap_llm.runtime.interrupt import (  # noqa: E402
     held_back,
@@ -42,10 +42,12 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     """Runs the stages that `config` names."""
     from cap_llm.blockwise.oneshot import oneshot
     from cap_llm.blockwise.plan import check_everything
+    from cap_llm.blockwise.reconstruct import reconstruct
+    from cap_llm.blockwise.sds import sds
     from cap_llm.evaluation.evaluate import evaluate
     from cap_llm.evaluation.report import collect, write_report
     from cap_llm.models.checkpoint import remove_weights
-    from cap_llm.models.source import locate, prepare
+    from cap_llm.models.source import locate, prepare, start_of
     from cap_llm.runtime.rundir import Run
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
@@ -74,19 +76,24 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             models["dense"] = source
         if "oneshot" in config.stages:
             models["oneshot"] = oneshot(source, texts, config, run)
+        if "sds" in config.stages:
+            models["sds"] = sds(*start_of("sds", source, config, run), texts, config, run)
+        if "reconstruct" in config.stages:
+            pruned, dense = start_of("reconstruct", source, config, run)
+            models["reconstruct"] = reconstruct(pruned, dense, texts, config, run)
         if "recover" in config.stages:
-            from cap_llm.recovery.recover import recover, starting_points
+            from cap_llm.recovery.recover import recover
 
-            student, dense = starting_points(source, config, run)
+            student, dense = start_of("recover", source, config, run)
             models["recover"] = recover(student, dense, texts, config, run)
         if "evaluate" in config.stages:
-            for stage in ("oneshot", "recover"):  # of earlier jobs, too
+            for stage in MODELS:  # of earlier jobs, too
                 folder, done = run.stage(stage, config.recipe(stage))
                 models |= {stage: folder} if done else {}
             evaluate(models, texts, config, run)
         world.barrier()
         if world.first:
-            made = [stage for stage in ("oneshot", "recover") if stage in models]
+            made = [stage for stage in MODELS if stage in models]
             if made and not config.runtime.keep_intermediate:
                 for path in [source, *(models[stage] for stage in made[:-1])]:
                     if path != located:

@@ -1,12 +1,14 @@
 """Speed and memory of a recovery step: what each term of the objective costs, at each ZeRO stage.
 
-    python eval/bench_recovery.py [--model DIR] [--length 512] [--micro-batch 2] [--steps 3]
-                                  [--dtype bfloat16] [--out FILE.json]
+    python eval/bench_recovery.py [--model DIR] [--length 512] [--micro-batch 2] [--rounds 3]
+                                  [--passes 2] [--dtype bfloat16] [--out FILE.json]
 
-Every line is a process group of its own that runs the training's own step on real text: arms add
-one term each (cross-entropy; + KL from the teacher; + SquareHead; + the contrasts PrC, FiC, SnC on
-filled banks). Ratios are of lines of this one run. The last lines hold the memory of the head's
-losses against one set of logits. Leave the machine alone meanwhile.
+A group is a number of ranks and a ZeRO stage: processes of their own that run the training's own
+step on real text and full banks. Its arms (cross-entropy; + KL from the teacher; + SquareHead;
+the contrasts PrC, FiC, SnC) take turns on one engine, a step each a round, and the groups take
+turns too, so that a machine whose speed drifts slows all of them alike. A ratio is the median over
+the rounds of the two steps next to each other, with the range of all rounds. The last lines hold
+the memory of the head's losses against one set of logits. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -28,18 +30,28 @@ from cap_llm.runtime.console import Console, quiet_libraries, size  # noqa: E402
 
 quiet_libraries()
 
+KL = {"ce": 0.2, "kl": 0.8}
+CONTRASTS = {"prc": 0.1, "fic": 0.1, "snc": 0.1}
+# in the order in which they need more memory, which is measured in their first step
 ARMS = {
     "cross-entropy": {"ce": 1.0},
-    "+ KL": {"ce": 0.2, "kl": 0.8},
-    "+ SquareHead": {"ce": 0.2, "kl": 0.8, "feature": 1.0},
-    "+ contrasts": {"ce": 0.2, "kl": 0.8, "feature": 1.0, "prc": 0.1, "fic": 0.1, "snc": 0.1},
-    "KL + contrasts": {"ce": 0.2, "kl": 0.8, "prc": 0.1, "fic": 0.1, "snc": 0.1},
+    "+ KL": KL,
+    "+ SquareHead": KL | {"feature": 1.0},
+    "KL + contrasts": KL | CONTRASTS,
+    "+ contrasts": KL | {"feature": 1.0} | CONTRASTS,
+}
+COSTS = {  # what is added -> (arm with it, arm without)
+    "teacher and KL, on cross-entropy": ("+ KL", "cross-entropy"),
+    "SquareHead, on KL": ("+ SquareHead", "+ KL"),
+    "contrasts, on KL": ("KL + contrasts", "+ KL"),
+    "contrasts, on KL and SquareHead": ("+ contrasts", "+ SquareHead"),
 }
 HEAD_TOKENS = (512, 2048)
+LATE = 1000  # the first step that is made: all rows of PrC's bank count as seen
 
 
 def main() -> int:
-    """Measures every line and prints the table; returns the exit code."""
+    """Measures every line and prints the tables; returns the exit code."""
     options = parse()
     if options.work:
         return measure(json.loads(options.work))
@@ -48,44 +60,52 @@ def main() -> int:
     console = Console()
     model = options.model or str(assets.smollm2(console.say))
     text, _ = assets.wikipedia(console.say)
-    common = {"model": model, "text": str(text), "length": options.length, "steps": options.steps}
-    common |= {"micro_batch": options.micro_batch, "dtype": options.dtype}
-    plan = [(1, "zero2", arm) for arm in ARMS]
-    plan += [(options.ranks, "zero2", arm) for arm in ARMS]
-    plan += [(options.ranks, z, a) for z in ("zero0", "zero1", "zero3") for a in ("+ KL",)]
-    plan += [(options.ranks, "zero3", "KL + contrasts")]
-    results = []
-    with console.bar("measuring", len(plan), "lines") as bar:
-        for ranks, zero, arm in plan:
-            bar.phase(f"{ranks} ranks, {zero}, {arm}")
-            work = common | {"ranks": ranks, "deepspeed": zero, "arm": arm}
-            results.append(work | launch(work))
-            console.say(
-                f"{ranks} ranks  {zero}  {arm:<16} {results[-1]['tokens_a_second']:8.1f} tokens/s  "
-                f"{size(results[-1]['peak_bytes'])} a rank"
-            )
-            bar.advance()
-    by = {(r["ranks"], r["deepspeed"], r["arm"]): r for r in results}
-
-    def cost(ranks: int, more: str, less: str) -> str:
-        a, b = (by[ranks, "zero2", arm]["tokens_a_second"] for arm in (less, more))
-        return f"{100 * (a / b - 1):+.1f} %"
-
+    common = {"model": model, "text": str(text), "length": options.length}
+    common |= {"rounds": options.rounds, "micro_batch": options.micro_batch, "dtype": options.dtype}
     n = options.ranks
+    groups = {
+        (1, "zero2"): list(ARMS),
+        (n, "zero2"): list(ARMS),
+        (n, "zero0"): ["+ KL"],
+        (n, "zero1"): ["+ KL"],
+        (n, "zero3"): ["+ KL", "KL + contrasts"],
+    }
+    seconds: dict[tuple, list[float]] = {}  # by ranks, stage and arm
+    peaks: dict[tuple, int] = {}
+    with console.bar("measuring", options.passes * len(groups), "groups") as bar:
+        for _ in range(options.passes):
+            for (ranks, zero), arms in groups.items():
+                bar.phase(f"{ranks} ranks, {zero}")
+                work = common | {"ranks": ranks, "deepspeed": zero, "arms": arms}
+                for arm, line in launch(work).items():
+                    key = (ranks, zero, arm)
+                    seconds[key] = seconds.get(key, []) + line["seconds"]
+                    peaks[key] = max(peaks.get(key, 0), line["peak_bytes"])
+                bar.advance()
+
+    def speed(key: tuple) -> float:
+        return key[0] * options.micro_batch * options.length / statistics.median(seconds[key])
+
+    def cost(ranks: int, zero: str, arms: tuple[str, str]) -> str:
+        more, less = (seconds[ranks, zero, arm] for arm in arms)
+        shares = [100 * (a / b - 1) for a, b in zip(more, less, strict=True)]
+        return f"{statistics.median(shares):+.1f} % ({min(shares):+.1f} to {max(shares):+.1f})"
+
     console.table(
-        "what a term adds to the time of a step (ZeRO-2)",
-        ["term", "1 rank", f"{n} ranks"],
-        [
-            [
-                "teacher and KL, on cross-entropy",
-                *(cost(r, "+ KL", "cross-entropy") for r in (1, n)),
-            ],
-            ["SquareHead, on KL", *(cost(r, "+ SquareHead", "+ KL") for r in (1, n))],
-            ["contrasts, on KL", *(cost(r, "KL + contrasts", "+ KL") for r in (1, n))],
-        ],
+        "a step",
+        ["ranks", "ZeRO", "objective", "tokens/s", "peak memory a rank"],
+        [[str(r), z[-1], a, f"{speed((r, z, a)):.1f}", size(p)] for (r, z, a), p in peaks.items()],
     )
-    one, several = (by[r, "zero2", "+ KL"]["tokens_a_second"] for r in (1, n))
-    console.say(f"{n} ranks pass {several / one:.2f} times the tokens of one (ZeRO-2, + KL)")
+    rounds = options.passes * options.rounds
+    console.table(
+        f"what a term adds to the time of a step: median and range of {rounds} rounds",
+        ["term", "1 rank", f"{n} ranks"],
+        [[term, *(cost(r, "zero2", arms) for r in (1, n))] for term, arms in COSTS.items()],
+    )
+    sharded = cost(n, "zero3", COSTS["contrasts, on KL"])
+    console.say(f"contrasts, on KL, under ZeRO-3 on {n} ranks: {sharded}")
+    gain = speed((n, "zero2", "+ KL")) / speed((1, "zero2", "+ KL"))
+    console.say(f"{n} ranks pass {gain:.2f} times the tokens of one (ZeRO-2, + KL)")
     heads = [launch(common | {"ranks": 1, "head_tokens": t}) for t in HEAD_TOKENS]
     for head in heads:
         console.say(
@@ -93,9 +113,14 @@ def main() -> int:
             f"inputs; one set of logits takes {size(head['logits_bytes'])}"
         )
     if options.out:
-        Path(options.out).write_text(
-            json.dumps({"lines": results, "heads": heads}, indent=2) + "\n"
-        )
+        keys = ("ranks", "deepspeed", "arm")
+        lines = [
+            dict(zip(keys, key, strict=True))
+            | {"tokens_a_second": speed(key), "seconds": seconds[key], "peak_bytes": peak}
+            for key, peak in peaks.items()
+        ]
+        content = common | {"lines": lines, "heads": heads}
+        Path(options.out).write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 
@@ -105,8 +130,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="model directory; default: SmolLM2-135M from its package")
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences at once, a rank")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps a line")
-    parser.add_argument("--ranks", type=int, default=2, help="of the lines with several ranks")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of an arm, each pass")
+    parser.add_argument("--passes", type=int, default=2, help="times that every group is started")
+    parser.add_argument("--ranks", type=int, default=2, help="of the groups with several ranks")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--out", help="JSON file for all figures")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -114,7 +140,7 @@ def parse() -> argparse.Namespace:
 
 
 def launch(work: dict) -> dict:
-    """Runs one line in processes of its own."""
+    """Runs one group in processes of its own."""
     threads = max(1, len(os.sched_getaffinity(0)) // work["ranks"])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
@@ -129,21 +155,11 @@ def launch(work: dict) -> dict:
 
 
 def measure(work: dict) -> int:
-    """One line, on this rank."""
-    from cap_llm.runtime.rundir import peak_memory
+    """One group, on this rank."""
     from cap_llm.runtime.world import World
 
     world = World("auto")
-    if "head_tokens" in work:
-        result = head_memory(work)
-    else:
-        seconds = steps(work, world)
-        tokens = work["ranks"] * work["micro_batch"] * work["length"]
-        result = {
-            "tokens_a_second": tokens / statistics.median(seconds),
-            "seconds": [round(s, 3) for s in seconds],
-            "peak_bytes": max(world.gather(peak_memory())),
-        }
+    result = head_memory(work) if "head_tokens" in work else steps(work, world)
     if world.first:
         Path(work["out"]).write_text(json.dumps(result))
     world.barrier()
@@ -151,16 +167,13 @@ def measure(work: dict) -> int:
     os._exit(0)
 
 
-def steps(work: dict, world) -> list[float]:
-    """Seconds of each timed step of the training's own code."""
+def steps(work: dict, world) -> dict[str, dict]:
+    """Seconds of each timed step of the training's own code, and the peak memory of one, by arm."""
     import torch
 
     from cap_llm.config import ObjectiveConfig, RecoverConfig
     from cap_llm.recovery import engines, training
-    from cap_llm.recovery.bank import Bank
-    from cap_llm.recovery.contrasts import Contrast, Contrasts
-    from cap_llm.recovery.recover import state_width
-    from cap_llm.recovery.units import Encoder
+    from cap_llm.recovery.contrasts import Contrasts
     from cap_llm.recovery.zeros import keep_zeros
     from cap_llm.runtime.rundir import Run
     from cap_llm.text.corpora import read_corpus
@@ -168,60 +181,108 @@ def steps(work: dict, world) -> list[float]:
     from cap_llm.text.tokenizers import load_tokenizer
 
     model, folder = Path(work["model"]), Path(work["folder"])
-    weights = dict.fromkeys(("ce", "kl", "feature", "prc", "snc", "fic"), 0.0) | ARMS[work["arm"]]
     batch = world.size * work["micro_batch"]
-    config = RecoverConfig(
-        length=work["length"],
-        batch=batch,
-        micro_batch=work["micro_batch"],
-        tokens=batch * work["length"] * (work["steps"] + 1),
-        held_out=1,
-        dtype=work["dtype"],
-        deepspeed=work["deepspeed"],
-        finetuned="given",
-        objective=ObjectiveConfig(**weights),
-    )
+    configs = {
+        arm: RecoverConfig(
+            length=work["length"],
+            batch=batch,
+            micro_batch=work["micro_batch"],
+            tokens=batch * work["length"] * (work["rounds"] + 1),
+            held_out=1,
+            dtype=work["dtype"],
+            deepspeed=work["deepspeed"],
+            finetuned="given",
+            objective=ObjectiveConfig(**dict.fromkeys(ObjectiveConfig.TERMS, 0.0) | ARMS[arm]),
+        )
+        for arm in work["arms"]
+    }
+    config = next(iter(configs.values()))
     engines.start(world)
     student_ds = engines.student_settings(config, world)
     teacher_ds = engines.teacher_settings(config, world, student_ds)
     corpus = read_corpus(work["text"], "train")
     text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
-    contrasts = Contrasts(None, config.contrast, batch, world)
-    teacher = None
-    if config.objective.kl:
-        teacher = engines.load_teacher(model, teacher_ds, config, world)
-    if config.contrasts:
-        width = state_width(model)
-        encoder = Encoder(text, config.contrast, width, config.SKIP, 0, world.device)
-        contrasts = Contrasts(encoder, config.contrast, batch, world)
-        shape = (len(text.ids), encoder.n_units, encoder.dim)
-        banks = {name: Bank(folder / name, {}, shape, world) for name in ("online", "filled")}
-        for name, bank in banks.items():
-            ids = torch.arange(len(text.ids) if name == "filled" else 0)
-            contrasts.fill(
-                bank, lambda t: teacher(t, False)[0], ids, work["micro_batch"], name, Console(False)
-            )
-        for name, bank in (("prc", "online"), ("fic", "filled"), ("snc", "filled")):
-            contrasts.terms.append(Contrast(name, 0.1, [banks[bank]], name == "prc"))
     engine = engines.load_student(model, student_ds, config, world)
-    masks = {}
-    for name, p in engine.module.named_parameters():
-        if name.startswith("model.model.layers.") and name.endswith("proj.weight"):
-            shape = getattr(p, "ds_shape", p.shape)
-            masks[name] = torch.arange(shape.numel()).view(shape) % 2 == 0
-    keep_zeros(engine, masks)
-    job = training.Job(model, {}, teacher, contrasts, text, folder, {}, "bench", "bench")
+
+    def masks():
+        for name, p in engine.module.named_parameters():
+            if name.startswith("model.model.layers.") and name.endswith("proj.weight"):
+                shape = getattr(p, "ds_shape", p.shape)
+                yield name, torch.arange(shape.numel()).view(shape) % 2 == 0
+
+    keep_zeros(engine, masks())
     run = Run.__new__(Run)
     run.world = world
-    seconds = []
-    for step in range(work["steps"] + 1):
-        world.barrier()
-        start = time.perf_counter()
-        training.step_once(engine, job, step, config, run)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]  # the first one also allocates
+    teacher, jobs = None, {}
+    lines = {arm: {"seconds": []} for arm in configs}
+    for step in range(work["rounds"] + 1):
+        for arm, config in configs.items():
+            o = config.objective
+            if step == 0:  # what an arm needs comes just before its first step
+                if o.kl and teacher is None:
+                    teacher = engines.load_teacher(model, teacher_ds, config, world)
+                contrasts = Contrasts(None, config.contrast, batch, world)
+                if config.contrasts:
+                    contrasts = filled(config, text, model, folder / arm, world)
+                used = teacher if o.kl else None
+                jobs[arm] = training.Job(
+                    model, (), used, contrasts, text, folder, {}, "bench", "bench"
+                )
+            engine.module.factors = (o.ce, o.kl, o.temperature)
+            engine.module.feature = bool(o.feature)
+            forget_peak(world)
+            world.barrier()
+            start = time.perf_counter()
+            training.step_once(engine, jobs[arm], LATE + step, config, run)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            if step:
+                lines[arm]["seconds"].append(round(time.perf_counter() - start, 3))
+            else:  # the first step of an arm also allocates; it is not timed
+                lines[arm]["peak_bytes"] = max(world.gather(peak(world)))
+    return lines
+
+
+def filled(config, text, model: Path, folder: Path, world):
+    """The contrasts on full banks; of random rows, which cost as much as any."""
+    import torch
+
+    from cap_llm.recovery.bank import Bank
+    from cap_llm.recovery.contrasts import Contrast, Contrasts
+    from cap_llm.recovery.recover import state_width
+    from cap_llm.recovery.units import Encoder, normalise
+
+    width = state_width(model)
+    encoder = Encoder(text, config.contrast, width, config.SKIP, 0, world.device)
+    contrasts = Contrasts(encoder, config.contrast, config.batch, world)
+    n, d = len(text.ids), encoder.dim
+    for name in CONTRASTS:
+        bank = Bank(folder / name, {}, (n, encoder.n_units, d), world)
+        bank.settle(torch.zeros(d), 0.0, float(d))
+        rows = torch.randn(n, encoder.n_units, d, generator=torch.Generator().manual_seed(0))
+        bank.write(torch.arange(n), normalise(rows, bank.centre))
+        contrasts.terms.append(Contrast(name, CONTRASTS[name], [bank], name == "prc"))
+    return contrasts
+
+
+def forget_peak(world) -> None:
+    """Lets the count of the most memory start anew."""
+    import torch
+
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(world) -> int:
+    """Most bytes held since: of the card, or of main memory."""
+    import torch
+
+    from cap_llm.runtime.rundir import peak_memory
+
+    on_card = world.device.type == "cuda"
+    return torch.cuda.max_memory_allocated() if on_card else peak_memory()
 
 
 def head_memory(work: dict) -> dict:

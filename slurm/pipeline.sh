@@ -38,9 +38,12 @@ for stage in $stages; do
   if [ -n "$job" ]; then
     echo "$stage: job $job is in the queue already"
   else
-    file=slurm/$stage.sbatch
-    [ "$stage" != recover ] || file=${RECOVER:-$file}
-    job=$(sbatch --parsable --job-name="cap-$stage" --comment="$place" \
+    case $stage in
+      recover) file=${RECOVER:-slurm/recover.sbatch} ;;
+      evaluate) file=slurm/evaluate.sbatch ;;
+      *) file=slurm/oneshot.sbatch ;;
+    esac
+    job=$(STAGE=$stage sbatch --parsable --job-name="cap-$stage" --comment="$place" \
       ${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes} "$file" "$recipe" "$folder" "$@")
     echo "$stage: job $job"
   fi

@@ -39,6 +39,8 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _LLAMA),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA | {"head_dim": 8}),
     "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA),
+    # caps its logits after the head
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _LLAMA | {"head_dim": 8}),
     "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _SMALL | {"intermediate_size": 64}),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2),

@@ -128,17 +128,19 @@ def owl(shares: list[float], sizes: list[int], sparsity: float, strength: float)
 
 
 def assert_same_pruning(new, mask, expected, expected_mask) -> None:
-    """The same mask and weights, but for rows in which rounding has swapped two near-equal scores.
+    """The same mask and weights, but for what follows once rounding swaps two near-equal scores.
 
-    Mostly the masks are equal to the last bit; but where one swap happens, others follow in its
-    row. `new` and `mask` are [R, C] in fp32, what is expected in float64.
+    Mostly the masks are equal to the last bit. Where one swap happens, its row's errors differ from
+    there on, and so does the choice in later columns (of all rows, where they share a quota): how
+    far that spreads depends on the order of summation, so on the number of threads. Up to the first
+    swap all must agree. `new` and `mask` are [R, C] in fp32, what is expected in float64.
     """
     differs = mask != expected_mask
-    assert differs.float().mean().item() <= 5e-3
-    same = ~differs.any(1)
-    assert same.float().mean().item() > 0.5
-    distance = (new.double() - expected)[same].norm()
-    assert distance.item() <= 1e-3 * expected[same].norm().item()
+    assert differs.float().mean().item() <= 2e-2
+    same = differs.long().cumsum(1) == 0  # left of a row's first swap
+    assert same.float().mean().item() > 0.75
+    distance = ((new.double() - expected) * same).norm()
+    assert distance.item() <= 1e-3 * (expected * same).norm().item()
 
 
 def correlated(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -16,6 +16,7 @@ from cap_llm import config as config_module
 from cap_llm.command_line import make_parser, read_config, recipes
 from cap_llm.config import Config, OneshotConfig
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.rundir import difference
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ["--model.path", "some/model", "--output_dir", "runs/x"]
@@ -281,3 +282,13 @@ def test_the_help_names_every_field_with_its_text(capsys):
     assert "--dry-run" in shown
     for name in recipes():
         assert name in shown
+
+
+# recipes of run directories
+
+
+def test_a_setting_that_one_version_does_not_have_is_none_there():
+    old, new = {"a": {"b": 1, "gone": None}}, {"a": {"b": 1, "added": None}}
+    assert difference(old, new) is None
+    assert difference(old, new | {"c": 3}) == ("c", None, 3)
+    assert difference(old, {"a": {"b": 2}}) == ("a.b", 1, 2)

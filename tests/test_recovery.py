@@ -241,7 +241,9 @@ def two(assets, tmp_path_factory) -> Cases:
     cases.add("after the crash", out="crashed", recover__deepspeed="zero3")
     cases.add("ladder", **LADDER)
     cases.add("ladder, stopped", ("stop", "recover/2", 4), **LADDER)
-    cases.add("ladder, resumed", out="ladder, stopped", **LADDER)
+    snapshot = cases.out("ladder, stopped") / "recover" / "banks" / "snapshot-1"
+    lost = [("remove", snapshot)]
+    cases.add("ladder, resumed", out="ladder, stopped", edits=lost, **LADDER)
     short = {"recover.tokens": 4 * BATCH * LENGTH}
     for family, zero in (("gpt2", "zero3"), ("opt", "zero2")):
         model = {"model.path": assets.tiny(family), "stages": "[oneshot, recover]"}
@@ -581,8 +583,17 @@ def add_rungs(cases: Cases) -> None:
         resume = "true" if "true" in name else resume
         again = ("copy", stopped, cases.out(name))
         cases.add(name, edits=[again], **two_rungs, recover__resume=resume)
+    elsewhere = Path(shutil.copytree(cases.assets.half, cases.assets.folder / "elsewhere"))
+    for name in ("masks.safetensors", "sparsity.json"):
+        (elsewhere / name).unlink()
+    settings = {"model.path": elsewhere, "oneshot.block_size": 16, "recover.ladder": "0.6"}
+    cases.add("pruned elsewhere", **settings, **short)
     # so large a rate that the model is lost
-    cases.add("gate", recover__ladder="0.7, 0.8", recover__gate=1.01, recover__lr=0.1, **short)
+    lost = {"recover.ladder": "0.7, 0.8", "recover.lr": 0.1} | short
+    cases.add("gate", recover__gate=1.01, **lost)
+    cases.add("gate, again", out="gate", recover__gate=1.02, **lost)
+    raised = ("copy", cases.out("gate"), cases.out("gate, raised"))
+    cases.add("gate, raised", edits=[raised], recover__gate=1e9, **lost)
 
 
 def test_a_ladder_prunes_inside_the_earlier_masks(two, assets):
@@ -661,6 +672,14 @@ def test_a_dense_model_goes_to_a_pattern_at_once(one, assets):
     assert "snc" not in names(losses(run, "recover/1"))
 
 
+def test_a_ladder_prunes_inside_the_zeros_of_a_model_that_was_pruned_elsewhere(one, assets):
+    run = one.finished("pruned elsewhere")
+    assert_zeros(run / "recover", run / "recover" / "rungs" / "1" / "pruned")
+    assert sparsity(run / "recover") == pytest.approx(0.6, abs=0.01)
+    for name, mask in masks(run / "recover").items():
+        assert not (mask & ~masks(assets.half)[name]).any()
+
+
 def test_snapshots_begin_with_the_second_rung_of_a_dense_model_and_old_ones_go(one):
     run = one.finished("three rungs")
     assert "snc" not in names(losses(run, "recover/1"))
@@ -678,6 +697,9 @@ def test_a_rung_that_loses_too_much_ends_the_ladder(one):
     assert "recover.tokens" in message
     trained = one.out("gate") / "recover" / "rungs" / "1" / "trained"
     assert sparsity(trained) == pytest.approx(0.7, abs=0.01)
+    assert "rung 1/2 (0.7) ends with" in one.refused("gate, again")
+    assert not (one.out("gate") / "recover" / "rungs" / "2").exists()
+    assert sparsity(one.finished("gate, raised") / "recover") == pytest.approx(0.8, abs=0.01)
 
 
 # the objective's terms
@@ -761,6 +783,16 @@ def changed_model(assets: Assets) -> Path:
     return folder
 
 
+def other_words(assets: Assets) -> Path:
+    """The dense model with as large a tokenizer whose entries have other ids."""
+    folder = Path(shutil.copytree(assets.dense, assets.folder / "other-words"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    entries = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(entries, reversed(entries.values()), strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
 def no_json(assets: Assets) -> Path:
     path = assets.folder / "broken.json"
     path.write_text('{"zero_optimization": ')
@@ -773,9 +805,24 @@ REFUSED = {
         lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, vocab_size=600)},
         ["recover.teacher", "vocabulary of 600", "512", "share their tokenizer"],
     ),
+    "tokenizer": (
+        lambda a: {"recover.teacher": other_words(a)},
+        ["recover.teacher", "another tokenizer", "share their tokenizer"],
+    ),
     "width": (
         lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},
         ["recover.teacher", "hidden_size 64", "32", "recover.objective.feature, prc, fic 0"],
+    ),
+    "a cap on the logits": (
+        lambda a: {
+            "model.path": a.tiny("gemma2", num_hidden_layers=3),
+            "stages": "[oneshot, recover]",
+        },
+        ["Gemma2ForCausalLM", "caps its logits", "not recovered"],
+    ),
+    "a teacher with a cap on its logits": (
+        lambda a: {"recover.teacher": a.tiny("gemma2", num_hidden_layers=3)},
+        ["Gemma2ForCausalLM", "caps its logits", "not recovered"],
     ),
     "width of the fine-tuned model": (
         lambda a: {"recover.finetuned": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},
@@ -783,7 +830,7 @@ REFUSED = {
     ),
     "no dense model": (
         lambda a: {"recover.teacher": "null"},
-        ["recover starts from", "name the dense model with --recover.teacher"],
+        ["recover starts from", "name the dense model with --model.dense"],
     ),
     "changed weights": (
         lambda a: {"model.path": changed_model(a)},

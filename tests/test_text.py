@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from cap_llm.command_line import read_config
 from cap_llm.runtime.errors import UserError
 from cap_llm.text.corpora import (
     C4_HELD_OUT,
@@ -20,6 +21,7 @@ from cap_llm.text.corpora import (
     evaluation_text,
     read_corpus,
 )
+from cap_llm.text.reading import read_texts
 from cap_llm.text.tokenizers import bos_rule, load_tokenizer
 from cap_llm.text.windows import calibration_windows, evaluation_windows
 
@@ -351,3 +353,20 @@ def test_a_local_folder_without_the_corpus_is_named_when_the_hub_is_off(tmp_path
         UserError, match=r"'c4' \(train\) is not at .*c4.sample-2000.*hub is switch"
     ):
         read_corpus("c4", "train")
+
+
+@pytest.mark.parametrize("option", ["calibration.corpus", "recover.corpus"])
+def test_the_file_of_a_scored_text_is_no_text_to_learn_from(tiny, tmp_path, monkeypatch, option):
+    file = tmp_path / "wikitext2" / "wiki.test.raw"
+    file.parent.mkdir()
+    file.write_text("a few words\n" * 2000)
+    monkeypatch.setenv("CAP_LLM_DATA", str(tmp_path))
+    model = tiny("llama")
+    stages = "[oneshot, recover, evaluate]"
+    args = ["--model.path", model, "--output_dir", tmp_path / "run", "--stages", stages]
+    other = ({"calibration.corpus", "recover.corpus"} - {option}).pop()
+    args += ["--evaluate.corpora", "[wikitext2]", f"--{option}", file, f"--{other}", "c4"]
+    config, _, _ = read_config([str(a) for a in args])
+    config.check()
+    with pytest.raises(UserError, match=f"{option} .* is the text of wikitext2, which evaluate"):
+        read_texts(config, model)

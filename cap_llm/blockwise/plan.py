@@ -20,6 +20,7 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 from cap_llm.text.corpora import corpus_file
 
+BLOCKWISE = ("oneshot", "sds", "reconstruct")  # stages that rewrite a model block by block
 RESERVE = 2**28  # bytes of disk for logs, masks' parts and file systems' own needs
 
 
@@ -61,8 +62,10 @@ def check_everything(
             f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity; "
             "set --stages [oneshot]"
         )
-    if "oneshot" in config.stages:
+    if {"oneshot", "sds"} & set(config.stages):
         plan_sparsities(model, config.oneshot)
+    if config.model.dense and Path(config.model.dense).is_dir():  # those of the hub when here
+        _check_dense(model, Path(config.model.dense))
     if needs_conversion(located):
         console.say(
             f"model {located}: its weights are no safetensors and are rewritten once, which holds "
@@ -99,13 +102,35 @@ def _check_positions(config: Config, facts: dict) -> None:
             )
 
 
+def _check_dense(model: BlockModel, folder: Path) -> None:
+    """Refuses a dense model whose blocks are not those of the pruned one."""
+    dense = BlockModel(skeleton(folder), torch.device("cpu"))
+    ours, theirs = (
+        [[(n, list(p.shape)) for n, p in m.blocks[i].named_parameters()] for i in range(len(m))]
+        for m in (model, dense)
+    )
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"model.dense {folder} has {len(theirs)} blocks and the pruned model {len(ours)}; "
+            "give the model that it was pruned from"
+        )
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        for (name, shape), (other, expected) in zip(a, b, strict=False):
+            if (name, shape) != (other, expected):
+                raise UserError(
+                    f"model.dense {folder} has {other} {expected} in block {i} where the pruned "
+                    f"model has {name} {shape}; give the model that it was pruned from"
+                )
+
+
 def _check_disk(needed: int, config: Config) -> None:
     place = Path(config.output_dir).absolute()
     while not place.exists():
         place = place.parent
-    done = (Path(config.output_dir) / "oneshot" / "done.json").exists()
     free = shutil.disk_usage(place).free
-    written = sum(p.stat().st_size for p in Path(config.output_dir).glob("oneshot/*.safetensors"))
+    made = [Path(config.output_dir) / stage for stage in config.stages if stage in BLOCKWISE]
+    done = made and all((folder / "done.json").exists() for folder in made)
+    written = sum(p.stat().st_size for folder in made for p in folder.glob("*.safetensors"))
     if not done and needed - written > free:
         raise UserError(
             f"output_dir {config.output_dir} needs {size(needed - written)} of disk and "
@@ -121,10 +146,12 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
     n_weights = sum(p.numel() for p in model.model.parameters())
     hidden = max((c for shapes in linears for _, c in shapes[:1]), default=0)
     estimate = {"disk": RESERVE, "flops": 0.0, "activations": 0}
+    made = [stage for stage in BLOCKWISE if stage in config.stages]
     work = 0  # bytes beside the weights
     tokens = []
-    if "oneshot" in config.stages:
-        estimate["disk"] += checkpoint.n_bytes() + sum(block_weights) // 4  # masks, twice for parts
+    if made:
+        # the masks twice, once in parts
+        estimate["disk"] += len(made) * (checkpoint.n_bytes() + sum(block_weights) // 4)
         largest = max((r * c for shapes in linears for r, c in shapes), default=0)
         work = 4 * 4 * largest
         if config.uses_calibration:
@@ -132,13 +159,21 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
             work = max(work, 3 * 4 * columns**2 + 4 * 4 * largest)
             n = config.calibration.sequences * config.calibration.length
             tokens.append(n)
-            estimate["flops"] += n * 2 * sum(block_weights)
-            estimate["flops"] += n * sum(
-                c * c for shapes in linears for c in {c: c for _, c in shapes}
+            # forwards of the text: one for oneshot, two streams for sds, and for an epoch of
+            # reconstruction, whose backward counts twice, three
+            forwards = 1 + 2 * ("sds" in made)
+            if "reconstruct" in made:
+                forwards += 1 + 3 * config.reconstruct.epochs
+                work += 4 * 4 * max(block_weights)
+            estimate["flops"] += forwards * n * 2 * sum(block_weights)
+            estimate["flops"] += (
+                (1 + 2 * ("sds" in made))
+                * n
+                * sum(c * c for shapes in linears for c in {c: c for _, c in shapes})
             )
             estimate["flops"] += sum(r * c * c * 2 for shapes in linears for r, c in shapes)
-            if config.oneshot.refit:
-                estimate["flops"] += sum(r * c * c * 50 for shapes in linears for r, c in shapes)
+            if config.oneshot.refit or config.oneshot.method == "alps" or "sds" in made:
+                estimate["flops"] += sum(r * c * c * 100 for shapes in linears for r, c in shapes)
     if "evaluate" in config.stages:
         windows = config.evaluate.max_windows or 160
         n = windows * config.evaluate.window * len(config.evaluate.corpora)

@@ -22,10 +22,13 @@ from cap_llm.models.blocks import BlockModel, Group
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 from cap_llm.solvers import scores
+from cap_llm.solvers.admm import admm_grad, alps
 from cap_llm.solvers.hessian import Moments, factorise
 from cap_llm.solvers.refit import refit
 from cap_llm.solvers.sparsegpt import sparsegpt
 from cap_llm.sparsity.patterns import Pattern, choose
+
+SECOND_ORDER = ("sparsegpt", "admm_grad", "alps")  # methods that factorise a Hessian
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Row:
             None for a method that reads no text.
         damping: used for the Hessian, as a share of its mean diagonal; None without one.
         seconds: taken by the solver.
+        kept: which of several candidates was taken, where there were any.
     """
 
     name: str
@@ -52,15 +56,24 @@ class Row:
     error: float | None
     damping: float | None
     seconds: float
+    kept: str | None = None
 
 
 @dataclass
 class PrunedBlock:
-    """The outcome of one block: a mask [R, C] and a row for each pruned weight, by its name."""
+    """The outcome of one block.
+
+    Attributes:
+        masks: [R, C] of each pruned weight, by its name.
+        rows: one for each pruned weight.
+        seconds: taken by the block.
+        error: of the block's own output, where a stage works on that.
+    """
 
     masks: dict[str, torch.Tensor]
     rows: list[Row]
     seconds: float
+    error: dict | None = None
 
 
 def prune(
@@ -192,51 +205,27 @@ def prune_block(
 
     def change(group: Group, inputs: Iterator[torch.Tensor]) -> None:
         names = [n for n in group.names if sparsities.get(model.weight_name(i, n))]
-        short = " ".join(n.rpartition(".")[2] for n in group.names)
-        phase(f"reading {short}")
-        full = config.method == "sparsegpt" or config.refit or measure
+        phase(f"reading {group.short}")
+        full = config.method in SECOND_ORDER or config.refit or measure
         moments = Moments(group.columns, model.device, full)
         for x in inputs:
             if names:
                 moments.add(x)
         if names:
             moments.merge(world)
-            phase(f"solving {short}")
+            phase(f"solving {group.short}")
             solve(names, moments.finish(f"{model.block_name(i)}.{names[0]}"))
 
     def solve(names: list[str], moments: Moments | None) -> None:
-        solver = _Solver(config, moments, f"{model.block_name(i)}.{names[0]}")
-        owners = _spread(names, linears, world.size)
-        rows: dict[str, Row] = {}
-        for name in names:
-            full_name = model.weight_name(i, name)
-            weight = matrix(linears[name])
-            mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-            if owners[name] == world.rank:
-                dense = weight.float()
-                inside = earlier(full_name, dense)
-                tick = time.monotonic()
-                new, mask = solver(dense, sparsities[full_name], _check(inside, full_name))
-                mask = mask.contiguous()  # as the other ranks receive it
-                # What follows must see the weights as they will be stored.
-                new = new.to(stored_dtype(model, full_name))
-                seconds = time.monotonic() - tick
-                rows[name] = Row(
-                    full_name,
-                    list(weight.shape),
-                    config.pattern,
-                    int((new == 0).sum()),
-                    int((~mask).sum()),
-                    solver.error(dense, new.float()),
-                    solver.damping,
-                    round(seconds, 4),
-                )
-                weight.copy_(new)
-            contiguous = weight.contiguous()  # Conv1D stores the transpose
-            weight.copy_(world.broadcast(contiguous, owners[name]))
-            result.masks[full_name] = world.broadcast(mask, owners[name]).cpu()
-        everyone = {name: row for part in world.gather(rows) for name, row in part.items()}
-        result.rows += [everyone[name] for name in names]
+        solver = Solver(config, moments, f"{model.block_name(i)}.{names[0]}")
+
+        def one(full_name: str, dense: torch.Tensor, dtype: torch.dtype) -> Solved:
+            inside = _check(earlier(full_name, dense), full_name)
+            new, mask = solver(dense, sparsities[full_name], inside)
+            new = new.to(dtype)
+            return Solved(new, mask, solver.error(dense, new.float()), solver.damping)
+
+        spread(model, i, names, config.pattern, world, one, result)
 
     with torch.no_grad():
         if walk:
@@ -250,18 +239,83 @@ def prune_block(
     return result
 
 
-class _Solver:
+@dataclass
+class Solved:
+    """One matrix: its weight [R, C] in the stored type, its mask [R, C], facts for its `Row`."""
+
+    weight: torch.Tensor
+    mask: torch.Tensor
+    error: float | None
+    damping: float | None
+    kept: str | None = None
+
+
+def spread(
+    model: BlockModel,
+    i: int,
+    names: list[str],
+    pattern: str,
+    world: World,
+    solve: Callable[[str, torch.Tensor, torch.dtype], Solved],
+    result: PrunedBlock,
+) -> None:
+    """Solves matrices of block i, each on one of the ranks, and gives all ranks the results.
+
+    Args:
+        model: the model, whose block i gets the new weights.
+        i: the block's number.
+        names: of the linears in their block.
+        pattern: for the rows.
+        world: the ranks.
+        solve: gets a weight's name, the weight [R, C] in fp32 and the type it is stored in; what
+            follows must see the weights as they will be stored.
+        result: takes masks and rows.
+    """
+    linears = model.linears(i)
+    owners = _owners(names, linears, world.size)
+    rows: dict[str, Row] = {}
+    for name in names:
+        full_name = model.weight_name(i, name)
+        weight = matrix(linears[name])
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        if owners[name] == world.rank:
+            tick = time.monotonic()
+            solved = solve(full_name, weight.float(), stored_dtype(model, full_name))
+            mask = solved.mask.contiguous()  # as the other ranks receive it
+            rows[name] = Row(
+                full_name,
+                list(weight.shape),
+                pattern,
+                int((solved.weight == 0).sum()),
+                int((~mask).sum()),
+                solved.error,
+                solved.damping,
+                round(time.monotonic() - tick, 4),
+                solved.kept,
+            )
+            weight.copy_(solved.weight)
+        contiguous = weight.contiguous()  # Conv1D stores the transpose
+        weight.copy_(world.broadcast(contiguous, owners[name]))
+        result.masks[full_name] = world.broadcast(mask, owners[name]).cpu()
+    everyone = {name: row for part in world.gather(rows) for name, row in part.items()}
+    result.rows += [everyone[name] for name in names]
+
+
+class Solver:
     """The configured method on the matrices that read one input; factorises their Hessian once."""
 
-    def __init__(self, config: OneshotConfig, moments: Moments | None, name: str):
+    def __init__(
+        self, config: OneshotConfig, moments: Moments | None, name: str, needs_factor: bool = False
+    ):
         self.config, self.moments = config, moments
         self.pattern = Pattern.parse(config.pattern)
         self.factor = self.added = None
-        if moments and (config.method == "sparsegpt" or config.refit):
+        refits = needs_factor or config.refit or config.method == "alps"
+        if moments and (config.method in SECOND_ORDER or refits):
             self.mean_square = moments.diagonal.clone()
             self.factor = factorise(moments.hessian, config.damping, name)
             self.added = self.factor.hessian.diagonal() - self.mean_square
-            if config.refit:
+            if refits:
                 upper = self.factor.inverse
                 self.inverse = upper.T @ upper
         elif moments:
@@ -272,26 +326,38 @@ class _Solver:
         return self.factor.damping if self.factor else None
 
     def __call__(
-        self, weight: torch.Tensor, sparsity: float, allowed: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        sparsity: float,
+        allowed: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pruned weight and its mask, both [R, C]."""
-        config = self.config
+        """The pruned weight and its mask, both [R, C]; refit matches the outputs of `target`."""
+        config, pattern = self.config, self.pattern
         if config.method == "sparsegpt":
             new, mask = sparsegpt(
-                weight, self.factor, self.pattern, sparsity, allowed, config.block_size
+                weight, self.factor, pattern, sparsity, allowed, config.block_size
             )
+        elif config.method == "alps":
+            new, mask = alps(weight, self.factor.hessian, pattern, sparsity, allowed)
+        elif config.method == "admm_grad":
+            new, mask = admm_grad(weight, self.factor.hessian, pattern, sparsity, allowed)
         else:
             if config.method == "wanda":
                 score = scores.wanda(weight, self.mean_square)
                 # Wanda compares the weights of an output row, never those of two rows.
-                by_row = self.pattern.kind == "unstructured"
-                mask = choose(score, Pattern("row") if by_row else self.pattern, sparsity, allowed)
+                by_row = Pattern("row") if pattern.kind == "unstructured" else pattern
+                mask = choose(score, by_row, sparsity, allowed)
             else:
-                mask = choose(scores.magnitude(weight), self.pattern, sparsity, allowed)
+                mask = choose(scores.magnitude(weight), pattern, sparsity, allowed)
             new = weight * mask
-        if config.refit:
-            new = refit(new, mask, weight, self.factor.hessian, self.inverse)
+        if config.refit or config.method == "alps":
+            new = self.refit(new, mask, weight if target is None else target)
         return new, mask
+
+    def refit(self, weight: torch.Tensor, mask: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The least-squares weights [R, C] on `mask` for the outputs of `target`."""
+        return refit(weight, mask, target, self.factor.hessian, self.inverse)
 
     def error(self, dense: torch.Tensor, new: torch.Tensor) -> float | None:
         """Relative squared error of the outputs, without the ridge that damping added."""
@@ -317,7 +383,7 @@ def stored_dtype(model: BlockModel, name: str) -> torch.dtype:
     return model.model.get_parameter(name).dtype
 
 
-def _spread(names: list[str], linears: dict[str, nn.Module], size: int) -> dict[str, int]:
+def _owners(names: list[str], linears: dict[str, nn.Module], size: int) -> dict[str, int]:
     """The rank that solves each matrix: the largest first, each to the least loaded rank."""
     load = [0] * size
     owners = {}

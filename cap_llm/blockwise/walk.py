@@ -32,11 +32,19 @@ class Walk:
         windows: token ids [N, T] of this rank.
         memory: bytes for activations on the device; None takes half of what is free.
         scratch: a folder to spill to.
+        micro_tokens: tokens a forward.
     """
 
-    def __init__(self, model: BlockModel, windows: torch.Tensor, memory: int | None, scratch: Path):
+    def __init__(
+        self,
+        model: BlockModel,
+        windows: torch.Tensor,
+        memory: int | None,
+        scratch: Path,
+        micro_tokens: int = MICRO_TOKENS,
+    ):
         self.model = model
-        self.ids = windows.split(max(1, MICRO_TOKENS // windows.shape[1]))
+        self.ids = windows.split(max(1, micro_tokens // windows.shape[1]))
         memory = free_memory(model.device) // 2 if memory is None else memory
         self.hidden = ActivationCache(model.device, memory, scratch)
         self.calls: list[list[Call]] = []
@@ -53,7 +61,15 @@ class Walk:
             UserError: its output is not finite.
         """
         for k in range(len(self.ids)):
-            self._pass_on(i, k, self.calls[k][i].run(block, self.hidden[k]))
+            self.hidden[k] = self.output(i, k, block)
+
+    def output(self, i: int, k: int, block: nn.Module) -> torch.Tensor:
+        """What block i as it stands gives for micro-batch k.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        return self._finite(i, self.calls[k][i].run(block, self.hidden[k]))
 
     @torch.no_grad()
     def visit(
@@ -81,19 +97,19 @@ class Walk:
             for g, group in enumerate(groups):
                 change(group, (lane.input(g) for lane in lanes))
             for k, lane in enumerate(lanes):
-                self._pass_on(i, k, lane.finish(len(groups)))
+                self.hidden[k] = self._finite(i, lane.finish(len(groups)))
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _pass_on(self, i: int, k: int, output: torch.Tensor) -> None:
+    def _finite(self, i: int, output: torch.Tensor) -> torch.Tensor:
         # Later norms may turn infinity into something finite, so it is caught here.
         if not bool(output.sum().isfinite()) and not bool(output.isfinite().all()):
             raise UserError(
                 f"the output of {self.model.block_name(i)} is not finite: the model overflows; "
                 "check its weights, or use one stored in bfloat16 or float32"
             )
-        self.hidden[k] = output
+        return output
 
     def _held_bytes(self, block: nn.Module, groups: list[Group]) -> int:
         """Upper bound of what one waiting micro-batch holds: all inputs and outputs of linears."""

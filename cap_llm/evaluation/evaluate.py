@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cap_llm.blockwise.oneshot import activation_bytes
 from cap_llm.blockwise.perplexity import streamed_nll
+from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.console import duration

@@ -62,6 +62,11 @@ class Group:
     names: list[str]
     columns: int
 
+    @property
+    def short(self) -> str:
+        """The names without their modules', for people."""
+        return " ".join(name.rpartition(".")[2] for name in self.names)
+
 
 class BlockModel:
     """A model whose blocks are visited one at a time.

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from cap_llm.config import ModelConfig
+from cap_llm.config import Config, ModelConfig
 from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import INDEX, SINGLE, Checkpoint, config_dict
 from cap_llm.runtime.errors import UserError
@@ -78,6 +78,33 @@ def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source")
                 raise (names_differ or error) from None
         run.finish_stage(folder, {"from": str(located)})
     return folder
+
+
+def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, Path]:
+    """The model that a stage starts from, and the dense one that it was pruned from.
+
+    The first is what the stage before it made in this run directory, now or in an earlier job;
+    without one, the run's model. The second is then `model.dense` (`recover.teacher` for recover),
+    or the run's model where the first is none of it, or is dense itself and climbs a ladder.
+
+    Raises:
+        UserError: nothing says which model is the dense one.
+    """
+    earlier = config.start(stage)
+    start = run.stage(earlier, config.recipe(earlier))[0] if earlier else source
+    recovers = stage == "recover"
+    named = (config.recover.teacher if recovers else None) or config.model.dense
+    if named:
+        model = ModelConfig(path=named)
+        return start, prepare(locate(model), model, run, "dense-source")
+    pruned = (source / "masks.safetensors").exists()
+    climbs = recovers and bool(config.recover.ladder)
+    if start is source and (pruned or not climbs):
+        raise UserError(
+            f"{stage} starts from {source}, and nothing says what it was pruned from: name the "
+            f"dense model with --model.dense, or let --stages begin with oneshot"
+        )
+    return start, source
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from cap_llm.blockwise.plan import matrix_rate
 from cap_llm.config import Config
-from cap_llm.models.blocks import skeleton
+from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
 from cap_llm.models.checkpoint import config_dict
+from cap_llm.models.source import needs_conversion
 from cap_llm.recovery import engines
 from cap_llm.runtime.console import Console, duration, size
+from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
 from cap_llm.runtime.world import World
+from cap_llm.text.tokenizers import load_tokenizer
+
+SAME_TOKENIZER = 0.9  # of the entries; instruct siblings rename some that were in reserve
 
 
 def check_recovery(
@@ -43,12 +52,94 @@ def check_recovery(
     ):
         # names of the hub are checked when they are here
         if path and path != "train" and Path(path).is_dir():
-            engines.check_pair(located, Path(path), option, same_width)
+            check_pair(located, Path(path), option, same_width)
+    if not needs_conversion(located):  # what is converted is looked at afterwards
+        with contextlib.suppress(NamesDiffer):
+            refuse_changed_logits(located, world)
     memory, flops = _estimate(located, config, world, engines.stage_of(student))
     text = f"about {size(memory)} a rank"
     if predict:
         text += f", {duration(flops / matrix_rate(world.device) / world.size)}"
     console.say(f"estimate of recover: {text}")
+
+
+def check_pair(student: Path, teacher: Path, name: str, same_width: bool) -> None:
+    """Holds two models against each other.
+
+    Raises:
+        UserError: other vocabularies, or other widths or depths where a term compares states.
+    """
+    a, b = config_dict(student), config_dict(teacher)
+    if a.get("vocab_size") != b.get("vocab_size"):
+        raise UserError(
+            f"{name} {teacher} has a vocabulary of {b.get('vocab_size')}, the student one of "
+            f"{a.get('vocab_size')}; they must share their tokenizer"
+        )
+    ours, theirs = _entries(student), _entries(teacher)
+    same = sum(theirs.get(entry) == i for entry, i in ours.items())
+    if ours and theirs and same < SAME_TOKENIZER * max(len(ours), len(theirs)):
+        raise UserError(
+            f"{name} {teacher} has another tokenizer than the student: {same} of {len(ours)} "
+            "entries have the same id; they must share their tokenizer"
+        )
+    for key in ("hidden_size", "n_embd", "num_hidden_layers", "n_layer"):
+        if same_width and a.get(key) != b.get(key):
+            raise UserError(
+                f"{name} {teacher} has {key} {b.get(key)}, the student {a.get(key)}; the feature "
+                "and contrast terms compare states of equal width: switch them off "
+                "(recover.objective.feature, prc, fic 0) or give another model"
+            )
+
+
+def _entries(folder: Path) -> dict[str, int]:
+    """The tokenizer's entries and their ids; none where the directory has no tokenizer."""
+    try:
+        return load_tokenizer(str(folder)).get_vocab()
+    except UserError:
+        return {}
+
+
+def refuse_changed_logits(folder: Path, world: World) -> None:
+    """Refuses a model that is more than its decoder's final states and a linear head.
+
+    Recovery applies the head itself, to chunks of tokens: what the model does to the states before
+    it, or to the logits after it (Gemma 2 caps, Cohere and Granite scale them), would be left out,
+    and the losses be those of another model. A few tokens past all blocks tell.
+
+    Raises:
+        UserError: its class does more, or cannot be walked block by block.
+    """
+    problem = None
+    if world.first:  # one rank is enough, and holds the embedding
+        try:
+            problem = _changed_logits(folder)
+        except UserError as error:
+            problem = error
+    problem = world.gather(problem)[0]
+    if problem:
+        raise problem
+
+
+def _changed_logits(folder: Path) -> UserError | None:
+    model = BlockModel.open(folder, torch.device("cpu"))
+    name, head = type(model.model).__name__, model.model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return UserError(f"{name} has no linear head; it cannot be recovered")
+    seen: list[torch.Tensor] = []
+    decoder = model.model.get_decoder()
+    handles = [decoder.register_forward_hook(lambda _, __, out: seen.append(out[0]))]
+    handles.append(head.register_forward_hook(lambda _, args, out: seen.extend((*args, out))))
+    ids = torch.arange(8)[None]
+    logits = model.head(ids, model.embed(ids)[0])
+    for handle in handles:
+        handle.remove()
+    # the decoder's final states, what the head reads, what it gives
+    if len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[2], logits):
+        return None
+    return UserError(
+        f"{name} does more than apply a linear head to its final states (it scales or caps its "
+        "logits, say), which recovery would leave out; it can be pruned, but not recovered"
+    )
 
 
 def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[float, float]:

@@ -79,8 +79,8 @@ def find(
     facts = read_json(path / COMPLETE)
     made_with = facts["recipe"] | {"zero_stage": facts["zero_stage"]}
     now = recipe | {"zero_stage": stage_of(settings)}
-    if made_with != now:
-        name, was, value = difference(made_with, now)
+    if changed := difference(made_with, now):
+        name, was, value = changed
         name = {"at_once": "ranks x recover.micro_batch"}.get(name, name)
         raise UserError(
             f"the checkpoint {path} was made with another recipe: {name} was {was!r} and is "

@@ -222,8 +222,8 @@ class Contrasts:
                 f"{bank.effective_rank:.1f} (at least {LEAST_RANK}); a contrast with them says "
                 "nothing: check the model, or set its weight to 0"
             )
-        missing = ids[~bank.has(ids)]
-        self.world.barrier()  # all have looked before anyone writes
+        # the first rank's view counts, and all have looked before anyone writes
+        missing = ids[~self.world.gather(bank.has(ids))[0]]
         if not len(missing):
             return
         with console.bar(title, len(missing), "sequences") as bar:

@@ -19,7 +19,6 @@ from transformers import AutoConfig
 
 from cap_llm.config import RecoverConfig
 from cap_llm.models.blocks import model_class
-from cap_llm.models.checkpoint import config_dict
 from cap_llm.recovery.decoder import Decoder, Student
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -256,24 +255,3 @@ def _filled(content: dict, values: dict, option: str, prefix: str = "") -> dict:
             value = values[prefix + key]
         filled[key] = value
     return filled
-
-
-def check_pair(student: Path, teacher: Path, name: str, same_width: bool) -> None:
-    """Holds two models against each other.
-
-    Raises:
-        UserError: other vocabularies, or other widths or depths where a term compares states.
-    """
-    a, b = config_dict(student), config_dict(teacher)
-    if a.get("vocab_size") != b.get("vocab_size"):
-        raise UserError(
-            f"{name} {teacher} has a vocabulary of {b.get('vocab_size')}, the student one of "
-            f"{a.get('vocab_size')}; they must share their tokenizer"
-        )
-    for key in ("hidden_size", "n_embd", "num_hidden_layers", "n_layer"):
-        if same_width and a.get(key) != b.get(key):
-            raise UserError(
-                f"{name} {teacher} has {key} {b.get(key)}, the student {a.get(key)}; the feature "
-                "and contrast terms compare states of equal width: switch them off "
-                "(recover.objective.feature, prc, fic 0) or give another model"
-            )

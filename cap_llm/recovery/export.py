@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.blockwise.oneshot import verify, write_sparsity
 from cap_llm.blockwise.prune import Row
+from cap_llm.blockwise.stage import BY_CHANCE, verify, write_sparsity
 from cap_llm.models.blocks import find_blocks, match_names, skeleton
 from cap_llm.models.checkpoint import Checkpoint, ShardWriter
 from cap_llm.recovery.engines import gathered
@@ -17,10 +18,10 @@ from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.world import World
 from cap_llm.sparsity import masks as mask_files
 
-BY_CHANCE = 0.01  # a quantised matrix that nobody pruned has some zeros, far fewer than this
 
-
-def export(engine, source: Path, folder: Path, pruned: bool, world: World) -> None:
+def export(
+    engine, source: Path, folder: Path, masks: Mapping[str, torch.Tensor], world: World
+) -> None:
     """Writes the trained model as safetensors, its masks and `sparsity.json`, and verifies them.
 
     All ranks take part; under ZeRO-3 one block is whole at a time. Weights are stored in the type
@@ -30,7 +31,7 @@ def export(engine, source: Path, folder: Path, pruned: bool, world: World) -> No
         engine: its module holds the model.
         source: directory that the model was loaded from: its configuration, tokenizer and names.
         folder: to write to.
-        pruned: whether the source's masks hold; a fine-tuned model has none.
+        masks: [R, C] by weight name, the source's; a fine-tuned model has none.
         world: the ranks.
 
     Raises:
@@ -47,8 +48,7 @@ def export(engine, source: Path, folder: Path, pruned: bool, world: World) -> No
     if world.first:
         folder.mkdir(parents=True, exist_ok=True)
     world.barrier()
-    masks, rows = masks_and_rows(source) if pruned and world.first else ({}, [])
-    by_name = {row.name: row for row in rows}
+    masked = set(masks)
     for block in [None, *range(len(blocks))]:
         start = inside if block is None else inside[block]
         names = [n for n in keys if n.startswith(start) == (block is not None)]
@@ -60,7 +60,7 @@ def export(engine, source: Path, folder: Path, pruned: bool, world: World) -> No
         if world.first:
             buffers = checkpoint.read(keys[n] for n in names if n not in parameters)
             writer.write(block, tensors | {k: _cast(b, dtype) for k, b in buffers.items()})
-            zeros |= {n: int((tensors[keys[n]] == 0).sum()) for n in present if n in by_name}
+            zeros |= {n: int((tensors[keys[n]] == 0).sum()) for n in present if n in masked}
         world.barrier()
     if world.first:
         writer.finish(source)
@@ -68,62 +68,96 @@ def export(engine, source: Path, folder: Path, pruned: bool, world: World) -> No
         content.pop("torch_dtype", None)
         write_json(folder / "config.json", content | {"dtype": str(dtype).removeprefix("torch.")})
         mask_files.save_masks(masks, folder / mask_files.FILE)
-        for row in rows:
-            row.zeros, row.error, row.damping, row.seconds = zeros[row.name], None, None, 0.0
+        patterns = {}
+        if (source / "sparsity.json").exists():
+            rows = read_json(source / "sparsity.json")["rows"]
+            patterns = {row["name"]: row["pattern"] for row in rows}
+        rows = []
+        for name, mask in masks.items():
+            pattern, n_masked = patterns.get(name, "as found"), int((~mask).sum())
+            shape = list(mask.shape)
+            rows.append(Row(name, shape, pattern, zeros[name], n_masked, None, None, 0.0))
         write_sparsity(folder, source.name, rows, verify(folder, rows))
     world.barrier()
 
 
-def masks_and_rows(folder: Path) -> tuple[dict[str, torch.Tensor], list[Row]]:
-    """The masks [R, C] of a pruned model directory, and its rows.
+class Masks(Mapping[str, torch.Tensor]):
+    """The masks [R, C] of a pruned model directory by weight name, one in memory at a time.
 
     They come from `masks.safetensors`, or from the zeros of the matrices where there is none: a
     matrix outside the blocks, or with fewer zeros than chance makes, has no mask. A dense model
-    gives none.
-
-    Raises:
-        UserError: a masked weight is not zero.
+    has none at all. All ranks open them together, and each reads its share of the weights.
     """
-    checkpoint = Checkpoint(folder)
-    model = skeleton(folder)
-    keys = match_names(model, checkpoint)
-    file = folder / mask_files.FILE
-    known = mask_files.MaskFile(file) if file.exists() else None
-    patterns = {}
-    if (folder / "sparsity.json").exists():
-        patterns = {r["name"]: r["pattern"] for r in read_json(folder / "sparsity.json")["rows"]}
-    prefix, _ = find_blocks(model)
-    masks, rows = {}, []
-    for module_name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear | Conv1D):
-            continue
-        name = f"{module_name}.weight"
-        if not name.startswith(prefix + ".") or (known and name not in known):
-            continue
-        (weight,) = checkpoint.read([keys[name]]).values()
-        weight = weight.T if isinstance(module, Conv1D) else weight
-        mask = known.read(name) if known else weight != 0
-        if not known and (~mask).sum() < BY_CHANCE * mask.numel():
-            continue
-        stray = int((weight[~mask] != 0).sum())
-        if stray:
+
+    def __init__(self, folder: Path, world: World):
+        self.folder, self._world, self._checkpoint = folder, world, Checkpoint(folder)
+        model = skeleton(folder)
+        self._keys = match_names(model, self._checkpoint)
+        prefix, _ = find_blocks(model)
+        self._transposed = {
+            f"{name}.weight": isinstance(module, Conv1D)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(prefix + ".")
+        }
+        file = folder / mask_files.FILE
+        self._file = mask_files.MaskFile(file) if file.exists() else None
+        if self._file:
+            self._names = [name for name in self._transposed if name in self._file]
+        else:
+            mine = [n for n in self._share(list(self._transposed)) if self._is_pruned(n)]
+            pruned = {name for names in world.gather(mine) for name in names}
+            self._names = [name for name in self._transposed if name in pruned]
+
+    def _share(self, names: list[str]) -> list[str]:
+        return names[self._world.rank :: self._world.size]
+
+    def _is_pruned(self, name: str) -> bool:
+        return (self._weight(name) == 0).float().mean().item() >= BY_CHANCE
+
+    def _weight(self, name: str) -> torch.Tensor:
+        (weight,) = self._checkpoint.read([self._keys[name]]).values()
+        return weight.T if self._transposed[name] else weight
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.read(name) if self._file else self._weight(name) != 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def from_zeros(self) -> bool:
+        """Whether there is no file of masks: the model was pruned elsewhere, or not at all."""
+        return self._file is None
+
+    def check(self) -> None:
+        """Holds the weights against the file of masks.
+
+        Raises:
+            UserError: a masked weight is not zero.
+        """
+        mine = () if self.from_zeros else self._share(self._names)
+        counts = ((n, int((self._weight(n)[~self[n]] != 0).sum())) for n in mine)
+        found = self._world.gather(next((stray for stray in counts if stray[1]), None))
+        for name, count in filter(None, found):
             raise UserError(
-                f"{name} in {folder} has {stray} weights that are not zero where its mask says so; "
-                "the weights were changed after pruning: prune again, or remove masks.safetensors "
-                "to take the zeros as they are"
+                f"{name} in {self.folder} has {count} weights that are not zero where its mask "
+                "says so; the weights were changed after pruning: prune again, or remove "
+                "masks.safetensors to take the zeros as they are"
             )
-        masks[name] = mask
-        zeros, masked = int((weight == 0).sum()), int((~mask).sum())
-        pattern = patterns.get(name, "as found")
-        rows.append(Row(name, list(mask.shape), pattern, zeros, masked, None, None, 0.0))
-    return masks, rows
 
+    def in_parameter_shape(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and masks as their parameters lie: `Conv1D` stores the transpose."""
+        return ((n, mask.T if self._transposed[n] else mask) for n, mask in self.items())
 
-def in_parameter_shape(masks: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    """Masks [R, C] as their parameters lie: `Conv1D` stores the transpose."""
-    modules = skeleton(folder).named_modules()
-    transposed = {f"{name}.weight" for name, m in modules if isinstance(m, Conv1D)}
-    return {name: mask.T if name in transposed else mask for name, mask in masks.items()}
+    @property
+    def sparsity(self) -> float:
+        """The share of all weights with a mask that it removes."""
+        counts = [(int((~mask).sum()), mask.numel()) for mask in self.values()]
+        removed, weights = map(sum, zip(*counts, strict=True))
+        return removed / weights
 
 
 def _cast(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -21,16 +21,18 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.oneshot import activation_bytes, oneshot
+from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
+from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config, ModelConfig, ObjectiveConfig, Rung
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import config_dict, remove_weights
 from cap_llm.models.source import locate, prepare
 from cap_llm.recovery import engines
 from cap_llm.recovery.bank import Bank
+from cap_llm.recovery.check import check_pair, refuse_changed_logits
 from cap_llm.recovery.contrasts import Contrast, Contrasts
-from cap_llm.recovery.export import export, in_parameter_shape, masks_and_rows
+from cap_llm.recovery.export import Masks, export
 from cap_llm.recovery.training import Job, held_out_perplexity, train
 from cap_llm.recovery.units import Encoder
 from cap_llm.runtime.console import duration
@@ -38,35 +40,10 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.runtime.trackers import TensorBoard, Wandb
-from cap_llm.sparsity.masks import MaskFile
 from cap_llm.text.packing import PackedText
 from cap_llm.text.reading import Texts
 
 STAGE = "recover"
-
-
-def starting_points(source: Path, config: Config, run: Run) -> tuple[Path, Path]:
-    """The student and the dense model of a run.
-
-    The student is what `oneshot` made in this run directory, now or in an earlier job; without it,
-    the model itself. The dense model is then `recover.teacher`, or with a ladder the model itself.
-
-    Raises:
-        UserError: nothing says which model is the dense one.
-    """
-    settings = config.recover
-    folder, done = run.stage("oneshot", config.recipe("oneshot"))
-    student = folder if done else source
-    if settings.teacher:
-        model = ModelConfig(path=settings.teacher)
-        return student, prepare(locate(model), model, run, "teacher-source")
-    pruned = (source / "masks.safetensors").exists()
-    if not done and (pruned or not settings.ladder):
-        raise UserError(
-            f"recover starts from {source}, and nothing says what it was pruned from: name the "
-            "dense model with --recover.teacher, or let --stages begin with oneshot"
-        )
-    return student, source
 
 
 def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
@@ -93,9 +70,10 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     settings, world = config.recover, run.world
     engines.start(world)
     o = settings.objective
-    engines.check_pair(student, dense, "recover.teacher", bool(o.feature or o.prc))
+    check_pair(student, dense, "recover.teacher", bool(o.feature or o.prc))
+    for model in dict.fromkeys((student, dense)):
+        refuse_changed_logits(model, world)
     rungs = settings.rungs
-    _refuse_shrinking(student, rungs)
     work = _Recovery(student, dense, texts.recovery, config, run, folder)
     work.check()
     run.bind(folder, recipe)
@@ -135,7 +113,7 @@ class _Recovery:
     def __init__(
         self, start: Path, dense: Path, text: PackedText, config: Config, run: Run, folder: Path
     ):
-        self.start, self.dense = start, dense
+        self.start, self.dense, self.masks = start, dense, Masks(start, run.world)
         self.text, self.config, self.run, self.folder = text, config, run, folder
         self.settings, self.world = config.recover, run.world
         self.student_ds = engines.student_settings(self.settings, self.world)
@@ -143,16 +121,23 @@ class _Recovery:
         self._resume = self.settings.resume
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
         self.records: list[dict] = []
-        self._snapshots: dict[int, Bank] = {}  # by rung, the latest ones
+        self._students: dict[int, Path] = {}  # by rung, as it stood before: the snapshots
         self._teacher = None
         self._encoder: Encoder | None = None
         self._dense_ppl: float | None = None
 
     def check(self) -> None:
         """Raises:
-        UserError: a masked weight of the student is not zero, or a bank would be too large.
+        UserError: a masked weight of the student is not zero, the first rung is no sparser than
+            it is, or a bank would be too large.
         """
-        masks_and_rows(self.start)
+        self.masks.check()
+        rungs, sparsity = self.settings.rungs, self.masks.sparsity if self.masks else 0.0
+        if rungs and rungs[0].sparsity <= sparsity + 1e-6:
+            raise UserError(
+                f"recover.ladder begins with {rungs[0]}, but {self.start} is "
+                f"{100 * sparsity:.1f} % sparse already; masks only grow: begin above that"
+            )
         if self.settings.contrasts:
             s, encoder = self.settings, self.encoder
             gib = 2 * math.prod(self._bank_shape) / 2**30
@@ -191,26 +176,29 @@ class _Recovery:
         record_file = target / "rung.json"
         known = run.world.gather(read_json(record_file) if record_file.exists() else None)[0]
         pruned = student
-        if settings.objective.snc and of:
-            self._snapshot(student, n, trained=known is not None)
+        if settings.objective.snc and of and (n > 1 or self.masks):  # a dense one is PrC's
+            self._students[n] = student
         if known:
             self.records.append(known)
             self.began = time.monotonic() - known["stage_seconds"]
+            self._hold_gate(title, target, known)
             return target
         if rung:
-            changed = dataclasses.replace(config, oneshot=rung.apply(config.oneshot))
+            asked = rung.apply(config.oneshot)
+            if student == self.start and self.masks and self.masks.from_zeros:
+                asked = dataclasses.replace(asked, earlier_mask="zeros")
+            changed = dataclasses.replace(config, oneshot=asked)
             place = f"{STAGE}/rungs/{n}/pruned"
             run.console.say(f"{title}: pruning", style="bold")
             pruned = oneshot(student, texts, changed, run, place)
-        masks, _ = masks_and_rows(pruned)
+        masks = self.masks if pruned == self.start else Masks(pruned, self.world)
         if not masks:
             run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
-        masks = in_parameter_shape(masks, pruned)
         teacher = self._open_teacher()
         contrasts = self._contrasts(teacher)
         job = Job(
             pruned,
-            masks,
+            masks.in_parameter_shape(),
             teacher if self._online else None,
             contrasts,
             self.text,
@@ -228,12 +216,11 @@ class _Recovery:
         if self._resume is not False:
             self._resume = "auto"  # what was asked for was meant for the first rung to train
         self.began = job.began
-        export(engine, pruned, target, True, self.world)
+        export(engine, pruned, target, masks, self.world)
         engine.destroy()
         del engine
         gc.collect()
         self._verify(target, job.held_out[settings.steps])
-        after = job.held_out[settings.steps]
         record = {
             "rung": str(rung) if rung else None,
             "held_out_ppl": {str(k): round(v, 4) for k, v in job.held_out.items()},
@@ -244,14 +231,20 @@ class _Recovery:
             write_json(record_file, record)
         self.world.barrier()
         self.records.append(record)
-        if settings.gate and self._dense_ppl and after > settings.gate * self._dense_ppl:
+        self._hold_gate(title, target, record)
+        return target
+
+    def _hold_gate(self, title: str, target: Path, record: dict) -> None:
+        """Ends the ladder at a rung that has lost too much, also when it is asked for again."""
+        gate, dense = self.settings.gate, record["dense_held_out_ppl"]
+        after = list(record["held_out_ppl"].values())[-1]
+        if gate and dense and after > gate * dense:
             raise UserError(
-                f"{title} ends with a held-out perplexity of {after:.2f}, more than "
-                f"{settings.gate:g} (recover.gate) times the dense model's {self._dense_ppl:.2f}; "
-                f"the ladder stops there, its model is {target}: give more recover.tokens or "
+                f"{title} ends with a held-out perplexity of {after:.2f}, more than {gate:g} "
+                f"(recover.gate) times the dense model's {dense:.2f}; the ladder stops there, its "
+                f"model is {target}: raise the gate, or start anew with more recover.tokens or "
                 "smaller rungs"
             )
-        return target
 
     def _recipe(self, rung: int | str) -> dict:
         """What a checkpoint must have been made with."""
@@ -304,25 +297,24 @@ class _Recovery:
             bank = self._bank("finetuned", path)
             self._fill_from(contrasts, bank, path, "FiC")
             contrasts.terms.append(Contrast("fic", o.fic, [bank]))
-        if o.snc and self._snapshots:
-            contrasts.terms.append(Contrast("snc", o.snc, list(self._snapshots.values())))
+        if o.snc and self._students:
+            contrasts.terms.append(Contrast("snc", o.snc, self._snapshots(contrasts)))
         elif o.snc:
             self.run.console.say("SnC is off on this rung: there is no snapshot before it")
         return contrasts
 
-    def _snapshot(self, student: Path, n: int, trained: bool) -> None:
-        """Banks the student as it stands before rung `n` prunes it. A dense one is PrC's."""
-        if not masks_and_rows(student)[0]:
-            return
-        bank = self._bank(f"snapshot-{n}", student)
-        if not trained:
-            contrasts = Contrasts(self.encoder, self.settings.contrast, 1, self.world)
-            self._fill_from(contrasts, bank, student, f"SnC, snapshot {n}")
-        self._snapshots[n] = bank
-        if len(self._snapshots) > self.settings.contrast.snapshots:
-            oldest = self._snapshots.pop(min(self._snapshots))
-            if self.world.first:
-                shutil.rmtree(oldest.folder)
+    def _snapshots(self, contrasts: Contrasts) -> list[Bank]:
+        """The banks of the latest students, filled; those of earlier ones are removed."""
+        banks = []
+        kept = sorted(self._students)[-self.settings.contrast.snapshots :]
+        for n, student in self._students.items():
+            name = f"snapshot-{n}"
+            if n in kept:
+                banks.append(self._bank(name, student))
+                self._fill_from(contrasts, banks[-1], student, f"SnC, snapshot {n}")
+            elif self.world.first:
+                shutil.rmtree(self.folder / "banks" / name, ignore_errors=True)
+        return banks
 
     def _bank(self, name: str, model: Path) -> Bank:
         """A bank of the recovery text's units as the model of a directory sees them."""
@@ -366,7 +358,7 @@ class _Recovery:
         if settings.finetuned != "train":
             model = ModelConfig(path=settings.finetuned)
             path = prepare(locate(model), model, run, "finetuned-source")
-            engines.check_pair(self.start, path, "recover.finetuned", same_width=True)
+            check_pair(self.start, path, "recover.finetuned", same_width=True)
             return path
         folder = self.folder / "finetuned"
         if run.world.gather((folder / "done.json").exists())[0]:
@@ -380,7 +372,7 @@ class _Recovery:
         )
         job = Job(
             self.dense,
-            {},
+            (),
             None,
             Contrasts(None, settings.contrast, settings.batch, self.world),
             self.text,
@@ -392,7 +384,7 @@ class _Recovery:
         )
         engine, _ = train(job, only_ce, run)
         self.began = job.began
-        export(engine, self.dense, folder, False, self.world)
+        export(engine, self.dense, folder, {}, self.world)
         engine.destroy()
         gc.collect()
         run.finish_stage(folder, {"held_out_ppl": job.held_out[settings.steps]})
@@ -419,24 +411,6 @@ class _Recovery:
         )
 
 
-def _refuse_shrinking(student: Path, rungs: list[Rung]) -> None:
-    """Refuses a first rung that is no sparser than the student is already."""
-    path = student / "sparsity.json"
-    if not rungs or not path.exists():
-        return
-    now = read_json(path)["pruned_matrices"]
-    if not now["count"]:
-        return
-    file = MaskFile(student / "masks.safetensors")
-    masked = sum(r["masked"] for r in read_json(path)["rows"] if r["name"] in file)
-    sparsity = masked / now["weights"]
-    if rungs[0].sparsity <= sparsity + 1e-6:
-        raise UserError(
-            f"recover.ladder begins with {rungs[0]}, but {student} is {100 * sparsity:.1f} % "
-            "sparse already; masks only grow: begin above that"
-        )
-
-
 def state_width(folder: Path) -> int:
     """H of the final states that the head reads."""
     facts = config_dict(folder)
@@ -447,11 +421,13 @@ def state_width(folder: Path) -> int:
 
 
 def _fingerprint(folder: Path) -> str:
-    """What tells one model directory from another without reading all its weights."""
+    """What tells one model directory from another: 64 samples of each of its files."""
     sha = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
+        n_bytes = path.stat().st_size
+        sha.update(f"{path.name} {n_bytes}".encode())
         with open(path, "rb") as file:
-            sha.update(path.name.encode() + str(path.stat().st_size).encode() + file.read(2**16))
-            file.seek(max(0, path.stat().st_size - 2**16))
-            sha.update(file.read())
+            for at in range(0, n_bytes, max(2**14, n_bytes // 64)):
+                file.seek(at)
+                sha.update(file.read(2**14))
     return sha.hexdigest()[:16]

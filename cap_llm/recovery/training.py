@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from cap_llm.config import RecoverConfig
+from cap_llm.config import ObjectiveConfig, RecoverConfig
 from cap_llm.recovery import checkpoints, engines
 from cap_llm.recovery.contrasts import Contrasts
 from cap_llm.recovery.objectives import head_loss
@@ -26,7 +26,7 @@ from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.text.packing import PackedText
 
-PARTS = ("loss", "ce", "kl", "feature", "prc", "snc", "fic")
+PARTS = ("loss", *ObjectiveConfig.TERMS)
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Job:
 
     Attributes:
         student: directory of the model to train.
-        masks: by parameter name, what stays zero.
+        masks: parameters' names and masks, in their shape; taken one at a time.
         teacher: the frozen engine, or None where no term needs it.
         contrasts: the contrasts, their banks filled.
         text: sequences to train on, and the held-out ones.
@@ -48,7 +48,7 @@ class Job:
     """
 
     student: Path
-    masks: dict[str, torch.Tensor]
+    masks: Iterable[tuple[str, torch.Tensor]]
     teacher: Callable | None
     contrasts: Contrasts
     text: PackedText
@@ -76,8 +76,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
     settings = engines.student_settings(config, world)
     found = checkpoints.find(job.folder, settings, job.recipe, config, world, run.console)
     engine = engines.load_student(job.student, settings, config, world)
-    keeper = keep_zeros(engine, {f"model.{name}": m for name, m in job.masks.items()})
-    job.masks.clear()  # the keeper has them, packed
+    keeper = keep_zeros(engine, ((f"model.{name}", mask) for name, mask in job.masks))
     first = 0
     if found:
         checkpoints.load(engine, found)

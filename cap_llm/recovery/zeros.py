@@ -14,7 +14,7 @@ after a step instead (`safe_set_full_fp32_param`) leaves the 16-bit copies stale
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -53,14 +53,16 @@ def masks_of_zeros(model: nn.Module, names: list[str] | None = None) -> dict[str
 
 def keep_zeros(
     model: nn.Module,
-    masks: dict[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> ZeroKeeper:
     """Keeps masked weights at zero from now on.
 
     Args:
         model: a DeepSpeed engine (ZeRO 0 to 3), or a plain module, given with its `optimizer`.
-        masks: by parameter name, boolean, in the parameter's shape; false stays zero.
+        masks: by parameter name, boolean, in the parameter's shape; false stays zero. As pairs of
+            both, they are taken one at a time and need not stand in memory together: the keeper
+            holds a bit a weight.
         optimizer: of a plain module.
 
     Returns:
@@ -93,7 +95,8 @@ class ZeroKeeper:
                 "keep_zeros: the optimizer has moments already; masks need a fresh optimizer"
             )
         named = dict(getattr(model, "module", model).named_parameters())
-        for name, mask in masks.items():
+        self._kept: list[_Kept] = []
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
             if name not in named:
                 raise UserError(f"keep_zeros: the model has no parameter {name}")
             shape = tuple(getattr(named[name], "ds_shape", named[name].shape))
@@ -102,7 +105,7 @@ class ZeroKeeper:
                     f"keep_zeros: the mask of {name} is {list(mask.shape)}, the parameter "
                     f"{list(shape)}"
                 )
-        self._kept = [_Kept(name, named[name], masks[name]) for name in masks]
+            self._kept.append(_Kept(name, named[name], mask))
         self._bind_fragments()
         self._handles = [k.parameter.register_hook(k.mask_gradient) for k in self._kept]
         self._handles.append(base.register_step_post_hook(lambda *_: self.apply()))
@@ -162,7 +165,7 @@ class ZeroKeeper:
             groups = zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True)
             masters = {id(lp): hp for g in groups for lp, hp in zip(*g, strict=True)}
         for kept in self._kept:
-            kept.bind(masters.get(id(kept.parameter)))
+            kept.master = masters.get(id(kept.parameter))
 
 
 class _Kept:
@@ -174,36 +177,29 @@ class _Kept:
 
     def __init__(self, name: str, parameter: nn.Parameter, mask: torch.Tensor):
         self.name, self.parameter = name, parameter
-        device = parameter.device
-        self._shape = mask.shape
         self.n_masked = int((~mask).sum())
-        flat = mask.flatten().to(torch.uint8)
-        flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
-        self._bits = torch.arange(8, dtype=torch.uint8, device=device)
-        self._packed = (flat.to(device).view(-1, 8) << self._bits).sum(1, dtype=torch.uint8)
-        self._master: torch.Tensor | None = None
-        self._pieces: list[torch.Tensor] = []
+        self.shape = mask.shape
+        flat = mask.flatten().to(parameter.device, torch.uint8)
+        flat = nn.functional.pad(flat, (0, -flat.numel() % 8), value=1).view(-1, 8)
+        powers = 1 << torch.arange(8, dtype=torch.uint8, device=flat.device)
+        self._packed = (flat * powers).sum(1, dtype=torch.uint8)
+        self.master: torch.Tensor | None = None  # where it is no fragment of the parameter's own
 
-    def mask(self) -> torch.Tensor:
-        """The mask, boolean, in the parameter's shape."""
-        flat = ((self._packed[:, None] >> self._bits) & 1).view(-1)
-        return flat[: self._shape.numel()].view(self._shape).bool()
+    def mask(
+        self, device: torch.device, start: int = 0, n: int | None = None, dtype=torch.bool
+    ) -> torch.Tensor:
+        """`n` values of the flattened mask from `start` on; true behind its end (padding)."""
+        n = self.shape.numel() if n is None else n
+        packed = self._packed[start // 8 : -(-(start + n) // 8)].to(device)
+        # a table of the bits of every byte: many times faster than to shift each byte
+        flat = _bits(device, dtype).index_select(0, packed.int()).view(-1)[start % 8 :][:n]
+        padding = n - flat.numel()
+        return nn.functional.pad(flat, (0, padding), value=1) if padding else flat
 
     def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         # a product, not a fill: NaN stays visible to whoever looks for it
-        return gradient * self.mask().to(gradient.device)
-
-    def bind(self, master: torch.Tensor | None) -> None:
-        """Cuts the mask to the fragment of this rank, once."""
-        p, mask = self.parameter, self.mask()
-        self._master = master
-        if hasattr(p, "ds_tensor"):  # ZeRO-3: a flat shard, padded so that all are equally long
-            self._local = _slice(mask, p.ds_tensor.numel() * dist.get_rank(), p.ds_tensor.numel())
-        elif getattr(p, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: a piece of a flat buffer
-            address = p._hp_mapping.lp_fragment_address
-            self._local = _slice(mask, address.start, address.numel)
-        else:
-            self._local = mask
+        mask = self.mask(gradient.device, dtype=gradient.dtype)
+        return mask.view(self.shape).mul_(gradient)
 
     def sharded(self, of_the_model: int) -> bool:
         """Whether ranks hold different pieces of the fp32 weights (0) or the model's (1)."""
@@ -213,31 +209,36 @@ class _Kept:
     def fragments(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The fp32 weights [n] that this rank's optimizer steps, with their mask [n]."""
         p = self.parameter
-        if hasattr(p, "ds_tensor"):
+        if hasattr(p, "ds_tensor"):  # ZeRO-3: a flat shard, padded so that all are equally long
             from deepspeed.utils import safe_get_local_fp32_param
 
-            yield safe_get_local_fp32_param(p).view(-1), self._local
-        elif hasattr(p, "_hp_mapping"):
+            yield self._shard(safe_get_local_fp32_param(p))
+        elif hasattr(p, "_hp_mapping"):  # ZeRO-1 and 2: a piece of a flat buffer
             if p._hp_mapping is not None:  # another rank's otherwise
-                yield p._hp_mapping.get_hp_fragment().view(-1), self._local
-        elif self._master is not None:
-            yield self._master.data, self._local.view_as(self._master)
+                address = p._hp_mapping.lp_fragment_address
+                weights = p._hp_mapping.get_hp_fragment().view(-1)
+                yield weights, self.mask(weights.device, address.start, address.numel)
         else:
-            yield p.data, self._local.view_as(p)
+            yield self._whole(p if self.master is None else self.master)
 
     def model_weights(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The weights that the model computes with, as this rank holds them, with their mask."""
         p = self.parameter
-        if hasattr(p, "ds_tensor"):
-            yield p.ds_tensor.data.view(-1), self._local
-        else:
-            yield p.data, self.mask()
+        yield self._shard(p.ds_tensor) if hasattr(p, "ds_tensor") else self._whole(p)
+
+    def _shard(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = weights.data.view(-1)
+        n = weights.numel()
+        return weights, self.mask(weights.device, n * dist.get_rank(), n)
+
+    def _whole(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weights.data, self.mask(weights.device).view(self.shape)
 
 
-def _slice(mask: torch.Tensor, start: int, n: int) -> torch.Tensor:
-    """`n` values of the flattened mask from `start` on; true behind its end (padding)."""
-    piece = mask.flatten()[start : start + n]
-    return nn.functional.pad(piece, (0, n - piece.numel()), value=True)
+def _bits(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of every byte, [256, 8], the lowest first."""
+    every, places = torch.arange(256, device=device), torch.arange(8, device=device)
+    return ((every[:, None] >> places) & 1).to(dtype)
 
 
 def _momenta(state: dict) -> Iterator[torch.Tensor]:

@@ -111,8 +111,8 @@ class Run:
         folder = self.path / name
         if (folder / "recipe.json").exists():
             earlier = read_json(folder / "recipe.json")
-            if earlier != recipe:
-                field, was, now = difference(earlier, recipe)
+            if changed := difference(earlier, recipe):
+                field, was, now = changed
                 raise UserError(
                     f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
                     "choose another output_dir or remove that folder"
@@ -225,12 +225,16 @@ def _processor() -> str:
         return platform.processor()
 
 
-def difference(old: dict, new: dict, prefix: str = "") -> tuple[str, object, object]:
-    """The first field in which two nested dicts differ, and its two values."""
+def difference(old: dict, new: dict, prefix: str = "") -> tuple[str, object, object] | None:
+    """The first field in which two nested dicts differ, and its two values; None if none does.
+
+    A field that one of them lacks is one that is None: versions of the settings may differ.
+    """
     for key in [*old, *(k for k in new if k not in old)]:
         was, now = old.get(key), new.get(key)
-        if was != now:
-            if isinstance(was, dict) and isinstance(now, dict):
-                return difference(was, now, f"{prefix}{key}.")
+        if isinstance(was, dict) and isinstance(now, dict):
+            if changed := difference(was, now, f"{prefix}{key}."):
+                return changed
+        elif was != now:
             return f"{prefix}{key}", was, now
-    raise AssertionError("the two are equal")
+    return None

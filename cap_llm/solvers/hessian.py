@@ -48,6 +48,21 @@ class Moments:
         self.tokens = sum(counts)
         world.sum(self._sum)
 
+    @classmethod
+    def total(cls, parts: list[Moments]) -> Moments:
+        """The moments over the tokens of several finished parts; of one part, itself."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls(len(parts[0].diagonal), parts[0]._sum.device, parts[0].full)
+        whole.tokens = sum(part.tokens for part in parts)
+        for part in parts:
+            whole._sum.add_(part._sum, alpha=part.tokens / whole.tokens)
+        return whole
+
+    def error(self, difference: torch.Tensor) -> float:
+        """Mean squared error of the outputs that a difference of weights [R, C] makes."""
+        return (difference @ self.hessian * difference).sum().item()
+
     def finish(self, name: str) -> Moments:
         """Turns sums into means and fills the lower triangle. Call once, after the last `add`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,13 @@ def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
 
 
-def save_masks(masks: dict[str, torch.Tensor], path: Path) -> None:
+def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:
     """Writes masks [R, C] by weight name, atomically."""
-    columns = {name: str(mask.shape[1]) for name, mask in masks.items()}
+    packed, columns = {}, {}
+    for name, mask in masks.items():
+        packed[name], columns[name] = pack(mask), str(mask.shape[1])
     with atomic(path) as temporary:
-        save_file({n: pack(m) for n, m in masks.items()}, temporary, metadata=columns or None)
+        save_file(packed, temporary, metadata=columns or None)
 
 
 class MaskFile:

@@ -51,10 +51,11 @@ class PackedText:
 
         An epoch is a seeded permutation; the next one begins where it ends, within a batch too.
         """
-        at = np.arange(start, end)
-        n = len(self.ids)
-        orders = {e: np.random.default_rng([seed, e]).permutation(n) for e in set(at // n)}
-        return torch.tensor([orders[i // n][i % n] for i in at], dtype=torch.long)
+        n, places = len(self.ids), [np.empty(0, dtype=np.int64)]
+        for epoch in range(start // n, -(-end // n)):
+            order = np.random.default_rng([seed, epoch]).permutation(n)
+            places.append(order[max(0, start - epoch * n) : end - epoch * n])
+        return torch.from_numpy(np.concatenate(places))
 
 
 def pack(

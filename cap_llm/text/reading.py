@@ -46,13 +46,21 @@ class ScoredText:
 
 @dataclass
 class Texts:
-    """Calibration ids [N, T] with their origin and the recovery text, where a stage reads them, and
-    the scored texts."""
+    """What the stages read; None or empty where none of them does.
+
+    Attributes:
+        calibration: ids [N, T] that solvers see.
+        origin: where these are from.
+        scored: the texts that perplexity is measured on.
+        recovery: the text to train on.
+        held_out: calibration ids [M, T] of other documents, which only judge.
+    """
 
     calibration: torch.Tensor | None
     origin: str | None
     scored: list[ScoredText]
     recovery: PackedText | None = None
+    held_out: torch.Tensor | None = None
 
     @property
     def calibration_digest(self) -> str | None:
@@ -73,9 +81,8 @@ def read_texts(config: Config, model: Path) -> Texts:
     vocab_size = read_json(model / "config.json").get("vocab_size")
     tokenizer = load_tokenizer(config.model.tokenizer or str(model), vocab_size)
     texts = Texts(None, None, [])
-    if config.uses_calibration and "evaluate" in config.stages:
-        _refuse_scored_file(config)
     if "evaluate" in config.stages:
+        _refuse_scored_file(config)
         e = config.evaluate
         for name in e.corpora:
             text, origin = evaluation_text(name)
@@ -87,7 +94,9 @@ def read_texts(config: Config, model: Path) -> Texts:
     if config.uses_calibration:
         c = config.calibration
         corpus = calibration_corpus(c.corpus)
-        texts.calibration = calibration_windows(tokenizer, corpus, c.sequences, c.length, c.seed)
+        n_held_out = c.held_out if config.holds_out else 0
+        windows = calibration_windows(tokenizer, corpus, c.sequences, c.length, c.seed, n_held_out)
+        texts.calibration, texts.held_out = windows.split([c.sequences, n_held_out])
         texts.origin = f"{c.sequences} x {c.length} tokens of {corpus.origin}, seed {c.seed}"
     if "recover" in config.stages:
         r = config.recover
@@ -101,14 +110,12 @@ def _digest(ids: torch.Tensor) -> str:
 
 
 def _refuse_scored_file(config: Config) -> None:
-    """Refuses a calibration file that is what a scored corpus is read from."""
-    c = config.calibration
-    if c.corpus in NAMES or c.allow_scored_corpus:
-        return
+    """Refuses a file to calibrate or train on that is what a scored corpus is read from."""
     for name in set(config.evaluate.corpora) & set(NAMES):
-        file = corpus_file(name, "validation" if name == "c4" else "test")
-        if file and file.resolve() == Path(c.corpus).resolve():
-            raise UserError(
-                f"calibration.corpus {c.corpus} is the text of {name}, which evaluate scores: "
-                "choose another one, or set --calibration.allow_scored_corpus true"
-            )
+        scored = corpus_file(name, "validation" if name == "c4" else "test")
+        for option, corpus, remedy in config.not_to_be_scored:
+            if corpus not in NAMES and scored and scored.resolve() == Path(corpus).resolve():
+                raise UserError(
+                    f"{option} {corpus} is the text of {name}, which evaluate scores: choose "
+                    f"another text{remedy}"
+                )

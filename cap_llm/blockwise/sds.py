@@ -1,0 +1,276 @@
+"""The stage `sds`: Sparse-Dense-Sparse (Li et al. 2025), a block at a time.
+
+The first prune is what the stage starts from (`oneshot`, or a model pruned elsewhere). Each pruned
+matrix is made dense again, from its pruned weights towards the dense ones; pruned again by
+`oneshot`'s method; and adjusted with a soft mask. Two streams of calibration text go side by side:
+one shows re-densification its inputs (`sds.data`), the other is the result so far, which the second
+prune sees. Of the first prune's weights, the second's and the adjusted ones, a matrix takes those
+with the least error against the dense weights on held-out text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cap_llm.blockwise.oneshot import earlier_mask
+from cap_llm.blockwise.prune import PrunedBlock, Solved, Solver, matrix, plan_sparsities, spread
+from cap_llm.blockwise.stage import BlockStage, activation_bytes, start_masks
+from cap_llm.blockwise.walk import Walk
+from cap_llm.config import Config
+from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.runtime.files import atomic
+from cap_llm.runtime.rundir import Run
+from cap_llm.solvers.hessian import Moments, factorise
+from cap_llm.solvers.redensify import adjust, redensify, redensify_by_sgd
+from cap_llm.sparsity.patterns import Pattern, choose
+from cap_llm.text.reading import Texts
+
+STAGE = "sds"
+BATCH = 8  # sequences of an SGD step in mode `paper`
+
+
+def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
+    """Takes a pruned model through Sparse-Dense-Sparse.
+
+    Args:
+        pruned: directory of the first prune.
+        dense: directory of the model that it was pruned from.
+        texts: with calibration and held-out ids.
+        config: the run's settings; the second prune is `oneshot`'s.
+        run: the run directory.
+
+    Returns:
+        The directory of the result.
+
+    Raises:
+        UserError: see the messages; whatever is finished is kept.
+    """
+    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run)
+    if work.done:
+        return work.folder
+    work.begin(pruned, texts, config)
+    dense_model = BlockModel.open(dense, run.world.device)
+    todo = len(work.finished) < len(work.model)
+    with work.work() as (bar, scratch):
+        if todo:
+            bar.phase("embedding")
+            step = _Step(work, dense_model, pruned, dense, texts, config, scratch)
+        for i in range(len(work.model) if todo else 0):
+            with work.model.block(i) as block, dense_model.block(i) as dense_block:
+                if i in work.finished:
+                    bar.phase("passing a finished block")
+                    step.pass_finished(i, block, dense_block)
+                else:
+                    result = step.change(i, block, dense_block, bar.phase)
+                    bar.phase("writing")
+                    work.bind()
+                    if run.world.first:
+                        step.keep_redense(i)
+                        get = work.model.model.get_parameter
+                        work.write(i, {r.name: get(r.name) for r in result.rows}, result)
+                    run.world.barrier()
+                    work.report(i, result)
+            bar.advance()
+    return work.finish()
+
+
+class _Step:
+    """The two streams, and what happens to a block between them."""
+
+    def __init__(
+        self,
+        work: BlockStage,
+        dense_model: BlockModel,
+        pruned: Path,
+        dense: Path,
+        texts: Texts,
+        config: Config,
+        scratch: Path,
+    ):
+        self.work, self.model, self.world = work, work.model, work.run.world
+        self.settings, self.oneshot = config.sds, config.oneshot
+        self.pattern = Pattern.parse(config.oneshot.pattern)
+        self.mask_of = start_masks(pruned)
+        self.inside = earlier_mask(
+            dense, config.oneshot, plan_sparsities(dense_model, config.oneshot)
+        )
+        mine = self.world.share(len(texts.calibration))
+        held_out = self.world.share(len(texts.held_out))
+        windows = torch.cat([texts.calibration[list(mine)], texts.held_out[list(held_out)]])
+        # which statistics a sequence counts for: a batch's (one for all in mode `gram`), or the
+        # held-out ones, which come last
+        self.n_batches = -(-len(texts.calibration) // BATCH) if self.settings.mode == "paper" else 1
+        batch = BATCH if self.settings.mode == "paper" else len(texts.calibration)
+        self.counts_for = [n // batch for n in mine] + [self.n_batches] * len(held_out)
+        memory = activation_bytes(config)
+        memory = None if memory is None else memory // 2
+        seen = dense_model if self.settings.data == "dense" else self.model
+        self.first = Walk(seen, windows, memory, scratch)
+        self.final = Walk(self.model, windows, memory, scratch)
+        self.free: dict[str, torch.Tensor] = {}  # re-densified weights of the block at hand
+        self.model.drop_outside()
+        dense_model.drop_outside()
+
+    def pass_finished(self, i: int, block: nn.Module, dense_block: nn.Module) -> None:
+        """Takes both streams through a block that is done."""
+        if self.settings.data == "redense":
+            for name, weight in load_file(self._redense_file(i)).items():
+                matrix(block.get_submodule(name)).copy_(weight)
+        self.first.forward(i, dense_block if self.settings.data == "dense" else block)
+        self.work.load(i, block)
+        self.final.forward(i, block)
+
+    def change(
+        self, i: int, block: nn.Module, dense_block: nn.Module, phase: Callable[[str], None]
+    ) -> PrunedBlock:
+        """Re-densifies block i and prunes it again, on the way of both streams through it."""
+        start = time.monotonic()
+        prefix = self.model.block_name(i) + "."
+        linears = {n: matrix(m) for n, m in self.model.linears(i).items()}
+        masks = {n: self.mask_of(self.model.weight_name(i, n), w) for n, w in linears.items()}
+        masks = {n: mask for n, mask in masks.items() if mask is not None}
+        sparse = {n: linears[n].float().clone() for n in masks}
+        target = {n: matrix(dense_block.get_submodule(n)).float() for n in masks}
+        self.free = {}
+        result = PrunedBlock({}, [], 0.0)
+
+        def make_dense(group: Group, inputs: Iterator[torch.Tensor]) -> None:
+            names = [n for n in group.names if n in masks]
+            phase(f"re-densifying {group.short}")
+            parts = self._statistics(self.first, group, inputs, bool(names))
+            if not names or not self.settings.redensify:
+                return
+            for n, weight in self._redensify(names, prefix, sparse, target, parts[:-1]).items():
+                self.free[n] = weight
+                if self.settings.data == "redense":
+                    linears[n].copy_(weight)
+
+        def prune_again(group: Group, inputs: Iterator[torch.Tensor]) -> None:
+            names = [n for n in group.names if n in masks]
+            phase(f"pruning {group.short}")
+            *batches, held_out = self._statistics(self.final, group, inputs, bool(names))
+            if not names:
+                return
+            grams = self._grams(batches, prefix + names[0])
+            solver = Solver(
+                self.oneshot, Moments.total(batches), prefix + names[0], needs_factor=True
+            )
+
+            def solve(name: str, _: torch.Tensor, dtype: torch.dtype) -> Solved:
+                n = name.removeprefix(prefix).removesuffix(".weight")
+                inside = self.inside(name, target[n])
+                found = self._candidates(n, sparse[n], masks[n], target[n], inside, solver, grams)
+                found = {kept: (w.to(dtype), mask) for kept, (w, mask) in found.items()}
+                kept = list(found)[-1]
+                if held_out.tokens:
+                    kept = min(found, key=lambda k: held_out.error(found[k][0].float() - target[n]))
+                weight, mask = found[kept]
+                error = solver.error(target[n], weight.float())
+                return Solved(weight, mask, error, solver.damping, kept)
+
+            spread(self.model, i, names, self.oneshot.pattern, self.world, solve, result)
+
+        with torch.no_grad():
+            self.first.visit(i, dense_block if self.settings.data == "dense" else block, make_dense)
+            if self.settings.data == "redense":
+                for n, weight in sparse.items():
+                    linears[n].copy_(weight)
+            self.final.visit(i, block, prune_again)
+        result.seconds = time.monotonic() - start
+        return result
+
+    def keep_redense(self, i: int) -> None:
+        """Writes block i's re-densified weights, where a resumed run has to send text through."""
+        if self.settings.data == "redense":
+            with atomic(self._redense_file(i)) as temporary:
+                save_file({n: w.cpu().contiguous() for n, w in self.free.items()}, temporary)
+
+    def _redense_file(self, i: int) -> Path:
+        return self.work.parts / f"{i:05d}.redense"
+
+    def _statistics(
+        self, walk: Walk, group: Group, inputs: Iterator[torch.Tensor], wanted: bool
+    ) -> list[Moments]:
+        """Second moments of a group's input over all ranks: a batch each, then of held-out text."""
+        n = self.n_batches + 1 if wanted else 0
+        parts = [Moments(group.columns, self.model.device) for _ in range(n)]
+        at = 0
+        for ids, x in zip(walk.ids, inputs, strict=True):
+            sequences = x.reshape(len(ids), -1, x.shape[-1]) if wanted else ()
+            for sequence, part in zip(sequences, self.counts_for[at:], strict=False):
+                parts[part].add(sequence)
+            at += len(ids)
+        for part in parts:
+            part.merge(self.world)
+            if part.tokens:
+                part.finish(group.short)
+        return parts
+
+    def _grams(self, batches: list[Moments], name: str) -> torch.Tensor | None:
+        """Mean x x^T of each batch [B, C, C] for SGD."""
+        if self.settings.mode == "paper":
+            return torch.stack([part.hessian for part in batches])
+        return None
+
+    def _redensify(
+        self,
+        names: list[str],
+        prefix: str,
+        sparse: dict[str, torch.Tensor],
+        target: dict[str, torch.Tensor],
+        batches: list[Moments],
+    ) -> dict[str, torch.Tensor]:
+        """The free weights [R, C] of matrices that read one input, fp32; ranks take turns."""
+        settings, (l1, l2) = self.settings, self.settings.regularisers
+        grams = self._grams(batches, prefix + names[0])
+        if grams is None:
+            name = prefix + names[0]
+            hessian = factorise(batches[0].hessian, self.oneshot.damping, name).hessian
+        free = {}
+        for turn, n in enumerate(names):
+            owner = turn % self.world.size
+            weight = torch.empty_like(sparse[n])
+            if owner == self.world.rank and grams is None:
+                weight = redensify(sparse[n], target[n], hessian, settings.mu, l1, l2)
+            elif owner == self.world.rank:
+                weight = redensify_by_sgd(sparse[n], target[n], grams, l1=l1, l2=l2)
+            free[n] = self.world.broadcast(weight.contiguous(), owner)
+        return free
+
+    def _candidates(
+        self,
+        n: str,
+        sparse: torch.Tensor,
+        mask: torch.Tensor,
+        target: torch.Tensor,
+        inside: torch.Tensor | None,
+        solver: Solver,
+        grams: torch.Tensor | None,
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What a matrix may become, with its mask: the first prune, the second, the adjusted."""
+        sparsity = (~mask).sum().item() / mask.numel()
+        found = {"first": (sparse, mask)}
+        weight = sparse
+        if n in self.free:
+            found["again"] = solver(self.free[n], sparsity, inside, target)
+            weight = found["again"][0]
+        if not self.settings.adjust:
+            return found
+        if grams is None:
+            hessian = solver.factor.hessian
+            weight, again = adjust(weight, target, hessian, self.pattern, sparsity, inside)
+            found["adjusted"] = (solver.refit(weight, again, target), again)
+            return found
+
+        def soft_mask(w: torch.Tensor) -> torch.Tensor:
+            return w * choose(w.abs(), self.pattern, sparsity, inside)
+
+        weight = redensify_by_sgd(weight, target, grams, l1=0, l2=0, after_pass=soft_mask)
+        found["adjusted"] = (weight, choose(weight.abs(), self.pattern, sparsity, inside))
+        return found

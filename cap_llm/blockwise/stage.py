@@ -1,0 +1,364 @@
+"""A stage that works a block at a time: what is durable, how it goes on, how it ends.
+
+Each finished block lies in the stage's folder as its shard of the model, with its masks and rows in
+`blocks/`, so that a killed job goes on with the blocks that are not there. At the end the parts are
+joined and the model is read again and held against its masks, before `done.json` says so.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from cap_llm.blockwise.prune import PrunedBlock, Row
+from cap_llm.config import Config
+from cap_llm.models.blocks import BlockModel, match_names, skeleton
+from cap_llm.models.checkpoint import Checkpoint, ShardWriter
+from cap_llm.runtime.console import duration, size
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.rundir import Run, peak_memory
+from cap_llm.sparsity import masks as mask_files
+from cap_llm.text.reading import Texts
+
+BY_CHANCE = 0.01  # a quantised matrix that nobody pruned has some zeros, far fewer than this
+
+
+class BlockStage:
+    """One stage of a run that rewrites a model block by block.
+
+    Args:
+        name: its folder in the run directory.
+        title: what the log calls it.
+        recipe: what its result depends on.
+        run: the run directory.
+
+    Attributes:
+        folder: where the result lies.
+        done: whether it is finished.
+        model: the model whose blocks are rewritten, once `begin` was called.
+    """
+
+    def __init__(self, name: str, title: str, recipe: dict, run: Run):
+        self.title, self.recipe, self.run = title, recipe, run
+        self.folder, done = run.stage(name, recipe)
+        self.done = done is not None
+        self.parts = self.folder / "blocks"
+        if self.done:
+            if run.world.first:
+                shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
+            run.console.say(f"{self.title}: done already, in {self.folder}")
+
+    def begin(self, source: Path, texts: Texts, config: Config) -> None:
+        """Opens the model of directory `source` and looks for what is finished.
+
+        Raises:
+            UserError: too few sequences for the ranks, or other text than the finished blocks'.
+        """
+        run = self.run
+        self._start, self._source, self._texts = time.monotonic(), source, texts
+        self.model = BlockModel.open(source, run.world.device)
+        windows = texts.calibration
+        if windows is not None and len(windows) < run.world.size:
+            raise UserError(
+                f"calibration.sequences is {len(windows)}, fewer than the {run.world.size} ranks; "
+                "give at least one sequence a rank"
+            )
+        if run.world.first:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            for place in (self.folder, self.parts):
+                for path in place.glob(".*.tmp"):  # what a killed writer left half-written
+                    path.unlink()
+            self._refuse_other_text()
+        run.world.barrier()
+        self.writer = ShardWriter(self.folder, len(self.model))
+        # The first rank's view counts, as for `done`.
+        self.finished: set[int] = run.world.gather(self._finished())[0]
+        n_blocks = len(self.model)
+        self.resumed_at = next((i for i in range(n_blocks) if i not in self.finished), n_blocks)
+        if self.finished:
+            run.console.say(f"{self.title}: going on at block {self.resumed_at + 1} of {n_blocks}")
+
+    @contextmanager
+    def work(self) -> Iterator[tuple]:
+        """A bar over the blocks, and a scratch folder that vanishes."""
+        with (
+            tempfile.TemporaryDirectory(dir=self.run.path, prefix=".scratch-") as scratch,
+            self.run.console.bar(self.title, len(self.model), "blocks") as bar,
+        ):
+            yield bar, Path(scratch)
+
+    def load(self, i: int, block: nn.Module) -> None:
+        """Gives `block` the weights of finished block i, as they were written."""
+        stored = load_file(self.writer.path(i))
+        prefix = self.model.block_name(i) + "."
+        for name, parameter in block.named_parameters():
+            parameter.data.copy_(stored[self.model.key(prefix + name)])
+
+    def write(self, i: int, weights: dict[str, torch.Tensor], result: PrunedBlock) -> None:
+        """Makes block i durable.
+
+        Args:
+            i: the block's number.
+            weights: the parameters that have changed, by their name in the model.
+            result: its masks and rows.
+        """
+        tensors = self.model.checkpoint.read(self.model.block_keys(i))
+        for name, weight in weights.items():
+            key = self.model.key(name)
+            tensors[key] = weight.to(tensors[key].dtype)
+        self.writer.write(i, tensors)
+        if result.masks:
+            mask_files.save_masks(result.masks, self._mask_file(i))
+        write_json(
+            self._row_file(i),
+            {
+                "seconds": round(result.seconds, 3),
+                "rows": [asdict(r) for r in result.rows],
+                **({"error": result.error} if result.error else {}),
+            },
+        )
+
+    def bind(self) -> None:
+        """Records what the stage was asked to do, before its first block is written."""
+        self.run.bind(self.folder, self.recipe)
+
+    def report(self, i: int, result: PrunedBlock) -> None:
+        """One row of the log, and the metrics."""
+        head = f"block {i + 1:>3}/{len(self.model)}  {result.seconds:6.1f} s"
+        if not result.rows:
+            self.run.console.say(f"{head}  left dense")
+            return
+        weights = sum(r.shape[0] * r.shape[1] for r in result.rows)
+        sparsity = sum(r.zeros for r in result.rows) / weights
+        text = f"{head}  sparsity {sparsity:.4f}"
+        values = {"sparsity": sparsity, "seconds": result.seconds, "blocks": len(self.model)}
+        errors = {kind(r.name): r.error for r in result.rows if r.error is not None}
+        if errors:
+            mean = sum(errors.values()) / len(errors)
+            worst = max(errors, key=errors.get)
+            text += f"  error {mean:.4f} (worst {worst} {errors[worst]:.4f})"
+            values["error"] = mean
+        damping = {r.damping for r in result.rows if r.damping is not None}
+        if damping:
+            text += f"  damping {max(damping):g}"
+            values["damping"] = max(damping)
+        kept = [r.kept for r in result.rows if r.kept]
+        if kept:
+            text += "  kept " + ", ".join(f"{kept.count(k)} {k}" for k in dict.fromkeys(kept))
+        if result.error:
+            before, after = result.error["before"], result.error["after"]
+            text += f"  error of the block {before:.4f} -> {after:.4f}"
+            text += f" (epoch {result.error['epoch']} of {result.error['epochs']})"
+            values |= {"error_before": before, "error_after": after}
+        self.run.console.say(text)
+        self.run.metric(self.title, i + 1, values)
+
+    def finish(self, **facts) -> Path:
+        """Joins and verifies the model, writes `done.json` with `facts` and returns the folder.
+
+        Raises:
+            UserError: what lies on disk is not what was written.
+        """
+        run, world = self.run, self.run.world
+        peak = max(world.gather(peak_memory()))
+        world.barrier()
+        if world.first:
+            self._join()
+        seconds = time.monotonic() - self._start
+        seconds += sum(read_json(self._row_file(i))["seconds"] for i in self.finished)
+        summary = {
+            "seconds": round(seconds, 2),
+            "resumed_at_block": self.resumed_at,
+            "peak_memory_bytes": peak,
+            "calibration": self._texts.origin,
+            **facts,
+        }
+        if world.device.type == "cuda":
+            summary["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(world.device)
+        run.finish_stage(self.folder, summary)
+        if world.first:
+            shutil.rmtree(self.parts)
+        run.console.say(
+            f"{self.title}: done in {duration(seconds)}, {size(peak)} at most, in {self.folder}"
+        )
+        return self.folder
+
+    def _join(self) -> None:
+        """Writes what lies outside the blocks, joins the parts, and verifies the whole."""
+        model, n_blocks = self.model, len(self.model)
+        inside = {key for i in range(n_blocks) for key in model.block_keys(i)}
+        outside = [key for key in model.checkpoint.names() if key not in inside]
+        self.writer.write(None, model.checkpoint.read(outside))
+        self.writer.finish(self._source)
+        mask_files.join(sorted(self.parts.glob("*.safetensors")), self.folder / mask_files.FILE)
+        parts = [read_json(self._row_file(i)) for i in range(n_blocks)]
+        rows = [Row(**r) for part in parts for r in part["rows"]]
+        total = verify(self.folder, rows)
+        blocks = [part["error"] for part in parts if "error" in part]
+        pruned, zeros, n_weights = write_sparsity(
+            self.folder, self._source.name, rows, total, blocks
+        )
+        if blocks:
+            before, after = (sum(e[k] for e in blocks) / n_blocks for k in ("before", "after"))
+            self.run.console.say(f"mean error of the blocks {before:.4f} -> {after:.4f}")
+        else:
+            self._table(rows)
+        self.run.console.say(
+            f"verified: {zeros:,} zeros in {pruned:,} pruned weights "
+            f"({100 * zeros / pruned:.2f} %), {100 * total / n_weights:.2f} % of the whole model"
+        )
+
+    def _table(self, rows: list[Row]) -> None:
+        """One line for each kind of matrix."""
+        by_kind: dict[str, list[Row]] = {}
+        for row in rows:
+            by_kind.setdefault(kind(row.name), []).append(row)
+        table = []
+        for name, group in by_kind.items():
+            weights = sum(r.shape[0] * r.shape[1] for r in group)
+            errors = [r.error for r in group if r.error is not None]
+            shapes = {"x".join(map(str, r.shape)) for r in group}
+            table.append(
+                [
+                    name,
+                    str(len(group)),
+                    ", ".join(sorted(shapes)),
+                    f"{sum(r.zeros for r in group) / weights:.4f}",
+                    f"{sum(errors) / len(errors):.4f}" if errors else "-",
+                    f"{max(errors):.4f}" if errors else "-",
+                    f"{sum(r.seconds for r in group):.1f}",
+                ]
+            )
+        columns = ["matrix", "count", "shape", "sparsity", "mean error", "worst", "solver s"]
+        self.run.console.table("pruned matrices", columns, table)
+
+    def _refuse_other_text(self) -> None:
+        """Holds the calibration ids against those that the finished blocks were made with."""
+        path = self.folder / "calibration.json"
+        record = {"ids_sha256": self._texts.calibration_digest}
+        begun = path.exists() and (self.folder / "recipe.json").exists()
+        if begun and read_json(path) != record:
+            raise UserError(
+                f"the calibration text or tokenizer has changed since {self.folder} was begun; "
+                "bring it back, or choose another output_dir"
+            )
+        write_json(path, record)
+
+    def _finished(self) -> set[int]:
+        """The blocks that are wholly there; the row file is written last."""
+        blocks = range(len(self.model))
+        return {i for i in blocks if self._row_file(i).exists() and self.writer.path(i).exists()}
+
+    def _row_file(self, i: int) -> Path:
+        return self.parts / f"{i:05d}.json"
+
+    def _mask_file(self, i: int) -> Path:
+        return self.parts / f"{i:05d}.safetensors"
+
+
+def start_masks(folder: Path) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
+    """Where the masks of a pruned model come from: given a weight's name and the weight [R, C].
+
+    From `masks.safetensors`; without one from the zeros, where a matrix has more than by chance.
+    None stands for a matrix that is dense.
+    """
+    file = folder / mask_files.FILE
+    known = mask_files.MaskFile(file) if file.exists() else None
+
+    def mask_of(name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        if known:
+            return known.read(name).to(weight.device) if name in known else None
+        mask = weight != 0
+        return mask if (~mask).sum() >= BY_CHANCE * mask.numel() else None
+
+    return mask_of
+
+
+def activation_bytes(config: Config) -> int | None:
+    """Bytes for activations as configured; None: decide when the work starts."""
+    gib = config.runtime.activation_gib
+    return None if gib is None else int(gib * 2**30)
+
+
+def kind(name: str) -> str:
+    """A weight's place in its block: `mlp.up_proj` of `model.layers.3.mlp.up_proj.weight`."""
+    return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
+
+
+def write_sparsity(
+    folder: Path, model: str, rows: list[Row], total_zeros: int, blocks: list[dict] | None = None
+) -> tuple[int, int, int]:
+    """Writes `sparsity.json` of a model directory; `blocks` are errors of whole blocks.
+
+    Returns:
+        Pruned weights, zeros among them, and weights of the whole model.
+    """
+    pruned = sum(r.shape[0] * r.shape[1] for r in rows)
+    zeros = sum(r.zeros for r in rows)
+    checkpoint = Checkpoint(folder)
+    n_weights = sum(torch.Size(checkpoint.shape(k)).numel() for k in checkpoint.names())
+    write_json(
+        folder / "sparsity.json",
+        {
+            "model": model,
+            "rows": [asdict(r) for r in rows],
+            **({"blocks": blocks} if blocks else {}),
+            "pruned_matrices": {
+                "count": len(rows),
+                "weights": pruned,
+                "zeros": zeros,
+                "sparsity": zeros / max(1, pruned),
+            },
+            "whole_model": {
+                "weights": n_weights,
+                "zeros": total_zeros,
+                "sparsity": total_zeros / n_weights,
+            },
+        },
+    )
+    return pruned, zeros, n_weights
+
+
+def verify(folder: Path, rows: list[Row]) -> int:
+    """Reloads a written model and holds it against its masks and its skeleton.
+
+    Returns:
+        The zeros in the whole model.
+
+    Raises:
+        UserError: a masked weight is not zero, or a count differs.
+    """
+    checkpoint = Checkpoint(folder)
+    model = skeleton(folder)
+    keys = match_names(model, checkpoint)  # every parameter is there, with its shape
+    masks = mask_files.MaskFile(folder / mask_files.FILE)
+    by_key = {keys[r.name]: r for r in rows}
+    total = 0
+    for key in checkpoint.names():
+        (tensor,) = checkpoint.read([key]).values()
+        zeros = int((tensor == 0).sum())
+        total += zeros
+        row = by_key.get(key)
+        if row is None:
+            continue
+        mask = masks.read(row.name)
+        transposed = isinstance(model.get_submodule(row.name.removesuffix(".weight")), Conv1D)
+        weight = tensor.T if transposed else tensor
+        if zeros != row.zeros or bool((weight[~mask] != 0).any()):
+            raise UserError(
+                f"{row.name} in {folder} has {zeros} zeros, {row.zeros} were made; the file was "
+                "changed or the disk is failing: remove the folder and run again"
+            )
+    return total

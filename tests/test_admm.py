@@ -1,0 +1,94 @@
+"""ALPS and ADMM-grad: exact patterns, kept masks, and errors below SparseGPT's on real layers."""
+
+import pytest
+import reference
+import torch
+
+from cap_llm.solvers.admm import admm_grad, alps, regularised_inverse
+from cap_llm.solvers.hessian import factorise
+from cap_llm.solvers.refit import refit
+from cap_llm.solvers.sparsegpt import sparsegpt
+from cap_llm.sparsity.patterns import Pattern, choose
+
+PATTERNS = {"unstructured": 0.6, "row": 0.5, "2:4": 0.5, "3:8": 0.625}
+
+
+def problem(rows: int = 24, columns: int = 96, seed: int = 0):
+    """A target W_d [R, C] and a damped H [C, C]."""
+    x = reference.correlated(4 * columns, columns, seed)
+    h = reference.damped(reference.second_moment(x)).float()
+    return reference.gaussian(rows, columns, seed + 1), h
+
+
+def assert_pattern(weight, mask, pattern: Pattern, sparsity: float) -> None:
+    zeros = ~mask
+    assert not weight[zeros].any()
+    if pattern.m:
+        assert (mask.reshape(len(mask), -1, pattern.m).sum(-1) == pattern.n).all()
+    elif pattern.kind == "row":
+        assert (zeros.sum(1) == round(sparsity * mask.shape[1])).all()
+    else:
+        assert int(zeros.sum()) == round(sparsity * mask.numel())
+
+
+@pytest.mark.parametrize("solve", [alps, admm_grad])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_pattern_is_exact(solve, pattern):
+    weight, h = problem()
+    new, mask = solve(weight, h, Pattern.parse(pattern), PATTERNS[pattern])
+    assert_pattern(new, mask, Pattern.parse(pattern), PATTERNS[pattern])
+
+
+@pytest.mark.parametrize("solve", [alps, admm_grad])
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
+def test_an_earlier_mask_is_kept(solve, pattern):
+    weight, h = problem()
+    start = "3:4" if ":" in pattern else pattern
+    earlier = choose(weight.abs(), Pattern.parse(start), 0.25)
+    new, mask = solve(weight * earlier, h, Pattern.parse(pattern), 0.5, earlier)
+    assert not (mask & ~earlier).any()
+    assert_pattern(new, mask, Pattern.parse(pattern), 0.5)
+
+
+@pytest.mark.parametrize("solve", [alps, admm_grad])
+def test_without_correlation_both_keep_the_largest_weights(solve):
+    weight, _ = problem()
+    energy = torch.linspace(0.1, 3, weight.shape[1])
+    new, mask = solve(weight, torch.diag(energy), Pattern("unstructured"), 0.5)
+    assert torch.equal(mask, choose(weight.abs() * energy.sqrt(), Pattern("unstructured"), 0.5))
+    assert torch.allclose(new, weight * mask, atol=1e-2)
+
+
+def test_an_iterate_of_b_solves_its_linear_system():
+    _, h = problem()
+    inverse = regularised_inverse(h, 0.3)
+    eye = torch.eye(len(h))
+    assert torch.allclose(inverse @ (h + 0.3 * eye), eye, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def layers(smollm2, calibration_ids):
+    return reference.real_layers(smollm2, calibration_ids)
+
+
+@pytest.mark.parametrize("name", reference.REAL_LAYERS)
+def test_alps_is_better_than_sparsegpt_with_refit_on_real_layers(layers, name):
+    """Whole o_proj; of the MLP's matrices some rows, each of which is a problem of its own."""
+    weight = layers[name].weight
+    weight = weight if "o_proj" in name else weight[:: len(weight) // 64]
+    h = reference.damped(layers[name].hessian).float()
+    factor = factorise(layers[name].hessian.float(), 0.01, name)
+    for text in ("row", "2:4"):
+        pattern = Pattern.parse(text)
+        errors = {}
+        for solve, solver in {
+            "sparsegpt": lambda p=pattern: sparsegpt(weight, factor, p, 0.5),
+            "alps": lambda p=pattern: alps(weight, h, p, 0.5),
+            "admm_grad": lambda p=pattern: admm_grad(weight, h, p, 0.5),
+        }.items():
+            new, mask = solver()
+            errors[f"{solve} alone"] = reference.error(new, weight, h)
+            errors[solve] = reference.error(refit(new, mask, weight, h), weight, h)
+        assert errors["alps"] < errors["sparsegpt"]
+        assert errors["alps"] <= errors["admm_grad"]
+        assert errors["alps"] <= 1.001 * errors["alps alone"]

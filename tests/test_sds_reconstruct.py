@@ -1,0 +1,307 @@
+"""The stages `sds` and `reconstruct` through the real entry: files, numbers, resuming, ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from cap_llm.blockwise.perplexity import perplexity
+from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.runtime.files import read_json
+from cap_llm.sparsity.masks import MaskFile
+from cap_llm.train import main
+
+ALL = "[oneshot, sds, reconstruct]"
+
+
+def options(model, text_file, folder, *more) -> list[str]:
+    words = ["--output_dir", folder, "--model.path", model, "--calibration.corpus", text_file]
+    words += ["--calibration.sequences", 20, "--calibration.length", 48]
+    words += ["--calibration.held_out", 6, "--reconstruct.lr", 0.002, "--runtime.device", "cpu"]
+    return [str(w) for w in [*words, *more]]
+
+
+@pytest.fixture
+def entry(monkeypatch, text_file, tmp_path):
+    """Runs the entry in this process; returns the run directory and the exit code."""
+
+    def run(model, *more, out="run"):
+        words = options(model, text_file, tmp_path / out, *more)
+        monkeypatch.setattr(sys, "argv", ["cap-llm", *words])
+        return tmp_path / out, main()
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(folder)
+    return checkpoint.read(checkpoint.names())
+
+
+@pytest.mark.parametrize(
+    "family, more",
+    [
+        ("llama", ["--reconstruct.halves", "true"]),
+        ("opt", ["--oneshot.pattern", "2:4", "--sds.data", "dense"]),
+        ("gpt2", ["--oneshot.method", "wanda", "--sds.data", "redense"]),
+        ("neox", ["--oneshot.method", "alps", "--reconstruct.inputs", "student"]),
+        ("opt350", ["--oneshot.pattern", "row", "--sds.mode", "paper"]),
+        ("bloom", ["--oneshot.method", "admm_grad", "--oneshot.sparsity", "0.6"]),
+        ("bert", ["--oneshot.method", "magnitude", "--reconstruct.halves", "true"]),
+    ],
+)
+def test_each_stage_leaves_a_model_that_transformers_loads_with_exact_zeros(
+    tiny, entry, family, more
+):
+    dtype = torch.bfloat16 if family == "opt" else torch.float32
+    folder, code = entry(tiny(family, dtype=dtype), "--stages", ALL, *more)
+    assert code == 0
+    for stage in ("oneshot", "sds", "reconstruct"):
+        place = folder / stage
+        counts = read_json(place / "sparsity.json")
+        stored = weights(place)
+        masks = MaskFile(place / "masks.safetensors")
+        auto = transformers.AutoModel if family == "bert" else transformers.AutoModelForCausalLM
+        auto.from_pretrained(place)
+        assert {t.dtype for t in stored.values()} == {dtype}
+        for row in counts["rows"]:
+            mask = masks.read(row["name"])
+            keys = [k for k in stored if k == row["name"] or row["name"].endswith(k)]
+            weight = stored[keys[0]]
+            weight = weight.T if family == "gpt2" else weight
+            assert not weight[~mask].any()
+            zeros = 0.6 if family == "bloom" else 0.5
+            assert int((~mask).sum()) == pytest.approx(zeros * mask.numel(), abs=len(mask))
+        assert (place / "done.json").exists()
+    assert all(row["kept"] for row in read_json(folder / "sds" / "sparsity.json")["rows"])
+    for block in read_json(folder / "reconstruct" / "sparsity.json")["blocks"]:
+        assert block["after"] <= block["before"]
+
+
+def test_sds_without_regularisers_or_adjustment_is_its_base(tiny, entry):
+    """Re-densified to the dense weights, the second prune is the first one."""
+    folder, code = entry(
+        tiny("llama"),
+        *("--stages", "[oneshot, sds]", "--calibration.held_out", 0, "--sds.adjust", "false"),
+        *("--sds.mu", 0, "--sds.l1", 0, "--sds.l2", 0),
+    )
+    assert code == 0
+    first, second = (MaskFile(folder / s / "masks.safetensors") for s in ("oneshot", "sds"))
+    same = [(first.read(n) == second.read(n)).float().mean().item() for n in first.columns]
+    assert min(same) > 0.99
+    a, b = weights(folder / "oneshot"), weights(folder / "sds")
+    assert all((a[k] - b[k]).norm() <= 0.05 * a[k].norm() for k in a)
+
+
+def test_sds_never_has_more_error_on_held_out_text_than_its_start(tiny, entry):
+    folder, code = entry(tiny("llama"), "--stages", "[oneshot, sds]", "--oneshot.method", "wanda")
+    assert code == 0
+    before, after = (
+        {r["name"]: r["error"] for r in read_json(folder / s / "sparsity.json")["rows"]}
+        for s in ("oneshot", "sds")
+    )
+    assert all(after[n] < 1.02 * before[n] for n in before)
+    assert sum(after.values()) < 0.8 * sum(before.values())
+
+
+def test_reconstruction_brings_a_trained_model_closer_to_the_dense_one(
+    smollm2, calibration_ids, tmp_path, monkeypatch
+):
+    """The first two blocks of a real model: the whole's error on text that no one has seen."""
+    from cap_llm.text.tokenizers import load_tokenizer
+
+    small = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    small.model.layers = small.model.layers[:2]
+    small.config.num_hidden_layers = 2
+    small.config.layer_types = None
+    source = tmp_path / "two-blocks"
+    small.save_pretrained(source)
+    tokenizer = load_tokenizer(str(smollm2))
+    tokenizer.save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(tokenizer.batch_decode(calibration_ids[:6])))
+    words = options(source, text, tmp_path / "run", "--stages", "[oneshot, reconstruct]")
+    words += ["--calibration.sequences", "12", "--calibration.length", "64"]
+    words += ["--calibration.held_out", "4", "--oneshot.pattern", "2:4", "--reconstruct.lr", "2e-4"]
+    monkeypatch.setattr(sys, "argv", ["cap-llm", *words])
+    assert main() == 0
+
+    def distance(stage: str) -> float:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / stage)
+        with torch.no_grad():
+            states = [m.model(calibration_ids[6:, :64]).last_hidden_state for m in (model, small)]
+        return (states[0] - states[1])[:, 1:].square().mean().item()
+
+    assert distance("reconstruct") < 0.95 * distance("oneshot")
+
+
+def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, tmp_path):
+    dense = tiny("llama")
+    folder, code = entry(dense, "--stages", "[oneshot]", out="first")
+    assert code == 0
+    pruned = folder / "oneshot"
+    (pruned / "masks.safetensors").unlink()  # the zeros say it too
+    (pruned / "sparsity.json").unlink()
+    more = ("--stages", "[reconstruct]", "--model.dense", dense)
+    folder, code = entry(pruned, *more, out="second")
+    assert code == 0
+    rows = read_json(folder / "reconstruct" / "sparsity.json")["rows"]
+    assert {r["pattern"] for r in rows} == {"as found"}
+    before, after = weights(pruned), weights(folder / "reconstruct")
+    for row in rows:
+        assert torch.equal(before[row["name"]] == 0, after[row["name"]] == 0)
+
+
+def test_halves_train_the_attention_first_and_the_rest_after(tiny, entry):
+    model = tiny("llama")
+    folder, code = entry(
+        model, "--stages", "[oneshot, reconstruct]", "--reconstruct.halves", "true"
+    )
+    assert code == 0
+    for block in read_json(folder / "reconstruct" / "sparsity.json")["blocks"]:
+        (attention,) = block["sections"]
+        assert attention["after"] <= attention["before"]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    "stage, more",
+    [
+        ("sds", ["--sds.data", "redense"]),
+        ("reconstruct", ["--reconstruct.inputs", "student"]),
+        ("reconstruct", []),
+    ],
+)
+def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path, stage, more):
+    model = tiny("llama", num_hidden_layers=10)
+    train = [sys.executable, str(ROOT / "cap_llm/train.py")]
+    more = ["--stages", f"[oneshot, {stage}]", *more]
+    killed = options(model, text_file, tmp_path / "killed", *more)
+    process = subprocess.Popen(
+        [*train, *killed],
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    third = tmp_path / "killed" / stage / "blocks" / "00002.json"
+    deadline = time.monotonic() + 120
+    while not third.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert not (tmp_path / "killed" / stage / "done.json").exists()
+    for name in ("killed", "whole"):
+        command = options(model, text_file, tmp_path / name, *more)
+        subprocess.run([*train, *command], env=environment(), check=True, capture_output=True)
+    a, b = (tmp_path / name / stage for name in ("killed", "whole"))
+    assert json.loads((a / "done.json").read_text())["resumed_at_block"] >= 3
+    for path in [*b.glob("model*.safetensors"), b / "masks.safetensors"]:
+        assert path.read_bytes() == (a / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("inputs", ["dense", "student"])
+def test_two_ranks_equal_one(tiny, text_file, tmp_path, inputs):
+    """From one start; blocks in turn are equal bit for bit, shared sequences up to summation."""
+    model = tiny("llama", num_hidden_layers=3)
+    train = str(ROOT / "cap_llm/train.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    first = options(model, text_file, tmp_path / "start", "--stages", "[oneshot]")
+    start = [[train, *first]]
+    more = ["--model.dense", model, "--reconstruct.inputs", inputs]
+    more += ["--stages", "[sds, reconstruct]" if inputs == "student" else "[reconstruct]"]
+    pruned = tmp_path / "start" / "oneshot"
+    runs = [options(pruned, text_file, tmp_path / n, *more) for n in ("one", "two")]
+    for command in (*start, [train, *runs[0]], [*launcher, train, *runs[1]]):
+        done = subprocess.run(
+            [sys.executable, *command], env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    if inputs == "student":
+        a, b = weights(tmp_path / "one" / "sds"), weights(tmp_path / "two" / "sds")
+        assert all((a[k] - b[k]).norm() <= 0.01 * a[k].norm() for k in a)
+    a, b = (weights(tmp_path / n / "reconstruct") for n in ("one", "two"))
+    for key in a:
+        if inputs == "dense":
+            assert torch.equal(a[key], b[key])
+        assert (a[key] - b[key]).norm() <= 0.02 * a[key].norm()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--stages", "[sds]"], ["sds starts from", "--model.dense"]),
+        (["--stages", "[reconstruct]"], ["reconstruct starts from", "--model.dense"]),
+        (
+            ["--stages", "[sds]", "--sds.redensify", "false", "--sds.adjust", "false"],
+            ["both off"],
+        ),
+        (["--stages", ALL, "--sds.mu", "-1"], ["sds.mu is -1"]),
+        (["--stages", ALL, "--reconstruct.lr", "0"], ["reconstruct.lr is 0"]),
+        (["--stages", ALL, "--reconstruct.epochs", "0"], ["reconstruct.epochs is 0"]),
+        (["--stages", "[sds, oneshot]"], ["in this order"]),
+        (["--stages", ALL, "--calibration.held_out", "100000"], ["to hold out any"]),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(tiny, entry, capsys, more, words):
+    folder, code = entry(tiny("llama"), *more)
+    assert code == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert not list(folder.glob("*/blocks"))
+
+
+def test_a_dense_model_of_other_shape_is_refused(tiny, entry, capsys):
+    other = tiny("llama", intermediate_size=96)
+    more = ("--stages", "[reconstruct]", "--model.dense", other)
+    _, code = entry(tiny("llama"), *more)
+    assert code == 2
+    assert "give the model that it was pruned from" in capsys.readouterr().err
+
+
+def test_a_stage_added_before_a_finished_one_is_refused(tiny, entry, capsys):
+    model = tiny("llama")
+    assert entry(model, "--stages", "[oneshot, reconstruct]")[1] == 0
+    assert entry(model, "--stages", "[sds, reconstruct]")[1] == 2
+    assert "start was 'oneshot' there and is 'sds' now" in capsys.readouterr().err
+
+
+def test_a_diverging_block_is_named(tiny, entry, capsys):
+    more = ("--stages", "[oneshot, reconstruct]", "--reconstruct.lr", "1e30")
+    _, code = entry(tiny("llama"), *more)
+    assert code == 2
+    assert "lower --reconstruct.lr" in capsys.readouterr().err
+
+
+def test_scores_of_every_stage_are_those_of_its_model(tiny, entry, text_file, tmp_path):
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(text_file.read_text()[::-1])
+    folder, code = entry(
+        tiny("llama"),
+        *("--stages", "[oneshot, sds, reconstruct, evaluate]", "--evaluate.window", 48),
+        *("--evaluate.corpora", f"[{held_out}]", "--evaluate.max_windows", 5),
+    )
+    assert code == 0
+    from cap_llm.text.tokenizers import load_tokenizer
+    from cap_llm.text.windows import evaluation_windows
+
+    for stage in ("sds", "reconstruct"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / stage)
+        tokenizer = load_tokenizer(str(folder / stage))
+        windows = evaluation_windows(tokenizer, held_out.read_text(), "text", 48, 5)
+        (score,) = read_json(folder / stage / "perplexity.json")["corpora"].values()
+        assert score["ppl_token"] == pytest.approx(perplexity(model, windows), rel=1e-4)
+        assert load_file(folder / stage / "masks.safetensors")
