@@ -18,7 +18,7 @@ test: $(INSTALLED)  ## the tests
 test-slurm: $(INSTALLED)  ## every file of slurm/ on a real SLURM, set up and taken down; needs root
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/slurm_real.py
 
-test-faults: $(INSTALLED)  ## kill random ranks at random moments (KILLS=30 SEED=0); resumable
+test-faults: $(INSTALLED)  ## kill random ranks at random moments (KILLS=36 SEED=0); resumable
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/faults.py
 
 study: $(INSTALLED)  ## the README's WikiText-2 table; hours on two cores, resumable

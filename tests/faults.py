@@ -1,12 +1,12 @@
 """Kills a random rank at a random moment, many times (`make test-faults`; some minutes).
 
     python -m pytest -s tests/faults.py
-    python tests/faults.py RECIPE FOLDER [--kills 30] [--seed 0]
+    python tests/faults.py RECIPE FOLDER [--kills 36] [--seed 0]
 
 A trial runs the whole pipeline on two ranks, kills one of them by SIGKILL somewhere inside a phase
-(one-shot, bank building, training, checkpointing, export; ZeRO 2 and 3 in turn), ends the other one
-as a launcher does, gives the same command again, and holds what comes out against an undisturbed
-run, bit for bit. FOLDER/results.json keeps what was done, so that a stopped test goes on.
+(one-shot, reconstruction, bank building, training, checkpointing, export; ZeRO 2 and 3 in turn),
+ends the other one as a launcher does, gives the same command again, and holds what comes out against
+an undisturbed run, bit for bit. FOLDER/results.json keeps what was done, so that a stopped test goes on.
 
 A rank is a fork of this process, which has imported everything: so a trial takes seconds.
 """
@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = {  # what is wrapped, to count its calls and to kill inside one
     "one-shot": ("cap_llm.blockwise.oneshot", "prune_block"),
+    "reconstruction": ("cap_llm.blockwise.reconstruct", "_Trainer.train"),
     "bank building": ("cap_llm.recovery.contrasts", "Contrasts.fill"),
     "training": ("cap_llm.recovery.training", "step_once"),
     "checkpointing": ("cap_llm.recovery.checkpoints", "save"),
@@ -203,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -258,14 +259,14 @@ def test_no_kill_loses_anything_and_none_hangs(tiny, text_file):
         recover |= {"checkpoint_steps": 2, "evaluate_steps": 4, "micro_batch": 1}
         recover |= {"contrast": {"segments": 4, "token_positions": 8, "extra_sequences": 4}}
         settings = {
-            "stages": ["oneshot", "recover", "evaluate"],
+            "stages": ["oneshot", "reconstruct", "recover", "evaluate"],
             "model": {"path": str(folder / "model")},
-            "calibration": text | {"sequences": 8},
+            "calibration": text | {"sequences": 8, "held_out": 4},
             "recover": text | recover,
             "evaluate": {"corpora": [str(folder / "scored.txt")], "window": 64},
         }
         recipe.write_text(yaml.safe_dump(settings))
-    kills = os.environ.get("KILLS", "30")
+    kills = os.environ.get("KILLS", "36")
     command = [sys.executable, __file__, recipe, folder, "--kills", kills]
     subprocess.run([*command, "--seed", os.environ.get("SEED", "0")], check=True)
     trials = json.loads((folder / "results.json").read_text())
