@@ -5,8 +5,9 @@
 
 A trial runs the whole pipeline on two ranks, kills one of them by SIGKILL somewhere inside a phase
 (one-shot, reconstruction, bank building, training, checkpointing, export; ZeRO 2 and 3 in turn),
-ends the other one as a launcher does, gives the same command again, and holds what comes out against
-an undisturbed run, bit for bit. FOLDER/results.json keeps what was done, so that a stopped test goes on.
+ends the other one as a launcher does, gives the same command again, and holds what comes out
+against an undisturbed run, bit for bit. FOLDER/results.json keeps what was done, so that a stopped
+test goes on.
 
 A rank is a fork of this process, which has imported everything: so a trial takes seconds.
 """
