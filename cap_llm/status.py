@@ -96,9 +96,8 @@ def _job(folder: Path) -> tuple[str | None, str]:
 def _metrics(path: Path) -> list[dict]:
     lines = []
     for line in _text(path).splitlines():
-        with contextlib.suppress(
-            ValueError
-        ):  # one that is being written, or was when it was killed
+        # one may be being written, or was when its writer was killed
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines
 
