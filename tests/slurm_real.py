@@ -22,6 +22,7 @@ from conftest import ROOT
 
 BATCH, LENGTH = 4, 64
 STEPS = 20
+STAGES = ["oneshot", "reconstruct", "recover", "evaluate"]
 PIPELINE = "runs/pipeline"  # the first test's run
 
 
@@ -112,9 +113,9 @@ def recipe(cluster, tiny, text_file) -> Path:
     scored = cluster.project / "scored.txt"
     scored.write_text("".join(text_file.read_text().splitlines(keepends=True)[600:700]))
     settings = {
-        "stages": ["oneshot", "recover", "evaluate"],
+        "stages": STAGES,
         "model": {"path": str(tiny("llama", num_hidden_layers=3))},
-        "calibration": {"corpus": str(text), "sequences": 8, "length": LENGTH},
+        "calibration": {"corpus": str(text), "sequences": 8, "length": LENGTH, "held_out": 4},
         "recover": {
             "corpus": str(text),
             "length": LENGTH,
@@ -171,16 +172,16 @@ def test_a_pipeline_that_was_killed_half_way_completes_only_what_is_missing(clus
     again = cluster.run(*command).splitlines()
     assert again[0] in (f"oneshot: job {job} is in the queue already", "oneshot: done")
     jobs = [re.search(r"job (\d+)", line).group(1) for line in again[1:]]
-    assert [line.split(":")[0] for line in again] == ["oneshot", "recover", "evaluate"]
+    assert [line.split(":")[0] for line in again] == STAGES
     third = cluster.run(*command).splitlines()
     assert [line.split("job ")[-1].split()[0] for line in third[1:]] == jobs
     cluster.wait(jobs[-1])
     found = status(cluster, run)
-    assert found["stages"] == dict.fromkeys(("oneshot", "recover", "evaluate"), "done")
+    assert found["stages"] == dict.fromkeys(STAGES, "done")
     assert cluster.run(*command).splitlines() == [f"{s}: done" for s in found["stages"]]
     scored = cluster.project / run
-    assert all((scored / s / "perplexity.json").exists() for s in ("dense", "oneshot", "recover"))
-    assert "sparsegpt 50 %, oneshot only" in (scored / "report.md").read_text()
+    assert all((scored / s / "perplexity.json").exists() for s in ("dense", *STAGES[:-1]))
+    assert "sparsegpt 50 % + reconstruction + recovery" in (scored / "report.md").read_text()
 
 
 def test_two_nodes_train_as_one_does_though_one_of_them_goes_down(cluster, recipe):
