@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slurm test-faults study lint clean
+.PHONY: demo test test-slurm test-faults study acceptance lint clean
 
 demo: $(INSTALLED)  ## prune a real pretrained model by five methods and compare them
 	$(BIN)/python eval/demo.py runs/demo
@@ -23,6 +23,9 @@ test-faults: $(INSTALLED)  ## kill random ranks at random moments (KILLS=36 SEED
 
 study: $(INSTALLED)  ## the README's WikiText-2 table; hours on two cores, resumable
 	$(BIN)/python eval/study_oneshot.py
+
+acceptance: $(INSTALLED)  ## OPT-125m against the published figures; needs the hub, better a GPU
+	$(BIN)/python eval/acceptance.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

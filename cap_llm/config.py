@@ -493,7 +493,8 @@ class Rung:
 
 @dataclass
 class EvaluateConfig:
-    """Perplexity as the papers measure it: rows joined, one BOS, non-overlapping windows."""
+    """Perplexity as the papers measure it (rows joined, one BOS, non-overlapping windows), and
+    zero-shot scores by lm-eval."""
 
     corpora: list[str] = field(default_factory=lambda: ["wikitext2"])
     """wikitext2, c4, ptb, or files."""
@@ -501,6 +502,15 @@ class EvaluateConfig:
     """Tokens a window; figures of different windows do not compare."""
     max_windows: int | None = None
     """Score only the first windows of each corpus."""
+    tasks: list[str] = field(default_factory=list)
+    """Zero-shot tasks: wanda, sds (the papers' sets), tasks of lm-eval, or its task files."""
+    task_data: str | None = None
+    """Folder of the tasks' rows (see README). Default: `zeroshot` in CAP_LLM_DATA; what is not
+    there comes from the hub."""
+    limit: int | None = None
+    """Score only the first items of each task."""
+    batch_size: int = 8
+    """Requests a batch of a task; a batch is padded to its longest."""
     dense: bool = True
     """Score the dense model too."""
 
@@ -508,6 +518,9 @@ class EvaluateConfig:
         _at_least("evaluate.window", self.window, 2)
         if self.max_windows is not None:
             _at_least("evaluate.max_windows", self.max_windows, 1)
+        if self.limit is not None:
+            _at_least("evaluate.limit", self.limit, 1)
+        _at_least("evaluate.batch_size", self.batch_size, 1)
 
 
 @dataclass
@@ -587,8 +600,11 @@ class Config:
                 f"stages is [{', '.join(self.stages)}]; name some of {', '.join(STAGES)}, each "
                 "once and in this order"
             )
-        if "evaluate" in self.stages and not self.evaluate.corpora:
-            raise UserError("evaluate.corpora is empty; name a corpus or leave evaluate out")
+        if "evaluate" in self.stages and not (self.evaluate.corpora or self.evaluate.tasks):
+            raise UserError(
+                "evaluate.corpora is empty, and so is evaluate.tasks; name a corpus or a task, or "
+                "leave evaluate out"
+            )
         names = [Path(name).name for name in self.evaluate.corpora]
         for name in names:
             if names.count(name) > 1:

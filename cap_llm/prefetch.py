@@ -58,6 +58,7 @@ def fetch(config: Config, data: Path, console: Console) -> None:
     Raises:
         UserError: something cannot be had.
     """
+    from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.source import locate
     from cap_llm.text.corpora import NAMES, fetch_corpus
     from cap_llm.text.tokenizers import load_tokenizer
@@ -79,3 +80,6 @@ def fetch(config: Config, data: Path, console: Console) -> None:
     for name, split in dict.fromkeys(corpora):
         if name in NAMES:
             console.say(f"{name} ({split}): {fetch_corpus(name, split, data)}")
+    if "evaluate" in config.stages:
+        for task in find_tasks(config.evaluate, console):
+            console.say(f"task {task.name}: {task.origin}")

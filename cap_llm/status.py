@@ -141,7 +141,12 @@ def _evaluate(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, st
     scores = sum(len(read_json(path)["corpora"]) for path in files if path.exists())
     total = each * len(wanted)
     text = f"{scores} of {total} perplexities" if scores else ""
-    return bool(total) and scores >= total, text
+    done = scores >= total
+    if config["evaluate"].get("tasks"):
+        zeroshot = [stage for stage in wanted if (folder / stage / "zeroshot.json").exists()]
+        text += f", tasks of {len(zeroshot)} of {len(wanted)} models"
+        done = done and zeroshot == wanted
+    return bool(wanted) and done, text.removeprefix(", ")
 
 
 _PROGRESS = {stage: functools.partial(_blockwise, stage) for stage in MODELS}

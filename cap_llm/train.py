@@ -26,6 +26,7 @@ quiet_libraries()
 import contextlib  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 
 from cap_llm.command_line import read_config  # noqa: E402
 from cap_llm.config import MODELS, Config  # noqa: E402
@@ -46,6 +47,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.blockwise.sds import sds
     from cap_llm.evaluation.evaluate import evaluate
     from cap_llm.evaluation.report import collect, write_report
+    from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.checkpoint import remove_weights
     from cap_llm.models.source import locate, prepare, start_of
     from cap_llm.runtime.rundir import Run
@@ -61,6 +63,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             from cap_llm.recovery.check import check_recovery
 
             check_recovery(located, config, world, console)
+        tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
         texts = read_texts(config, located) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
         for stage in ("dense", *config.stages):
@@ -90,7 +93,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             for stage in MODELS:  # of earlier jobs, too
                 folder, done = run.stage(stage, config.recipe(stage))
                 models |= {stage: folder} if done else {}
-            evaluate(models, texts, config, run)
+            evaluate(models, texts, tasks, config, run)
         world.barrier()
         if world.first:
             made = [stage for stage in MODELS if stage in models]
@@ -114,6 +117,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
 def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
     from cap_llm.blockwise.plan import check_everything
+    from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.source import locate
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
@@ -125,6 +129,8 @@ def dry_run(config: Config, console: Console) -> None:
         from cap_llm.recovery.check import check_recovery
 
         check_recovery(located, config, world, console, predict=True)
+    if "evaluate" in config.stages:
+        find_tasks(config.evaluate, console, fetch=False)
     if located and located.is_dir():
         read_texts(config, located)
     console.say("dry run: nothing was written")
@@ -133,10 +139,8 @@ def dry_run(config: Config, console: Console) -> None:
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    rank = int(os.environ.get("RANK", 0))
-    console = Console(speaks=rank == 0)
-    stop_at_once()
-    try:
+
+    def work(console: Console) -> None:
         if sys.argv[1:2] == ["status"]:
             from cap_llm.status import main as show_status
 
@@ -152,16 +156,27 @@ def main() -> int:
                 dry_run(config, console)
             else:
                 pipeline(config, config_yaml, console)
+
+    return guarded(work, "cap-llm")
+
+
+def guarded(work: Callable[[Console], None], program: str) -> int:
+    """Does `work` and turns what ends it early into one line of `program` and an exit code."""
+    rank = int(os.environ.get("RANK", 0))
+    console = Console(speaks=rank == 0)
+    stop_at_once()
+    try:
+        work(console)
     except BaseException as error:
         stop_no_more()
         code = exit_code(error)
         if stopped_by(error):
-            text = "cap-llm: stopped; give the same command again to go on"
+            text = f"{program}: stopped; give the same command again to go on"
         elif isinstance(error, UserError | RankLost):
-            text = f"cap-llm: error: {error}"
+            text = f"{program}: error: {error}"
         elif code == 2:
             text = "out of memory: lower --runtime.activation_gib or --calibration.sequences"
-            text = f"cap-llm: error: {text}"
+            text = f"{program}: error: {text}"
         else:
             text = traceback.format_exc()
         if rank == 0:
@@ -170,7 +185,7 @@ def main() -> int:
             # The launcher ends the first rank when another one fails: let it speak before that.
             time.sleep(2)
             with contextlib.suppress(BrokenPipeError):
-                text = text.replace("cap-llm: error", f"cap-llm: rank {rank}")
+                text = text.replace(f"{program}: error", f"{program}: rank {rank}")
                 print(text, file=sys.stderr, flush=True)
         return leave(code)
     return leave(0)

@@ -51,7 +51,7 @@ def main() -> int:
     ranks = ["--num_gpus", "1"] if torch.cuda.is_available() else ["--num_accelerators", "2"]
     runs = {"dense": ["--stages", "[evaluate]"], **METHODS}
     runs[RECOVERED] = ["--stages", "[recover, evaluate]", "--recover.corpus", str(calibration)]
-    lines = []
+    folders = []
     for n, (name, options) in enumerate(runs.items(), 1):
         console.say(f"\n[{n}/{len(runs)}] {name}", style="bold")
         place = START if name == RECOVERED else name
@@ -68,10 +68,11 @@ def main() -> int:
         if code:
             console.say(f"{name} ended with exit code {code}")
             return code
-        lines.append(collect(folder)[-1])
+        folders.append(folder)
     console.say("")
     title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"
-    page = write_report(lines, out, title, console)
+    results = [r for folder in dict.fromkeys(folders) for r in collect(folder)]
+    page = write_report(results, out, title, console)
     console.say(f"all of it in {duration(time.monotonic() - start)}; report: {page}")
     return 0
 

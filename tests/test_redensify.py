@@ -58,7 +58,7 @@ def test_l1_makes_zeros():
 
 def test_sgd_on_second_moments_takes_the_steps_of_sgd_on_activations():
     dense, _ = problem(8, 32)
-    x = reference.correlated(40, 32).reshape(2, 20, 32)
+    x = 0.1 * reference.correlated(40, 32).reshape(2, 20, 32)
     grams = torch.stack([b.T @ b / len(b) for b in x])
     ours = redensify_by_sgd(pruned(dense), dense, grams, lr=0.05)
     w = pruned(dense).clone().requires_grad_(True)

@@ -131,7 +131,8 @@ def test_reconstruction_brings_a_trained_model_closer_to_the_dense_one(
     text.write_text("\n".join(tokenizer.batch_decode(calibration_ids[:6])))
     words = options(source, text, tmp_path / "run", "--stages", "[oneshot, reconstruct]")
     words += ["--calibration.sequences", "12", "--calibration.length", "64"]
-    words += ["--calibration.held_out", "4", "--oneshot.pattern", "2:4", "--reconstruct.lr", "2e-4"]
+    words += ["--calibration.held_out", "4", "--oneshot.pattern", "2:4", "--reconstruct.lr", "5e-4"]
+    words += ["--reconstruct.batch", "2", "--reconstruct.epochs", "4"]
     monkeypatch.setattr(sys, "argv", ["cap-llm", *words])
     assert main() == 0
 
@@ -256,7 +257,9 @@ def test_two_ranks_equal_one(tiny, text_file, tmp_path, inputs):
     ],
 )
 def test_bad_input_is_one_line_before_any_work(tiny, entry, capsys, more, words):
-    folder, code = entry(tiny("llama"), *more)
+    model = tiny("llama")
+    capsys.readouterr()
+    folder, code = entry(model, *more)
     assert code == 2
     message = capsys.readouterr().err.strip()
     assert "\n" not in message

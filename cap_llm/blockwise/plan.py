@@ -59,8 +59,8 @@ def check_everything(
     model = BlockModel(skeleton(located), torch.device("cpu"))
     if "evaluate" in config.stages and not model.is_causal:
         raise UserError(
-            f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity; "
-            "set --stages [oneshot]"
+            f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity "
+            "and no zero-shot scores; set --stages [oneshot]"
         )
     if {"oneshot", "sds"} & set(config.stages):
         plan_sparsities(model, config.oneshot)
@@ -82,6 +82,8 @@ def check_everything(
         text += f", of the memory {size(estimate['activations'])} for activations"
     if predict:
         text += f", time {duration(estimate['flops'] / matrix_rate(world.device) / world.size)}"
+        if "evaluate" in config.stages and config.evaluate.tasks:
+            text += " and the zero-shot tasks"
     console.say(f"estimate: {text}")
 
 
@@ -90,7 +92,7 @@ def _check_positions(config: Config, facts: dict) -> None:
     asked = {}
     if config.uses_calibration:
         asked["calibration.length"] = config.calibration.length
-    if "evaluate" in config.stages:
+    if "evaluate" in config.stages and config.evaluate.corpora:
         asked["evaluate.window"] = config.evaluate.window
     if "recover" in config.stages:
         asked["recover.length"] = config.recover.length
@@ -174,7 +176,7 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
             estimate["flops"] += sum(r * c * c * 2 for shapes in linears for r, c in shapes)
             if config.oneshot.refit or config.oneshot.method == "alps" or "sds" in made:
                 estimate["flops"] += sum(r * c * c * 100 for shapes in linears for r, c in shapes)
-    if "evaluate" in config.stages:
+    if "evaluate" in config.stages and config.evaluate.corpora:
         windows = config.evaluate.max_windows or 160
         n = windows * config.evaluate.window * len(config.evaluate.corpora)
         n_models = 1 + ("oneshot" in config.stages and config.evaluate.dense)
@@ -195,6 +197,8 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
         estimate["disk"] += max(0, share * width * hidden - allowed) * world.size
     outside = n_weights - sum(block_weights)
     estimate["memory"] = width * (outside + 2 * max(block_weights)) + work + estimate["activations"]
+    if "evaluate" in config.stages and config.evaluate.tasks:
+        estimate["memory"] = max(estimate["memory"], width * n_weights)  # the whole model at once
     return estimate
 
 

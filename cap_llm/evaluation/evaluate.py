@@ -1,7 +1,8 @@
-"""The stage `evaluate`: perplexity of the dense model and of each stage's, in `perplexity.json`.
+"""The stage `evaluate`: perplexity and zero-shot scores of the dense model and of each stage's.
 
-The file lies beside the model it scores: `<run>/<stage>/perplexity.json`, for the dense model in
-`<run>/dense/`. What is scored already, on the same windows, is not scored again.
+The results lie beside the model they score: `<run>/<stage>/perplexity.json` and `zeroshot.json`,
+for the dense model in `<run>/dense/`. What is scored already, on the same windows or rows, is not
+scored again.
 """
 
 from __future__ import annotations
@@ -14,58 +15,136 @@ from pathlib import Path
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config
+from cap_llm.evaluation import zeroshot
+from cap_llm.evaluation.tasks import Task
 from cap_llm.models.blocks import BlockModel
-from cap_llm.runtime.console import duration
+from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import LIBRARIES, Run, environment
+from cap_llm.runtime.world import World
 from cap_llm.text.reading import ScoredText, Texts
 
 FILE = "perplexity.json"
 
 
-def evaluate(models: dict[str, Path], texts: Texts, config: Config, run: Run) -> None:
+def evaluate(
+    models: dict[str, Path], texts: Texts, tasks: list[Task], config: Config, run: Run
+) -> None:
     """Scores model directories.
 
     Args:
         models: by the name of the folder of the run that takes the result (`dense`, `oneshot`).
         texts: the windows to score.
+        tasks: the zero-shot tasks to score.
         config: the run's settings.
         run: the run directory.
 
     Raises:
-        UserError: a model has no perplexity or overflows.
+        UserError: a model has no perplexity, overflows, or does not fit.
     """
-    versions = {name: environment(run.world)["versions"][name] for name in LIBRARIES}
     for stage, folder in models.items():
         place, _ = run.stage(stage, config.recipe(stage))
         run.bind(place, config.recipe(stage))
-        path = place / FILE
-        results = read_json(path) if path.exists() else {"corpora": {}}
-        run.world.barrier()  # all have read before the first one writes
-        for text in texts.scored:
-            known = results["corpora"].get(text.key)
-            if not known or known["text_sha256"] != text.digest:
-                known = _score(folder, f"{stage} on {text.name}", text, config, run)
-                results["corpora"][text.key] = known
-                if run.world.first:
-                    facts = {"model": config.model.path, "stage": stage, "versions": versions}
-                    write_json(path, facts | results)
-            run.console.say(
-                f"{stage}: ppl_token@{known['window']} {known['ppl_token']:.4f} on {text.name} "
-                f"({known['windows']} windows, BOS {known['bos']}, {duration(known['seconds'])})"
+        facts = facts_of(config, run.world) | {"stage": stage}
+        if texts.scored:
+            path = place / FILE
+            corpora = score_corpora(
+                folder, texts.scored, config, facts, path, run.path, run.world, run.console
             )
-            run.metric("evaluate", 0, {f"{stage} {text.key}": known["ppl_token"]})
+            for key, entry in corpora.items():
+                run.metric("evaluate", 0, {f"{stage} {key}": entry["ppl_token"]})
+        if tasks:
+            path = place / zeroshot.FILE
+            results = zeroshot.score_tasks(
+                folder,
+                tasks,
+                config.evaluate,
+                facts,
+                path,
+                run.world,
+                run.console,
+                config.model.tokenizer,
+            )
+            for key, entry in results["tasks"].items():
+                run.metric(
+                    "evaluate", 0, {f"{stage} {key}": entry["acc"]} if "acc" in entry else {}
+                )
         run.world.barrier()
 
 
-def _score(folder: Path, title: str, text: ScoredText, config: Config, run: Run) -> dict:
+def facts_of(config: Config, world: World) -> dict:
+    """What results say of a model besides its scores."""
+    versions = {name: environment(world)["versions"][name] for name in LIBRARIES}
+    return {"model": config.model.path, "versions": versions}
+
+
+def score_corpora(
+    folder: Path,
+    scored: list[ScoredText],
+    config: Config,
+    facts: dict,
+    path: Path | None,
+    scratch: Path | None,
+    world: World,
+    console: Console,
+) -> dict[str, dict]:
+    """Perplexity of a model directory on each text.
+
+    Args:
+        folder: the model.
+        scored: the windows.
+        config: the run's settings.
+        facts: what the file says of the model besides; with `weights_sha256`, figures of other
+            weights do not count.
+        path: the file that is written after each text, and read for what it holds already.
+        scratch: where activations go that do not fit in memory; None: a temporary folder.
+        world: the ranks.
+        console: where progress goes.
+
+    Returns:
+        The asked texts' entries, by corpus and window.
+
+    Raises:
+        UserError: the model has no perplexity or overflows.
+    """
+    stage = facts.get("stage", folder.name)
+    results = read_json(path) if path and path.exists() else {"corpora": {}}
+    weights = facts.get("weights_sha256")  # a run directory's models are known by their recipes
+    if weights and results.get("weights_sha256", weights) != weights:
+        console.say(f"{path} scores other weights; it will be written anew")
+        results = {"corpora": {}}
+    world.barrier()  # all have read before the first one writes
+    for text in scored:
+        known = results["corpora"].get(text.key)
+        if not known or known["text_sha256"] != text.digest:
+            title = f"{stage} on {text.name}"
+            known = _score(folder, title, text, config, scratch, world, console)
+            results["corpora"][text.key] = known
+            if world.first and path:
+                write_json(path, facts | results)
+        console.say(
+            f"{stage}: ppl_token@{known['window']} {known['ppl_token']:.4f} on {text.name} "
+            f"({known['windows']} windows, BOS {known['bos']}, {duration(known['seconds'])})"
+        )
+    return {text.key: results["corpora"][text.key] for text in scored}
+
+
+def _score(
+    folder: Path,
+    title: str,
+    text: ScoredText,
+    config: Config,
+    scratch: Path | None,
+    world: World,
+    console: Console,
+) -> dict:
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
-        model = BlockModel.open(folder, run.world.device)
-        with run.console.bar(title, len(model), "blocks") as bar:
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".scratch-") as place:
+        model = BlockModel.open(folder, world.device)
+        with console.bar(title, len(model), "blocks") as bar:
             memory = activation_bytes(config)
-            nll = streamed_nll(model, text.windows, run.world, memory, Path(scratch), bar.advance)
+            nll = streamed_nll(model, text.windows, world, memory, Path(place), bar.advance)
     if not math.isfinite(nll):
         raise UserError(f"the perplexity of {folder} is not finite: the model overflows")
     n_windows, window = text.windows.shape

@@ -1,128 +1,235 @@
-"""The report: one table of runs, as Markdown, as a page, and on the console."""
+"""The report over any runs: as Markdown, a page, CSV, pictures, and on the console."""
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from rich.markup import escape
 
-from cap_llm.runtime.console import Console, duration, size
+from cap_llm.evaluation.comparison import COST, PUBLISHED, Cell, Section, Table, compare
+from cap_llm.evaluation.figures import Picture, draw
+from cap_llm.evaluation.runs import Result, collect
+from cap_llm.runtime.console import PLAIN_WIDTH, Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import atomic, read_json
+from cap_llm.runtime.files import atomic
+
+__all__ = ["collect", "write_report"]
 
 _PAGE = jinja2.Environment(
-    loader=jinja2.PackageLoader("cap_llm.evaluation", "."), autoescape=True, trim_blocks=True
+    loader=jinja2.PackageLoader("cap_llm.evaluation", "."),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 
-@dataclass
-class Line:
-    """One model of one run, as the table shows it.
-
-    Attributes:
-        name: the run's, or `dense`.
-        perplexity: by `corpus@window`.
-        sparsity: share of zeros in the pruned matrices and in the whole model.
-        seconds: of the stage that made the model.
-        peak: bytes of memory that stage held, a rank.
-        calibration: the text the stage read.
-        origin: the run directory.
-    """
-
-    name: str
-    perplexity: dict[str, float]
-    sparsity: tuple[float, float] | None
-    seconds: float | None
-    peak: int | None
-    calibration: str | None
-    origin: str
-
-
-def collect(folder: Path) -> list[Line]:
-    """The scored or finished models of a run directory.
-
-    Raises:
-        UserError: it is no run directory.
-    """
-    if not (folder / "environment.json").exists():
-        raise UserError(f"{folder} is no run directory: it has no environment.json")
-    title = read_json(folder / "environment.json")["run"]
-    lines = []
-    stages = [s for s in ("dense", "oneshot", "recover") if (folder / s).is_dir()]
-    for stage in stages:
-        place = folder / stage
-        scored = place / "perplexity.json"
-        done = place / "done.json"
-        if not (scored.exists() or done.exists()):
-            continue
-        corpora = read_json(scored)["corpora"] if scored.exists() else {}
-        summary = read_json(done) if done.exists() else {}
-        sparsity = None
-        if (place / "sparsity.json").exists():
-            counts = read_json(place / "sparsity.json")
-            sparsity = (counts["pruned_matrices"]["sparsity"], counts["whole_model"]["sparsity"])
-        lines.append(
-            Line(
-                _name(stage, title, stages),
-                {key: entry["ppl_token"] for key, entry in corpora.items()},
-                sparsity,
-                summary.get("seconds"),
-                summary.get("peak_memory_bytes"),
-                summary.get("calibration"),
-                str(folder),
-            )
-        )
-    return lines
-
-
-def _name(stage: str, title: str, stages: list[str]) -> str:
-    """What the table calls a stage's model: the run's last one bears the run's name."""
-    if stage == "dense":
-        return "dense"
-    return title if stage == stages[-1] else f"{title}, {stage} only"
-
-
-def write_report(lines: list[Line], folder: Path, title: str, console: Console) -> Path:
-    """Prints the table and writes `report.md` and `report.html` to `folder`.
+def write_report(results: list[Result], folder: Path, title: str, console: Console) -> Path:
+    """Prints the main table; writes `report.md`, `report.html`, `report.csv` and `figures/`.
 
     Returns:
         The page's path.
+
+    Raises:
+        UserError: `folder` cannot be written.
     """
-    measures = list(dict.fromkeys(key for line in lines for key in line.perplexity))
-    columns = ["model"]
-    for measure in measures:
-        corpus, _, window = measure.partition("@")
-        columns.append(f"{Path(corpus).stem}\nppl_token@{window}")
-    columns += ["sparsity", "whole\nmodel", "time", "peak\nmemory"]
-    rows = [
-        [
-            line.name,
-            *(f"{line.perplexity[m]:.2f}" if m in line.perplexity else "-" for m in measures),
-            f"{100 * line.sparsity[0]:.2f} %" if line.sparsity else "-",
-            f"{100 * line.sparsity[1]:.2f} %" if line.sparsity else "-",
-            duration(line.seconds) if line.seconds is not None else "-",
-            size(line.peak) if line.peak else "-",
-        ]
-        for line in lines
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {folder}: {error.strerror}") from None
+    sections = compare(results)
+    pictures, missing = draw(sections, folder / "figures")
+    for section in sections:
+        heading = title if len(sections) == 1 else f"{title}: {section.title}"
+        console.table(heading, *_plain(section.tables[0]))
+        for _, _, meaning in (mark for mark in _legend(section) if mark[0] == "best"):
+            console.say(f"* {meaning}")
+        for table in section.tables[1:]:
+            if table.title == PUBLISHED or (table.title == COST and len(table.rows) > 2):
+                console.table(table.title, *_plain(table))
+        for note in section.tables[0].notes:
+            console.say(note)
+    if missing:
+        console.say(missing)
+    runs = [_provenance(run, results) for run in dict.fromkeys(r.run for r in results)]
+    common = _common(runs)
+    text = {
+        "report.md": _markdown(title, sections, pictures, runs, common, missing),
+        "report.html": _html(title, sections, pictures, runs, common, missing),
+        "report.csv": _csv(results),
+    }
+    for name, content in text.items():
+        with atomic(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return folder / "report.html"
+
+
+# where it comes from
+
+
+@dataclass
+class Provenance:
+    """A run directory and what it says of itself."""
+
+    run: str
+    facts: list[tuple[str, str]]
+
+
+def _provenance(run: Path, results: Iterable[Result]) -> Provenance:
+    own = [r for r in results if r.run == run]
+    environment = next((r.environment for r in own if r.environment), {})
+    hardware = environment.get("hardware") or {}
+    versions = environment.get("versions") or {}
+    facts = [("models", ", ".join(f"{r.name} ({r.stage})" for r in own))]
+    facts.append(("command", environment.get("command") or "unknown"))
+    for result in own:
+        if result.calibration:
+            c = result.calibration
+            text = f"{c.get('sequences')} x {c.get('length')} tokens of "
+            text += f"{Path(str(c.get('corpus'))).name}, seed {c.get('seed')}"
+            facts.append(("calibration", text))
+            break
+    training = next((r.training for r in own if r.training), None)
+    if training:
+        facts.append(("trained on", training))
+    names = [f"{k} {v}" for k, v in versions.items() if v]
+    if environment.get("commit"):
+        names.append(f"commit {environment['commit']}")
+    facts.append(("versions", ", ".join(names) or "unknown"))
+    machine = [f"{hardware.get('processor')}, {hardware.get('cores')} cores"] if hardware else []
+    machine += hardware.get("cuda") or []
+    ranks = hardware.get("ranks") or 1
+    machine += [f"{ranks} ranks"] if ranks > 1 else []
+    facts.append(("machine", ", ".join(machine) or "unknown"))
+    facts += [("incomplete", f"{r.name}: {'; '.join(r.status)}") for r in own if r.status]
+    return Provenance(str(run), facts)
+
+
+def _common(runs: list[Provenance]) -> list[tuple[str, str]]:
+    """Takes out what all of several runs say alike."""
+    if len(runs) < 2:
+        return []
+    common = [fact for fact in runs[0].facts if all(fact in run.facts for run in runs)]
+    for run in runs:
+        run.facts = [fact for fact in run.facts if fact not in common]
+    return common
+
+
+# files
+
+
+def _plain(table: Table) -> tuple[list[str], list[list[str]]]:
+    """A table for the console: as many columns as there is room for."""
+    rows = [[escape(_named(c)) + " *" * c.best for c in row] for row in table.rows]
+    widths = [
+        max(len(line) for text in (label, *texts) for line in text.split("\n")) + 3
+        for label, *texts in zip(table.columns, *rows, strict=True)
     ]
-    notes = list(dict.fromkeys(f"{ln.name}: {ln.calibration}" for ln in lines if ln.calibration))
-    facts = read_json(Path(lines[0].origin) / "environment.json") if lines else {}
-    console.table(title, columns, rows)
-    columns = [" ".join(c.split()) for c in columns]
-    markdown = [f"# {title}", "", "| " + " | ".join(columns) + " |"]
-    markdown.append("| --- |" + " ---: |" * (len(columns) - 1))
-    markdown += ["| " + " | ".join(row) + " |" for row in rows]
-    markdown += ["", "Sparsity is the share of zeros in the pruned matrices. Calibration:", ""]
-    markdown += [f"- {note}" for note in notes or ["none"]]
-    versions = ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items())
-    markdown += ["", f"Versions: {versions}.", ""]
-    with atomic(folder / "report.md") as temporary:
-        temporary.write_text("\n".join(markdown))
-    page = folder / "report.html"
-    html = _PAGE.get_template("report.html.j2").render(
-        title=title, columns=columns, rows=rows, notes=notes, facts=facts
+    room = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+    n = sum(1 for i in range(len(widths)) if sum(widths[: i + 1]) + 1 <= room)
+    return table.columns[:n], [row[:n] for row in rows]
+
+
+def _legend(section: Section) -> list[tuple[str, str, str]]:
+    """How the section's tables mark cells, where they do: class, sample, meaning."""
+    cells = [cell for table in section.tables for row in table.rows for cell in row]
+    marks = []
+    if any(c.best for c in cells):
+        marks.append(("best", "bold", "best of its pattern and sparsity"))
+    if any(c.baseline and c.text != "dense" for c in cells):
+        marks.append(("baseline", "italics", "baseline: dense or one-shot"))
+    return marks
+
+
+def _named(cell: Cell) -> str:
+    return f"{cell.text} ({cell.status})" if cell.status else cell.text
+
+
+def _markdown(
+    title: str,
+    sections: list[Section],
+    pictures: dict[str, list[Picture]],
+    runs: list[Provenance],
+    common: list[tuple[str, str]],
+    missing: str,
+) -> str:
+    lines = [f"# {title}", ""]
+    for section in sections:
+        lines += [f"## {section.title}", ""] * (len(sections) > 1)
+        for table in section.tables:
+            columns = [" ".join(c.split()) for c in table.columns]
+            lines += [f"### {table.title}", "", _line(columns)]
+            lines.append(_line(["---"] + ["---:"] * (len(columns) - 1)))
+            for row in table.rows:
+                cells = [_named(c).replace("|", "\\|") for c in row]
+                cells = [f"**{t}**" if c.best else t for t, c in zip(cells, row, strict=True)]
+                cells[0] = f"*{cells[0]}*" if row[0].baseline else cells[0]
+                cells[0] += "".join(f" ({n})" for n in row[0].runs)
+                lines.append(_line(cells))
+            legend = _legend(section) if table is section.tables[0] else []
+            signs = {"best": "**bold**", "baseline": "*italics*"}
+            marks = [f"{signs[kind]}: {meaning}" for kind, _, meaning in legend]
+            lines += ["", *(f"- {note}" for note in (*marks, *table.notes)), ""]
+        for picture in pictures[section.title]:
+            lines += [f"![{picture.caption}](figures/{picture.path.name})", "", picture.caption, ""]
+    lines += [missing, ""] * bool(missing)
+    lines += ["## Where the figures come from", "", "By the numbers behind the models' names.", ""]
+    lines += [f"- all: {name}: {value}" for name, value in common] + [""] * bool(common)
+    for n, run in enumerate(runs, 1):
+        lines.append(f"{n}. `{run.run}`")
+        lines += [f"   - {k}: `{v}`" if k == "command" else f"   - {k}: {v}" for k, v in run.facts]
+    return "\n".join([*lines, ""])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _html(
+    title: str,
+    sections: list[Section],
+    pictures: dict[str, list[Picture]],
+    runs: list[Provenance],
+    common: list[tuple[str, str]],
+    missing: str,
+) -> str:
+    inline = {
+        p.path.name: base64.b64encode(p.path.read_bytes()).decode()
+        for some in pictures.values()
+        for p in some
+    }
+    return _PAGE.get_template("report.html.j2").render(
+        title=title,
+        sections=sections,
+        pictures=pictures,
+        inline=inline,
+        runs=runs,
+        common=common,
+        published=PUBLISHED,
+        legend=_legend,
+        missing=missing,
     )
-    with atomic(page) as temporary:
-        temporary.write_text(html)
-    return page
+
+
+def _csv(results: list[Result]) -> str:
+    """One line a figure, unfolded: everything that is known about it."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["dense model", "model", "stage", "method", "amount", "seeds", "status", "measure"]
+    writer.writerow([*head, "name", "value", "stderr", "facts", "run", "command"])
+    for r in results:
+        seeds, command = " ".join(map(str, r.seeds)), r.environment.get("command")
+        about = [r.dense, r.name, r.stage, r.method, r.amount, seeds, "; ".join(r.status)]
+        shares = zip(("sparsity", "sparsity of the whole model"), r.sparsity or (), strict=False)
+        lines = [(kind, "", share, None, {}) for kind, share in shares]
+        lines += [(f.kind, f.name, f.value, f.stderr, f.facts) for f in r.figures]
+        for kind, name, value, stderr, facts in lines:
+            told = "; ".join(f"{k}={v}" for k, v in facts.items() if v is not None)
+            writer.writerow([*about, kind, name, value, stderr, told, r.run, command])
+    return out.getvalue()

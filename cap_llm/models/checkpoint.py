@@ -23,6 +23,7 @@ SINGLE = "model.safetensors"
 # what a model directory holds besides weights: configuration and tokenizer, never code
 _SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_COPIED = {"sparsity.json", "recipe.json", "done.json", "perplexity.json"} | {
+    "zeroshot.json",
     "owl.json",
     "calibration.json",
     "rung.json",

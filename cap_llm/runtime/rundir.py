@@ -32,7 +32,7 @@ from cap_llm.runtime.lock import ENDED, Lock, write_end
 from cap_llm.runtime.lock import FILE as LOCK_FILE
 from cap_llm.runtime.world import World
 
-LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
+LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy", "lm_eval")
 
 
 class Run:

@@ -1,0 +1,464 @@
+"""The comparison: models by measures, in columns that may be read from top to bottom.
+
+Figures share a column only if all facts agree that they depend on; where they do not, there are
+several columns, and a note that says which fact differs. Runs that differ in their seeds alone are
+one row, mean ± standard deviation.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cap_llm.evaluation.published import of_protocol, published, short_name
+from cap_llm.evaluation.runs import SCORES, Figure, Result
+from cap_llm.evaluation.tasks import SETS
+from cap_llm.runtime.console import duration, size
+
+_PAPERS = {"wanda": "Wanda", "sds": "SDS"}
+_LOWER_IS_BETTER = {"ppl": True, "word": True, "task": False, "mean": False, "gap": False}
+COSTS = ("on disk", "bit-packed", "time", "peak memory", "GPU memory", "trained")
+NOTHING = "-"
+PUBLISHED = "Beside published figures"
+COST = "Cost"
+
+
+@dataclass
+class Column:
+    """Figures that compare: of one measure, with the same facts."""
+
+    kind: str
+    name: str
+    facts: dict
+    label: list[str]
+
+    def takes(self, figure: Figure) -> bool:
+        """Whether a figure belongs here: all agrees, or only the calibration lacks."""
+        if (figure.kind, figure.name) != (self.kind, self.name):
+            return False
+        return figure.facts == self.facts or (
+            figure.facts.get("calibration") is None
+            and figure.facts == self.facts | {"calibration": None}
+        )
+
+
+@dataclass
+class Row:
+    """One model, or several that differ in their seeds alone."""
+
+    name: str
+    results: list[Result]
+    group: tuple = ()
+    status: str = ""
+    baseline: bool = False
+    runs: list[int] = field(default_factory=list)
+
+    def values(self, column: Column) -> list[float]:
+        """The figures of a column, one a seed that has it."""
+        found: dict[tuple, float] = {}
+        for result in self.results:
+            for figure in result.figures:
+                if column.takes(figure):
+                    found.setdefault(result.seeds, figure.value)
+        return list(found.values())
+
+    @property
+    def n_seeds(self) -> int:
+        """Runs that differ in their seeds; the same one twice counts once."""
+        return len({r.seeds for r in self.results})
+
+    def value(self, column: Column) -> float | None:
+        """Their mean."""
+        values = self.values(column)
+        return statistics.mean(values) if values else None
+
+
+@dataclass
+class Cell:
+    """What a table shows at one place. A row's name also has what is wrong with the row, whether it
+    is a baseline, and the numbers of the runs behind it."""
+
+    text: str
+    best: bool = False
+    status: str = ""
+    baseline: bool = False
+    runs: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Table:
+    """Rows of cells under labels; the first column is text. `starts` are rows that open a group."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    starts: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Section:
+    """All models that come from one dense model."""
+
+    title: str
+    rows: list[Row]
+    columns: dict[str, list[Column]]
+    tables: list[Table]
+
+
+def compare(results: list[Result]) -> list[Section]:
+    """A section for each dense model; a row's `runs` count the run directories from 1."""
+    runs = list(dict.fromkeys(r.run for r in results))
+    by_dense: dict[str, list[Result]] = {}
+    for result in results:
+        by_dense.setdefault(result.dense, []).append(result)
+    sections = []
+    for dense, group in by_dense.items():
+        _add_means(group)
+        rows = _rows(group, runs)
+        splits: list[str] = []
+        kinds = {"ppl": _columns(group, "ppl", splits), "task": _columns(group, "task", splits)}
+        kinds |= {kind: _columns(group, kind, splits) for kind in ("word", "mean")}
+        _add_gaps(rows, kinds["ppl"])
+        kinds["gap"] = _columns(group, "gap", [])
+        if len(kinds["ppl"]) == 1:
+            kinds["gap"] = [replace(c, label=["gap", "closed, %"]) for c in kinds["gap"]]
+        kinds |= {kind: _columns(group, kind, splits) for kind in COSTS}
+        tables = _tables(rows, kinds)
+        tables[0].notes = splits + _remarks(rows, kinds)
+        sections.append(Section(short_name(dense), rows, kinds, tables))
+    if len(sections) > 1:
+        note = "Models that come from different dense models do not compare: each has its tables."
+        sections[0].tables[0].notes.insert(0, note)
+    return sections
+
+
+# rows
+
+
+def _rows(results: list[Result], runs: list[Path]) -> list[Row]:
+    """Folds seeds, sorts by pattern and sparsity (dense first), and marks the baselines."""
+    rows: list[Row] = []
+    for result in results:
+        row = next((row for row in rows if all(_one_row(r, result) for r in row.results)), None)
+        if not row:
+            row = Row(result.name, [], _group(result))
+            rows.append(row)
+        row.results.append(result)
+    further = any(row.results[0].stage not in ("dense", "oneshot") for row in rows)
+    for row in rows:
+        stage = row.results[0].stage
+        row.name = "dense" if stage == "dense" else _common_name([r.name for r in row.results])
+        row.name += f" ({row.n_seeds} seeds)" * (row.n_seeds > 1)
+        row.runs = list(dict.fromkeys(runs.index(r.run) + 1 for r in row.results))
+        row.baseline = stage == "dense" or (further and stage == "oneshot")
+        row.status = "; ".join(row.results[0].status)
+    names = [row.name for row in rows]
+    for row in rows:
+        if names.count(row.name) > 1:
+            row.name += f" ({row.results[0].run.name})"
+    return sorted(rows, key=lambda row: row.group)
+
+
+def _one_row(known: Result, result: Result) -> bool:
+    """Whether two results are one model made with two seeds, or the same model scored twice."""
+    if known.stage == result.stage == "dense":
+        return True
+    if (known.stage, known.recipe) != (result.stage, result.recipe):
+        return False
+    if known.status or result.status:
+        return False
+    if known.seeds != result.seeds:
+        return True
+    pairs = ((f, g) for f in known.figures_of(*SCORES) for g in result.figures_of(f.kind))
+    pairs = ((f, g) for f, g in pairs if (f.name, f.facts) == (g.name, g.facts))
+    return all(abs(f.value - g.value) <= 1e-3 * f.value for f, g in pairs)
+
+
+def _group(result: Result) -> tuple:
+    """What must be alike for the best to be a fair word, the pattern and the share of zeros in %;
+    in the order of tables. Empty for a dense model."""
+    if result.stage == "dense":
+        return ()
+    share = round(100 * result.sparsity[0]) if result.sparsity else 100
+    return (1, share, result.amount) if ":" in result.amount else (0, share, "")
+
+
+def _common_name(names: list[str]) -> str:
+    """What the names of a row's runs share: `KL, seed 0` and `KL, seed 1` are `KL`."""
+    shared = names[0]
+    for name in names[1:]:
+        length = next(
+            (i for i, (a, b) in enumerate(zip(shared, name, strict=False)) if a != b),
+            min(len(shared), len(name)),
+        )
+        shared = shared[:length]
+    if len(set(names)) > 1:
+        shared = shared.rstrip(" ,;:-_(").removesuffix("seed").rstrip(" ,;:-_(")
+    return shared or " / ".join(dict.fromkeys(names))
+
+
+# derived figures
+
+
+def _add_means(results: list[Result]) -> None:
+    """Adds each result's mean over what it has of a paper's set, and over what all others have."""
+    for name, tasks in SETS.items():
+        parts: list[tuple[str, ...]] = []
+        for result in results:
+            part = tuple(t for t in tasks if _task(result, t))
+            if len(part) > 1 and part not in parts:
+                parts.append(part)
+        for result in results:
+            for part in parts:
+                scores = [_task(result, t) for t in part]
+                if not all(scores):
+                    continue
+                facts = {"tasks": ", ".join(part), "of": len(tasks)}
+                for key in ("shots", "torch", "transformers", "lm_eval", "calibration"):
+                    facts[key] = scores[0].facts.get(key)
+                each = ("items", "limit", "task version", "text")
+                facts["scored"] = str([[s.facts.get(key) for key in each] for s in scores])
+                mean = statistics.mean(s.value for s in scores)
+                result.figures.append(Figure("mean", name, mean, facts))
+
+
+def _task(result: Result, task: str) -> Figure | None:
+    return next((f for f in result.figures_of("task") if f.name == task), None)
+
+
+def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
+    """Adds the share of the one-shot model's loss that later stages of the same run won back."""
+    dense = next((row for row in rows if row.results[0].stage == "dense"), None)
+    if not dense:
+        return
+    everything = [r for row in rows for r in row.results]
+    for column in columns:
+        target = dense.value(column)
+        for result in everything:
+            if result.stage in ("dense", "oneshot", "start") or target is None:
+                continue
+            starts = [r for r in everything if r.run == result.run]
+            starts = [r for r in starts if r.stage in ("oneshot", "start")]
+            values = [Row("", [r]).value(column) for r in (*starts[:1], result)]
+            if len(values) == 2 and None not in values and values[0] > target:
+                gap = (values[0] - values[1]) / (values[0] - target)
+                result.figures.append(Figure("gap", column.name, gap, dict(column.facts)))
+
+
+# columns
+
+
+def _columns(results: list[Result], kind: str, splits: list[str]) -> list[Column]:
+    """The columns of a kind, in the order of appearance; says in `splits` why there are more."""
+    found: dict[str, list[dict]] = {}
+    for figure in (f for r in results for f in r.figures if f.kind == kind):
+        known = found.setdefault(figure.name, [])
+        if figure.facts not in known:
+            known.append(figure.facts)
+    columns: list[Column] = []
+    reasons: dict[str, list[str]] = {}
+    for name, known in found.items():
+        # a figure without calibration stands beside every calibration
+        calibrated = [f for f in known if f.get("calibration") is not None]
+        for facts in known:
+            alike = [f for f in calibrated if f | {"calibration": None} == facts]
+            if facts.get("calibration") is None and alike:
+                continue
+            columns.append(Column(kind, name, facts, _label(kind, name, facts)))
+        here = [c for c in columns if c.name == name]
+        differing = _differing(here)
+        for column in here:
+            told = [x for x in differing if x not in ("window", "tasks", "limit")]
+            column.label += [_fact(x, column.facts[x]) for x in told]
+        if len(here) > 1:
+            why = "; ".join(
+                f"{x} ({', '.join(dict.fromkeys(str(c.facts[x]) for c in here))})"
+                for x in differing
+            )
+            reasons.setdefault(why, []).append(name or kind)
+    for why, names in reasons.items():
+        splits.append(f"{', '.join(names)}: columns do not compare, they differ in {why}.")
+    return columns
+
+
+def _differing(columns: list[Column]) -> list[str]:
+    """The facts that tell columns of one measure apart, the plain ones first."""
+    facts = dict.fromkeys(k for c in columns for k in c.facts)
+    differing = [k for k in facts if len({str(c.facts.get(k)) for c in columns}) > 1]
+    if len(differing) > 1:  # a checksum says no more than what it sums up
+        differing = [k for k in differing if k not in ("text", "scored")] or differing[:1]
+    if "windows" in differing and ("window" in differing or "limit" in differing):
+        differing.remove("windows")
+    return differing
+
+
+def _label(kind: str, name: str, facts: dict) -> list[str]:
+    """A column's heading, in lines."""
+    if kind in ("ppl", "gap"):
+        label = [name, f"ppl_token@{facts['window']}"] if kind == "ppl" else ["gap closed, %", name]
+        return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
+    if kind == "mean":
+        n = len(facts["tasks"].split(", "))
+        part = f"{n} tasks" if n == facts["of"] else f"partial: {n} of {facts['of']}"
+        return [f"{_PAPERS[name]}'s mean", part]
+    if kind in ("task", "word"):
+        label = [name] + ["word_perplexity"] * (kind == "word")
+        return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
+    return ["tokens", "trained"] if kind == "trained" else kind.split(" ", 1)
+
+
+def _fact(name: str, value) -> str:
+    return str(value) if name in ("calibration", "machine") else f"{name} {value}"
+
+
+# tables
+
+
+def _tables(rows: list[Row], kinds: dict[str, list[Column]]) -> list[Table]:
+    """Quality first, then the tasks one by one, then costs, then published figures."""
+    tables = []
+    main = [*kinds["ppl"], *kinds["gap"], *kinds["word"], *kinds["mean"]]
+    tables.append(_table("Quality", rows, main, sparsity=True))
+    if kinds["task"]:
+        tables.append(_table("Zero-shot accuracy, %", rows, kinds["task"]))
+        tables[-1].notes.append("Standard errors and normalised accuracies are in report.csv.")
+    costs = [column for kind in COSTS for column in kinds[kind]]
+    if costs:
+        tables.append(_table(COST, rows, costs))
+        tables[-1].notes.append(
+            "Time: all stages of the run up to the model. Bytes: in the type that the model is "
+            "stored in; bit-packed are the non-zero values and one bit a weight."
+        )
+    beside = _beside_published(rows, kinds["ppl"])
+    return [*tables, beside] if beside else tables
+
+
+def _table(title: str, rows: list[Row], columns: list[Column], sparsity: bool = False) -> Table:
+    """A table of rows by columns, the best of each group in bold; empty rows are left out."""
+    labels = ["model", *("\n".join(c.label) for c in columns)]
+    sparse = sparsity and any(r.results[0].sparsity for r in rows)
+    labels += ["sparsity", "whole\nmodel"] * sparse
+    shown = [r for r in rows if any(r.values(c) for c in columns) or (sparsity and r.status)]
+    table = Table(title, labels, [])
+    for i, row in enumerate(shown):
+        if i and row.group != shown[i - 1].group:
+            table.starts.append(i)
+        cells = [Cell(row.name, False, row.status, row.baseline, row.runs)]
+        for column in columns:
+            cells.append(Cell(_cell(row, column), _is_best(row, column, shown)))
+        if sparse:
+            shares = row.results[0].sparsity
+            cells += [Cell(f"{100 * s:.2f} %") for s in shares] if shares else [Cell(NOTHING)] * 2
+        table.rows.append(cells)
+    return table
+
+
+def _cell(row: Row, column: Column) -> str:
+    values = row.values(column)
+    if not values:
+        return NOTHING
+    mean = statistics.mean(values)
+    if len(values) == 1 or column.kind in COSTS:
+        text = show(column.kind, mean)
+    else:
+        text = f"{show(column.kind, mean)} ± {show(column.kind, statistics.stdev(values))}"
+    return text + f" ({len(values)} of {row.n_seeds})" * (len(values) < row.n_seeds)
+
+
+def show(kind: str, value: float) -> str:
+    """A figure as tables print it."""
+    if kind in ("ppl", "word"):
+        return f"{value:.2f}" if value < 1e4 else f"{value:.0f}" if value < 1e6 else f"{value:g}"
+    if kind in ("task", "norm", "mean", "gap"):
+        return f"{100 * value:.1f}"
+    if kind == "trained":
+        return f"{value:,.0f}"
+    return duration(value) if kind == "time" else size(value)
+
+
+def _is_best(row: Row, column: Column, rows: list[Row]) -> bool:
+    """Whether no finished row of the group is better, at the digits that are shown."""
+    if column.kind not in _LOWER_IS_BETTER or not row.group:
+        return False
+    sign = 1 if _LOWER_IS_BETTER[column.kind] else -1
+    rivals = [
+        sign * r.value(column)
+        for r in rows
+        if r.group == row.group and r.value(column) is not None and not _unfinished(r)
+    ]
+    own = row.value(column)
+    if own is None or len(rivals) < 2 or _unfinished(row):
+        return False
+    return show(column.kind, own) == show(column.kind, sign * min(rivals))
+
+
+def _unfinished(row: Row) -> bool:
+    return any(s.startswith("unfinished") for s in row.results[0].status)
+
+
+def _beside_published(rows: list[Row], columns: list[Column]) -> Table | None:
+    """Measured, published and their difference, for what was measured as the papers do."""
+    model = short_name(rows[0].results[0].dense)
+    table = Table(PUBLISHED, ["model", "perplexity", "measured", "published", "difference"], [])
+    table.columns.append("source")
+    others: dict[tuple, dict[str, float]] = {}
+    matched = set()
+    for column in (c for c in columns if of_protocol(c.facts)):
+        for row in rows:
+            measured, first = row.value(column), row.results[0]
+            if measured is None or row.status:
+                continue
+            method = first.method if row.group else "dense"
+            for p in published():
+                place = (p.model, p.amount, p.corpus, p.window)
+                if place != (model, first.amount, column.name, column.facts["window"]):
+                    continue
+                if p.method != method:
+                    others.setdefault(place[1:], {}).setdefault(p.method, p.ppl)
+                    continue
+                matched.add((p.method, *place[1:]))
+                where = ", ".join([f"{p.corpus}@{p.window}", *column.label[2:]])
+                texts = [row.name, where, show("ppl", measured), f"{p.ppl:g}"]
+                texts += [f"{measured - p.ppl:+.2f}", p.source]
+                table.rows.append([Cell(t) for t in texts])
+    if not table.rows:
+        return None
+    table.rows.sort(key=lambda cells: [row.name for row in rows].index(cells[0].text))
+    names = [row[0].text for row in table.rows]
+    table.starts = [i for i in range(1, len(names)) if names[i] != names[i - 1]]
+    table.notes.append(
+        "Whole test sets, calibrated on 128 x 2048 tokens of C4; what was measured otherwise is "
+        "not here. Papers drew other samples, so that last digits differ."
+    )
+    for (amount, corpus, window), methods in others.items():
+        told = {m: p for m, p in methods.items() if (m, amount, corpus, window) not in matched}
+        if corpus == "wikitext2" and told:
+            best = sorted(told.items(), key=lambda item: item[1])
+            table.notes.append(
+                f"Also published at {amount} on {corpus}@{window}: "
+                + ", ".join(f"{method} {ppl:g}" for method, ppl in best)
+            )
+    return table
+
+
+def _remarks(rows: list[Row], kinds: dict[str, list[Column]]) -> list[str]:
+    """What a reader must know about these tables, only where it applies."""
+    notes = []
+    dense = [r for row in rows if row.results[0].stage == "dense" for r in row.results]
+    for column in kinds["ppl"]:
+        values = [f.value for r in dense for f in r.figures if column.takes(f)]
+        if values and max(values) > 1.001 * min(values):
+            notes.append(
+                f"{column.name}: the runs' dense figures go from {min(values):.4f} to "
+                f"{max(values):.4f} though all facts agree; the first one is shown."
+            )
+    if any(row.n_seeds > 1 for row in rows):
+        notes.append("± is the standard deviation over seeds.")
+    if kinds["gap"]:
+        notes.append(
+            "Gap closed: the share of the one-shot model's excess perplexity over dense that the "
+            "later stages of the same run won back."
+        )
+    return notes

@@ -1,0 +1,52 @@
+"""Published perplexities (`published.yaml`) for the model, pattern, corpus and window measured."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+
+import yaml
+
+CALIBRATION = "128 x 2048 of c4"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One figure of a paper. `window` in tokens; `amount` is empty for a dense model."""
+
+    model: str
+    method: str
+    amount: str
+    corpus: str
+    window: int
+    ppl: float
+    source: str
+
+
+@functools.cache
+def published() -> tuple[Published, ...]:
+    """All figures that come with the package."""
+    content = yaml.safe_load((files("cap_llm.evaluation") / "published.yaml").read_text())
+    figures = []
+    for entry in content["figures"]:
+        source = content["sources"][entry["source"]]
+        title = source["title"] + ", second-hand" * source.get("second_hand", False)
+        for model, ppl in entry["ppl"].items():
+            place = (entry.get("corpus", "wikitext2"), entry.get("window", 2048))
+            amount = entry.get("amount", "")
+            figures.append(Published(model, entry["method"], amount, *place, ppl, title))
+    return tuple(figures)
+
+
+def short_name(model: str) -> str:
+    """opt-125m of facebook/opt-125m, llama-3-8b of meta-llama/Meta-Llama-3-8B."""
+    name = model.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"-hf$", "", name.removeprefix("meta-"))
+
+
+def of_protocol(facts: dict) -> bool:
+    """Whether a perplexity of these facts follows the papers' protocol: the whole text, and their
+    calibration or none."""
+    return facts.get("limit") is None and facts.get("calibration") in (None, CALIBRATION)

@@ -1,0 +1,411 @@
+"""What runs left behind: every model of a run directory, its figures, and where they come from.
+
+A figure carries the facts that must agree before it is compared with another one: `report.py` puts
+two figures into one column only if they do. Run directories of other versions, unfinished and
+damaged ones are read as far as they go; what is wrong with them is said, not raised.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+import cap_llm
+from cap_llm.config import MODELS
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json
+
+ORDER = ("dense", *MODELS)  # stages of another version come behind
+_METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+_METHODS |= {"admm_grad": "ADMM-grad", "alps": "ALPS"}
+_ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
+_METRICS = {"task": "acc", "norm": "acc_norm", "word": "word_perplexity"}  # lm-eval's names
+SCORES = ("ppl", "word", "task")  # what makes a model a scored one
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass
+class Figure:
+    """One number.
+
+    Attributes:
+        kind: `ppl` (ppl_token), `word` (lm-eval's word_perplexity), `task` (accuracy), `norm`
+            (normalised accuracy), `mean`, `gap`, or the name of a cost: `on disk`, `bit-packed`,
+            `peak memory`, `GPU memory` (bytes), `time` (seconds), `trained` (tokens).
+        name: the corpus, task or set of tasks; empty for a cost.
+        value: shares are in [0, 1].
+        facts: what must agree before it is compared. `calibration` None agrees with any.
+        stderr: the standard error, where the measure has one.
+    """
+
+    kind: str
+    name: str
+    value: float
+    facts: dict[str, str | int | None] = field(default_factory=dict)
+    stderr: float | None = None
+
+
+@dataclass
+class Result:
+    """One model of one run.
+
+    Attributes:
+        name: what a table calls it.
+        stage: the stage that made it; `dense` for the model that the run started from.
+        run: the run directory.
+        dense: which dense model it comes from: path or hub name, with the revision.
+        method: `SparseGPT + refit`, with ` + recovery` and the like for later stages.
+        amount: `50 %` or `2:4`; empty for a dense model.
+        sparsity: share of zeros in the pruned matrices and in the whole model.
+        recipe: the settings of all stages up to this one, as text, without their seeds.
+        seeds: those seeds.
+        calibration: the text that the solvers saw; None if none did.
+        training: the text of the recovery.
+        figures: what was measured.
+        layers: name, sparsity and relative output error of each pruned matrix.
+        curve: (tokens, held-out perplexity) along the recovery, a list for each rung.
+        curve_dense: held-out perplexity of the dense model there.
+        status: empty, or what is wrong: `unfinished`, `not scored`, ...
+        environment: the run's `environment.json`.
+    """
+
+    name: str
+    stage: str
+    run: Path
+    dense: str
+    method: str = ""
+    amount: str = ""
+    sparsity: tuple[float, float] | None = None
+    recipe: str = ""
+    seeds: tuple[int, ...] = ()
+    calibration: dict | None = None
+    training: str | None = None
+    figures: list[Figure] = field(default_factory=list)
+    layers: list[tuple[str, float, float | None]] = field(default_factory=list)
+    curve: list[list[tuple[float, float]]] = field(default_factory=list)
+    curve_dense: float | None = None
+    status: list[str] = field(default_factory=list)
+    environment: dict = field(default_factory=dict)
+
+    def figures_of(self, *kinds: str) -> list[Figure]:
+        """The figures of some kinds."""
+        return [figure for figure in self.figures if figure.kind in kinds]
+
+
+def run_directories(paths: list[Path]) -> list[Path]:
+    """The run directories among `paths`, and those directly inside the others.
+
+    Raises:
+        UserError: a path is none and holds none.
+    """
+    found = []
+    for path in paths:
+        inside = [path] if _is_run(path) else []
+        if not inside and path.is_dir():
+            inside = sorted(p for p in path.iterdir() if _is_run(p))
+        if not inside:
+            what = "holds no run" if path.is_dir() else "does not exist"
+            raise UserError(
+                f"{path} {what}: give the output_dir of a run (it has an environment.json), or a "
+                "folder of such directories"
+            )
+        known = {p.resolve() for p in found}
+        found += [p for p in inside if p.resolve() not in known]
+    return found
+
+
+def collect(folder: Path) -> list[Result]:
+    """The models of a run directory, in the order of the pipeline.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    if not _is_run(folder):
+        raise UserError(f"{folder} is no run directory: it has no environment.json")
+    troubles: list[str] = []
+    facts = _part(folder / "environment.json", dict, troubles) or {}
+    settings = _settings(folder / "config.yaml")
+    marks = ("recipe.json", "perplexity.json", "done.json")
+    stages = [p.name for p in folder.iterdir() if any((p / mark).exists() for mark in marks)]
+    stages = [s for s in stages if s != "source"]  # a conversion of the dense model
+    stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
+    title = facts.get("run") or folder.name
+    teacher = (settings.get("recover") or {}).get("teacher")
+    results: list[Result] = []
+    for stage in stages:
+        before = results[-1] if results and results[-1].stage not in ("dense", "start") else None
+        result = _result(folder, stage, before, facts, settings)
+        if stage == "dense" and (teacher or result.sparsity):
+            # A model that came pruned is where this run started, and not the dense one.
+            result.name, result.stage, result.method = "given model", "start", "given model"
+            result.dense = _dense({"recover": {"teacher": teacher}}, settings)
+        elif stage != "dense" and stage == stages[-1] and settings.get("name") != "":
+            result.name = title  # one that nobody named is called by what was done
+        results.append(result)
+    if results and not results[-1].figures_of(*SCORES):
+        results[-1].status.append("not scored")
+    made = [r for r in results if r.stage not in ("dense", "start")]
+    asked = [s for s in settings.get("stages") or [] if s not in (*stages, "evaluate")]
+    last = (made or results or [Result(title, "none", folder, _dense({}, settings))])[-1]
+    last.environment = facts
+    if asked:
+        last.status.append(f"{asked[0]} not begun")
+    last.status += troubles
+    version = (facts.get("versions") or {}).get("cap_llm")
+    for result in results or [last]:
+        if version and version != cap_llm.__version__:
+            result.status.append(f"of cap_llm {version}")
+    return results or [last]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "environment.json").is_file()
+
+
+def _result(
+    run: Path, stage: str, before: Result | None, environment: dict, settings: dict
+) -> Result:
+    """Reads one stage's folder."""
+    place = run / stage
+    status: list[str] = []
+    recipe = _part(place / "recipe.json", dict, status) or {}
+    done = _part(place / "done.json", dict, status) if (place / "done.json").exists() else None
+    config = _part(place / "config.json", dict, []) or {}
+    result = Result(
+        stage, stage, run, _dense(recipe, settings), status=status, environment=environment
+    )
+    history = json.loads(before.recipe) if before else []
+    result.recipe = json.dumps([*history, [stage, _without_seeds(recipe)]], sort_keys=True)
+    result.seeds = (*(before.seeds if before else ()), *_seeds(recipe))
+    result.calibration = before.calibration if before else None
+    if "calibration" in recipe:
+        digest = _part(place / "calibration.json", dict, []) or {}
+        result.calibration = dict(recipe["calibration"], ids=digest.get("ids_sha256"))
+    result.training = (done or {}).get("recovery") or (before.training if before else None)
+    if stage != "dense":
+        _describe(result, recipe, before)
+        if done is None:
+            blocks = len(list((place / "blocks").glob("*.json")))
+            status.append("unfinished" + (f" after {blocks} blocks" if blocks else ""))
+    versions = {k: _release(v) for k, v in (environment.get("versions") or {}).items()}
+    for file, parse in (("perplexity.json", _perplexities), ("zeroshot.json", _tasks)):
+        if (place / file).exists():
+            result.figures += _part(place / file, lambda c, p=parse: p(c, versions), status) or []
+    for figure in result.figures:
+        figure.facts["calibration"] = _calibration(result.calibration)
+    weights = Path(recipe.get("model", {}).get("path") or "") if stage == "dense" else place
+    counts = None
+    if (weights / "sparsity.json").exists():
+        counts = _part(weights / "sparsity.json", lambda c: _sparsity(c, result), status)
+    result.figures += _sizes(weights, config, counts)
+    if done is not None:
+        result.figures += _costs(done, before, environment)
+    if stage == "recover":
+        _curves(run / "metrics.jsonl", recipe.get("recover") or {}, done or {}, result)
+    return result
+
+
+def _part(path: Path, parse: Callable, troubles: list[str]):
+    """What `parse` makes of a JSON file; None, and a line in `troubles`, if it cannot."""
+    try:
+        return parse(read_json(path))
+    except UserError:
+        troubles.append(f"{path.name} cannot be read")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        troubles.append(f"{path.name} is not as this version writes it")
+    return None
+
+
+def _settings(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _dense(recipe: dict, settings: dict) -> str:
+    """Path or hub name of the dense model; of what a teacher taught, the teacher."""
+    model = recipe.get("model") or settings.get("model") or {}
+    path = (recipe.get("recover") or {}).get("teacher") or model.get("path") or "unknown model"
+    path = str(Path(path).resolve()) if Path(path).is_dir() else path
+    return f"{path}@{model['revision']}" if model.get("revision") else path
+
+
+def _describe(result: Result, recipe: dict, before: Result | None) -> None:
+    """Method, amount and a name from the recipe."""
+    oneshot = recipe.get("oneshot")
+    if oneshot:
+        method = _METHODS.get(oneshot.get("method"), str(oneshot.get("method")))
+        method += " + refit" * bool(oneshot.get("refit"))
+        method += " + OWL" * (oneshot.get("budget") == "owl")
+        method += " by layer" * bool(oneshot.get("layers"))
+        pattern, share = str(oneshot.get("pattern")), oneshot.get("sparsity")
+        amount = pattern if ":" in pattern else f"{100 * share:g} %" if share else ""
+    else:
+        method = before.method if before else "given model"
+        amount = before.amount if before else ""
+    name = before.name if before else f"{method} {amount}".strip()
+    if result.stage != "oneshot":
+        added = _ADDED.get(result.stage, result.stage)
+        method, name = f"{method} + {added}", f"{name} + {added}"
+    ladder = (recipe.get("recover") or {}).get("ladder")
+    if ladder:
+        amount = ladder.split(",")[-1].strip()
+        amount = amount if ":" in amount else f"{100 * float(amount):g} %"
+        method += " on a ladder"
+        name = f"{method} {amount}"
+    result.method, result.amount, result.name = method, amount, name
+
+
+def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
+    figures = []
+    for key, entry in content["corpora"].items():
+        facts = {
+            "window": entry["window"],
+            "windows": entry.get("windows"),
+            "text": entry.get("text_sha256"),
+            "BOS": entry.get("bos"),
+            "limit": int(key.rpartition(" first ")[2]) if " first " in key else None,
+        }
+        facts |= _versions(entry, content, run_versions, ("torch", "transformers"))
+        name = Path(key.partition("@")[0]).stem
+        figures.append(Figure("ppl", name, float(entry["ppl_token"]), facts))
+    return figures
+
+
+def _tasks(content: dict, run_versions: dict) -> list[Figure]:
+    figures = []
+    for key, entry in content["tasks"].items():
+        task = entry.get("task", key.partition(" first ")[0])
+        facts = {
+            "items": entry.get("items"),
+            "limit": entry.get("limit"),
+            "shots": entry.get("shots"),
+            "task version": entry.get("version"),
+            "text": entry.get("rows_sha256", entry.get("data_sha256")),
+        }
+        facts |= _versions(entry, content, run_versions, ("torch", "transformers", "lm_eval"))
+        facts["lm_eval"] = entry.get("lm_eval", facts["lm_eval"])
+        for kind, metric in _METRICS.items():
+            if entry.get(metric) is not None:
+                error = entry.get(f"{metric}_stderr")
+                figures.append(Figure(kind, task, float(entry[metric]), dict(facts), error))
+    return figures
+
+
+def _versions(entry: dict, content: dict, of_run: dict, names: tuple[str, ...]) -> dict:
+    """Versions of the libraries that compute a figure: the entry's, the file's, or the run's."""
+    own = entry.get("versions") or content.get("versions") or of_run
+    return {name: _release(own.get(name)) for name in names}
+
+
+def _release(version: str | None) -> str | None:
+    """2.13.0 of 2.13.0+cpu: the build for a device is the same release."""
+    return version.partition("+")[0] if isinstance(version, str) else None
+
+
+def _calibration(settings: dict | None) -> str | None:
+    """The calibration text as a fact, without its seed."""
+    if not settings:
+        return None
+    corpus = Path(str(settings.get("corpus"))).name
+    return f"{settings.get('sequences')} x {settings.get('length')} of {corpus}"
+
+
+def _sparsity(content: dict, result: Result) -> dict:
+    """Fills in sparsity and layers; returns the number of bytes that packing needs to know."""
+    pruned, whole = content["pruned_matrices"], content["whole_model"]
+    result.sparsity = (pruned["sparsity"], whole["sparsity"])
+    mask_bytes = 0
+    for row in content["rows"]:
+        n_rows, columns = row["shape"]
+        result.layers.append((row["name"], row["zeros"] / (n_rows * columns), row.get("error")))
+        mask_bytes += n_rows * -(-columns // 8)
+    return {"zeros": pruned["zeros"], "mask_bytes": mask_bytes}
+
+
+def _sizes(folder: Path, config: dict, counts: dict | None) -> list[Figure]:
+    """Bytes of the model's files as they are, and with the pruned matrices bit-packed.
+
+    Bit-packed, a matrix is its non-zero values and one bit a weight that says where they stand.
+    """
+    files = [f for f in folder.glob("*.safetensors") if f.name != "masks.safetensors"]
+    n_bytes = sum(f.stat().st_size for f in files)
+    if not n_bytes:
+        return []
+    figures = [Figure("on disk", "", n_bytes)]
+    each = _BYTES.get(str(config.get("dtype") or config.get("torch_dtype")))
+    if counts and each:
+        packed = n_bytes - each * counts["zeros"] + counts["mask_bytes"]
+        figures.append(Figure("bit-packed", "", packed))
+    return figures
+
+
+def _costs(done: dict, before: Result | None, environment: dict) -> list[Figure]:
+    """What making the model took, all stages of the run up to it together."""
+    hardware = environment.get("hardware") or {}
+    cards = hardware.get("cuda") or []
+    machine = f"{hardware.get('cores')} cores of {hardware.get('processor')}"
+    machine += f", {len(cards)} x {cards[0]}" if cards else ""
+    earlier = {f.kind: f.value for f in before.figures} if before else {}
+    figures = []
+    if done.get("seconds") is not None and (before is None or "time" in earlier):
+        seconds = done["seconds"] + earlier.get("time", 0.0)
+        figures.append(Figure("time", "", seconds, {"machine": machine}))
+    if done.get("peak_memory_bytes"):
+        peak = max(done["peak_memory_bytes"], earlier.get("peak memory", 0))
+        figures.append(Figure("peak memory", "", peak, {"machine": machine}))
+    if done.get("peak_cuda_bytes"):
+        peak = max(done["peak_cuda_bytes"], earlier.get("GPU memory", 0))
+        figures.append(Figure("GPU memory", "", peak, {"machine": machine}))
+    if done.get("tokens") or "trained" in earlier:
+        figures.append(Figure("trained", "", (done.get("tokens") or 0) + earlier.get("trained", 0)))
+    return figures
+
+
+def _curves(path: Path, recover: dict, done: dict, result: Result) -> None:
+    """Held-out perplexity over tokens, a line a rung, from `metrics.jsonl`."""
+    each = (recover.get("batch") or 0) * (recover.get("length") or 0)
+    rungs: dict[str, dict[int, float]] = {}
+    try:
+        with open(path) as lines:
+            for line in lines:
+                if '"held_out_ppl"' not in line:
+                    continue
+                entry = json.loads(line)
+                if re.fullmatch(r"recover(/\d+)?", entry["stage"]):
+                    points = rungs.setdefault(entry["stage"], {})
+                    # a job that went back to a checkpoint, or began anew, writes steps again
+                    for step in [s for s in points if s >= entry["step"]]:
+                        del points[step]
+                    points[entry["step"]] = entry["value"]
+    except (OSError, ValueError, KeyError):
+        result.status.append("metrics.jsonl cannot be read")
+    start = 0
+    for points in rungs.values():
+        result.curve.append([(start + s * each, points[s]) for s in sorted(points)])
+        start += max(points) * each
+    for rung in done.get("rungs") or []:
+        result.curve_dense = rung.get("dense_held_out_ppl", result.curve_dense)
+
+
+def _without_seeds(settings):
+    if not isinstance(settings, dict):
+        return settings
+    return {k: _without_seeds(v) for k, v in settings.items() if k != "seed"}
+
+
+def _seeds(settings: dict) -> tuple[int, ...]:
+    seeds = []
+    for key, value in settings.items():
+        if key == "seed":
+            seeds.append(value)
+        elif isinstance(value, dict):
+            seeds += _seeds(value)
+    return tuple(seeds)

@@ -1,0 +1,338 @@
+"""What a pruned model's zeros buy at inference on this machine: bytes, and times beside dense bf16.
+
+    python eval/bench_sparse.py MODEL [--repeats 15] [--out FILE.json]
+
+MODEL is a pruned model directory, such as `runs/mine/oneshot`. Its pruned matrices are stored in
+turn dense, bit-packed (non-zero values and one bit a weight; expanded anew at each use), as CSR,
+and as 2:4 semi-structured where the pattern fits and the card has it. Timed are single products and
+a decoding step of the whole model, for 1 and 64 sequences of one token each. All formats take turns
+in each repetition; ratios are of medians of this one run. Leave the machine alone meanwhile.
+Nothing here is tuned: it is what PyTorch's own kernels give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from cap_llm.runtime.console import Console, quiet_libraries, size  # noqa: E402
+
+quiet_libraries()
+warnings.filterwarnings("ignore", message=".*([Ss]parse|prototype)")
+
+import torch  # noqa: E402
+from torch.nn.functional import linear  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from cap_llm.models.blocks import find_blocks, model_class  # noqa: E402
+from cap_llm.models.checkpoint import Checkpoint  # noqa: E402
+from cap_llm.runtime.errors import UserError  # noqa: E402
+from cap_llm.runtime.files import write_json  # noqa: E402
+from cap_llm.sparsity.masks import pack, unpack  # noqa: E402
+
+BATCHES = (1, 64)
+DENSE = "dense bf16"
+PRUNED = 0.05  # share of zeros from which on a matrix counts as pruned
+SAME = 0.05  # ratios this near to 1 are called the same
+Product = Callable[[torch.Tensor], torch.Tensor]  # [B, C] -> [B, R]
+
+
+@dataclass
+class Stored:
+    """A matrix in some format: its bytes, and its product with a batch."""
+
+    n_bytes: int
+    product: Product
+
+
+def dense(weight: torch.Tensor) -> Stored:
+    return Stored(weight.nbytes, lambda x: linear(x, weight))
+
+
+def dense_float32(weight: torch.Tensor) -> Stored:
+    wide = weight.float()
+    return Stored(wide.nbytes, lambda x: linear(x.float(), wide).to(x.dtype))
+
+
+def bit_packed(weight: torch.Tensor) -> Stored:
+    """Values [nnz] and bits [R, ceil(C / 8)]; a product first expands them to [R, C]."""
+    columns, keep = weight.shape[1], weight != 0
+    values, bits = weight[keep], pack(keep).to(weight.device)
+    powers = 2 ** torch.arange(7, -1, -1, device=weight.device, dtype=torch.uint8)
+
+    def product(x):
+        mask = (bits.unsqueeze(-1) & powers).ne(0).flatten(1)[:, :columns]
+        full = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+        return linear(x, full.masked_scatter_(mask, values))
+
+    assert torch.equal(unpack(bits.cpu(), columns), keep.cpu())
+    return Stored(values.nbytes + bits.nbytes, product)
+
+
+def csr(weight: torch.Tensor) -> Stored:
+    """Values with int32 indices; in float32 on a CPU, where PyTorch has no CSR product in bf16."""
+    kind = weight.dtype if weight.is_cuda else torch.float32
+    of = weight.to(kind).to_sparse_csr()
+    parts = (of.crow_indices().int(), of.col_indices().int(), of.values())
+    matrix = torch.sparse_csr_tensor(*parts, of.shape)
+    n_bytes = sum(p.nbytes for p in parts)
+    return Stored(n_bytes, lambda x: (matrix @ x.to(kind).T).T.to(x.dtype))
+
+
+def two_of_four(weight: torch.Tensor) -> Stored:
+    sparse = torch.sparse.to_sparse_semi_structured(weight)
+    return Stored(
+        weight.nbytes * 9 // 16, lambda x: linear(x, sparse)
+    )  # values and 2 bits of 4 x 16
+
+
+def main() -> int:
+    """Measures and prints the tables; returns the exit code: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="a pruned model directory")
+    parser.add_argument("--repeats", type=int, default=15, help="timed turns of each format")
+    parser.add_argument("--out", type=Path, help="JSON file for all figures")
+    options = parser.parse_args()
+    console = Console()
+    try:
+        if options.repeats < 1:
+            raise UserError(f"--repeats is {options.repeats}; it must be at least 1")
+        result = bench(options.model, options.repeats, console)
+        if options.out:
+            write_json(options.out, result)
+    except UserError as error:
+        print(f"bench_sparse.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@torch.inference_mode()
+def bench(folder: Path, repeats: int, console: Console) -> dict:
+    """Measures a pruned model directory and prints what was found.
+
+    Raises:
+        UserError: it is no model directory, or nothing in it is pruned.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model directory: it has no config.json")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model_class(folder).from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    modules = _pruned(model)
+    if not modules:
+        raise UserError(
+            f"{folder} is not pruned: no matrix of its blocks has {PRUNED:.0%} of zeros; give "
+            " a stage's folder such as RUN/oneshot"
+        )
+    weights = {name: _weight(module) for name, module in modules.items()}
+    made, absent = _formats(weights, device, console)
+    result = {"machine": _machine(device), "model": str(folder), "absent": absent}
+    result["sparsity"] = 1 - sum(int(w.count_nonzero()) for w in weights.values()) / sum(
+        w.numel() for w in weights.values()
+    )
+    console.say(
+        f"{folder}: {len(modules)} pruned matrices, {100 * result['sparsity']:.1f} % zeros; "
+        f"{result['machine']}; medians of {repeats}"
+    )
+    result["bytes"] = _bytes(folder, model, weights, made, console)
+    result["products"] = _products(weights, made, repeats, device, console)
+    result["steps"] = _steps(model, modules, made, repeats, device, console)
+    for name, why in absent.items():
+        console.say(f"{name}: not measured, {why}")
+    return result
+
+
+def _pruned(model) -> dict[str, torch.nn.Module]:
+    """The linears inside the blocks that have more zeros than chance makes."""
+    prefix, _ = find_blocks(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(prefix + ".")
+        and isinstance(module, torch.nn.Linear | Conv1D)
+        and module.weight.count_nonzero() <= (1 - PRUNED) * module.weight.numel()
+    }
+
+
+def _weight(module: torch.nn.Module) -> torch.Tensor:
+    """The weight [R, C]; `Conv1D` stores its transpose."""
+    weight = module.weight.detach()
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+
+def _formats(
+    weights: dict[str, torch.Tensor], device: torch.device, console: Console
+) -> tuple[dict[str, dict[str, Stored]], dict[str, str]]:
+    """Each matrix in each format that works here, and why others do not."""
+    makers = {DENSE: dense}
+    if device.type == "cpu":
+        makers["dense float32"] = dense_float32
+    makers |= {
+        "bit-packed": bit_packed,
+        f"CSR {'bf16' if device.type == 'cuda' else 'float32'}": csr,
+    }
+    absent = {}
+    fits = all(
+        w.shape[1] % 4 == 0 and bool((w.unflatten(1, (-1, 4)).ne(0).sum(-1) <= 2).all())
+        for w in weights.values()
+    )
+    if not fits:
+        absent["2:4"] = "the zeros do not follow that pattern"
+    elif device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0):
+        absent["2:4"] = "it needs a GPU of compute capability 8.0 or above"
+    else:
+        makers["2:4"] = two_of_four
+    made: dict[str, dict[str, Stored]] = {}
+    for name, maker in makers.items():
+        try:
+            made[name] = {key: maker(w) for key, w in weights.items()}
+            key, w = next(iter(weights.items()))
+            x = torch.randn(BATCHES[-1], w.shape[1], device=device, dtype=w.dtype)
+            expected = linear(x.float(), w.float())
+            off = (made[name][key].product(x).float() - expected).norm() / expected.norm()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            made.pop(name, None)
+            absent[name] = "PyTorch refuses it here: " + " ".join(str(error).split())[:150]
+            continue
+        if not off < 0.02:
+            raise UserError(f"{name} gives wrong products here (relative error {float(off):.3f})")
+    return made, absent
+
+
+def _bytes(folder: Path, model, weights: dict, made: dict, console: Console) -> dict:
+    """Prints and returns bytes by format: they are the same in memory and in a file."""
+    rest = sum(p.nbytes for p in model.parameters()) - sum(w.nbytes for w in weights.values())
+    counts = {name: sum(s.n_bytes for s in stored.values()) for name, stored in made.items()}
+    rows = [
+        [name, size(n), f"{n / counts[DENSE]:.2f}", size(n + rest)] for name, n in counts.items()
+    ]
+    file_bytes = Checkpoint(folder).n_bytes()
+    rows.append(["as stored in MODEL", "-", "-", size(file_bytes)])
+    columns = ["format", "pruned\nmatrices", "of dense\nbf16", "whole\nmodel"]
+    console.table("Bytes, in memory as in a file", columns, rows)
+    return {"pruned_matrices": counts, "rest": rest, "as_stored": file_bytes}
+
+
+def _products(weights: dict, made: dict, repeats: int, device, console: Console) -> list[dict]:
+    """Prints and returns the seconds of one product for each distinct shape and batch."""
+    shapes = {tuple(w.shape): name for name, w in reversed(weights.items())}
+    lines = []
+    with console.bar("products", len(shapes) * len(BATCHES), "shapes") as bar:
+        for shape, name in sorted(shapes.items()):
+            for batch in BATCHES:
+                x = torch.randn(batch, shape[1], device=device, dtype=torch.bfloat16)
+                # a product of a small matrix is too short to time alone
+                calls = {f: (lambda p=made[f][name].product, x=x: p(x)) for f in made}
+                seconds = _in_turns(calls, repeats, device, at_least=2e-3)
+                lines.append({"shape": list(shape), "batch": batch, "seconds": seconds})
+                bar.advance()
+    others = [name for name in made if name != DENSE]
+    rows = [
+        [
+            f"{line['shape'][0]} x {line['shape'][1]}, batch {line['batch']}",
+            _time(line["seconds"][DENSE]),
+            *(_beside(line["seconds"], name) for name in others),
+        ]
+        for line in lines
+    ]
+    console.table("One product, beside dense bf16", ["matrix", DENSE, *others], rows)
+    return lines
+
+
+def _steps(model, modules: dict, made: dict, repeats: int, device, console: Console) -> list[dict]:
+    """Prints and returns the seconds of a decoding step of the whole model, for each batch."""
+    originals = {name: module.forward for name, module in modules.items()}
+    model.config.use_cache = False  # one token has no past
+    lines = []
+    with console.bar("decoding steps", len(BATCHES), "batches") as bar:
+        for batch in BATCHES:
+            ids = torch.arange(batch, device=device).view(batch, 1) + 3
+
+            def step(stored: dict[str, Stored], ids=ids):
+                for name, module in modules.items():
+                    module.forward = _forward(stored[name].product, module.bias)
+                return model(ids)
+
+            calls = {name: (lambda s=stored: step(s)) for name, stored in made.items()}
+            lines.append({"batch": batch, "seconds": _in_turns(calls, repeats, device)})
+            bar.advance()
+    for name, module in modules.items():
+        module.forward = originals[name]
+    rows = [
+        [name, *(f"{_time(n['seconds'][name])}  {_beside(n['seconds'], name)}" for n in lines)]
+        for name in made
+    ]
+    columns = ["pruned matrices", *(f"batch {batch}" for batch in BATCHES)]
+    console.table("One decoding step of the whole model", columns, rows)
+    return lines
+
+
+def _forward(product: Product, bias: torch.Tensor | None) -> Product:
+    def forward(x):
+        y = product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
+
+    return forward
+
+
+def _in_turns(
+    calls: dict[str, Callable], repeats: int, device: torch.device, at_least: float = 0.0
+) -> dict[str, float]:
+    """Median seconds of each call; they take turns, so that a slow moment meets all of them."""
+
+    def timed(call: Callable, n: int) -> float:
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(n):
+            call()
+        _wait(device)
+        return (time.perf_counter() - start) / n
+
+    n_of = {}
+    for name, call in calls.items():
+        timed(call, 1)  # the first one also allocates
+        once = min(timed(call, 1) for _ in range(3))
+        n_of[name] = max(1, min(1000, int(at_least / max(once, 1e-7))))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(timed(call, n_of[name]))
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _beside(seconds: dict[str, float], name: str) -> str:
+    """How a time stands to dense bf16's, in words."""
+    ratio = seconds[DENSE] / seconds[name]
+    if name == DENSE:
+        return ""
+    if abs(ratio - 1) < SAME:
+        return "the same"
+    return f"{ratio:.2f} x faster" if ratio > 1 else f"{1 / ratio:.2f} x slower"
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-2 else f"{1e6 * seconds:.0f} us"
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    bf16 = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} threads ({bf16}), torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,619 @@
+"""The report: what may share a column, what is one row, and what it says of bad and odd runs."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import cap_llm
+from cap_llm.command_line import read_config
+from cap_llm.evaluation import published as papers
+from cap_llm.evaluation.comparison import compare
+from cap_llm.evaluation.report import write_report
+from cap_llm.evaluation.runs import Figure, Result, collect, run_directories
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+from cap_llm.train import main
+
+
+@pytest.fixture(scope="session")
+def real(tiny, text_file, tmp_path_factory) -> Path:
+    """A folder with one real run of the entry: dense and one-shot, scored."""
+    folder = tmp_path_factory.mktemp("runs")
+    held_out = folder / "held-out.txt"
+    held_out.write_text(text_file.read_text()[::-1])
+    words = ["cap-llm", "--output_dir", folder / "run", "--model.path", tiny("llama")]
+    words += ["--name", "a method"]
+    words += ["--calibration.corpus", text_file, "--calibration.sequences", 8]
+    words += ["--calibration.length", 64, "--evaluate.corpora", f"[{held_out}]"]
+    words += ["--evaluate.window", 64, "--evaluate.max_windows", 9, "--runtime.device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(w) for w in words])
+        assert main() == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(real, tmp_path):
+    """Makes a copy of the real run and changes its files: {file: change(content)}."""
+
+    def make(name: str, changes: dict | None = None) -> Path:
+        run = Path(shutil.copytree(real, tmp_path / name))
+        for file, change in (changes or {}).items():
+            content = json.loads((run / file).read_text()) if (run / file).exists() else {}
+            (run / file).parent.mkdir(exist_ok=True)
+            (run / file).write_text(json.dumps(change(content) or content))
+        return run
+
+    return make
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Writes the report over runs; returns its folder."""
+
+    def make(*runs: Path) -> Path:
+        results = [r for run in runs for r in collect(run)]
+        return write_report(results, tmp_path / "out", "A title", Console(False)).parent
+
+    return make
+
+
+def quality(*runs: Path) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """Labels, cells by row name, and notes of the first table over runs."""
+    table = compare([r for run in runs for r in collect(run)])[0].tables[0]
+    rows = {row[0].text: [c.text for c in row[1:]] for row in table.rows}
+    return [" ".join(c.split()) for c in table.columns[1:]], rows, table.notes
+
+
+def named(name: str):
+    return {"environment.json": lambda c: c.update(run=name)}
+
+
+def scored(**values):
+    """Changes the one entry of a perplexity.json."""
+
+    def change(content):
+        (entry,) = content["corpora"].values()
+        entry.update(values)
+
+    return change
+
+
+def zeroshot(versions=None, **accuracies):
+    """A zeroshot.json with these accuracies."""
+    tasks = {
+        task: {"acc": acc, "acc_stderr": 0.01, "items": 100, "limit": None, "version": 1.0}
+        | {"data_sha256": "abc"}
+        for task, acc in accuracies.items()
+    }
+    versions = {"lm_eval": "0.4.13"} | (versions or {})
+    return lambda _: {"model": "m", "stage": "s", "versions": versions, "tasks": tasks}
+
+
+# the files of a run
+
+
+def test_the_entry_itself_leaves_the_report(real):
+    page = (real / "report.html").read_text()
+    figure = json.loads((real / "oneshot" / "perplexity.json").read_text())
+    (entry,) = figure["corpora"].values()
+    for text in (page, (real / "report.md").read_text()):
+        assert f"{entry['ppl_token']:.2f}" in text
+        assert "ppl_token@64" in text
+        assert "a method" in text
+    assert "http" not in page and 'src="data:image/png' in page  # nothing is fetched
+    assert (real / "figures" / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_figure_is_in_the_csv_with_its_run_and_command(copy, report):
+    a, b = copy("a", named("first")), copy("b", named("second") | {"oneshot/recipe.json": other})
+    with open(report(a, b) / "report.csv") as file:
+        lines = list(csv.DictReader(file))
+    for run in (a, b):
+        mine = [line for line in lines if line["run"] == str(run)]
+        assert {"ppl", "sparsity", "time", "on disk", "bit-packed"} <= {x["measure"] for x in mine}
+        assert all("--output_dir" in line["command"] for line in mine)
+        exact = json.loads((run / "oneshot" / "perplexity.json").read_text())["corpora"]
+        own = [x for x in mine if (x["measure"], x["stage"]) == ("ppl", "oneshot")]
+        assert [float(x["value"]) for x in own] == [e["ppl_token"] for e in exact.values()]
+
+
+def test_a_models_name_leads_to_its_run_and_command(copy, report):
+    a, b = copy("a", named("first")), copy("b", named("second") | {"oneshot/recipe.json": other})
+    page = (report(a, b) / "report.html").read_text()
+    number = re.search(r'second<a class="run" href="#(run-\d)"', page).group(1)
+    place = page.index(f'id="{number}"')
+    assert str(b) in page[place : place + 300]
+
+
+def other(recipe):
+    """Another method than the real run's."""
+    recipe["oneshot"]["refit"] = True
+
+
+def test_bit_packed_bytes_are_what_a_packed_file_would_take(real):
+    from safetensors.torch import load_file
+
+    from cap_llm.sparsity.masks import MaskFile
+
+    figures = {f.kind: f.value for f in collect(real)[-1].figures}
+    masks, stored = MaskFile(real / "oneshot" / "masks.safetensors"), 0
+    files = [p for p in (real / "oneshot").glob("model*.safetensors")]
+    for name, tensor in (item for path in files for item in load_file(path).items()):
+        if name in masks:
+            stored += int((tensor != 0).sum()) * 4 + tensor.shape[0] * -(-tensor.shape[1] // 8)
+        else:
+            stored += tensor.numel() * 4
+    overhead = figures["on disk"] - sum(
+        t.numel() * 4 for path in files for t in load_file(path).values()
+    )
+    assert figures["bit-packed"] == stored + overhead
+
+
+# columns
+
+PERPLEXITY = "oneshot/perplexity.json"
+SPLITS = {
+    "windows": ({PERPLEXITY: scored(windows=5, text_sha256="x")}, "windows (9, 5)"),
+    "window": ({PERPLEXITY: scored(window=32, text_sha256="x")}, "window (64, 32)"),
+    "text": ({PERPLEXITY: scored(text_sha256="fff")}, "text ("),
+    "BOS": ({PERPLEXITY: scored(bos="none")}, "BOS ("),
+    "torch": (
+        {PERPLEXITY: lambda c: c["versions"].update(torch="2.8.0")},
+        "torch (",
+    ),
+    "calibration": (
+        {"oneshot/recipe.json": lambda c: other(c) or c["calibration"].update(sequences=99)},
+        "calibration (8 x 64 of text.txt, 99 x 64 of text.txt)",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, why", SPLITS.values(), ids=SPLITS)
+def test_figures_that_do_not_compare_stand_in_columns_of_their_own(copy, changes, why):
+    changes = {"oneshot/recipe.json": other} | named("second") | changes
+    labels, rows, notes = quality(copy("a", named("first")), copy("b", changes))
+    figures = [label for label in labels if "ppl_token" in label]
+    assert len(figures) == len(set(figures)) == 2
+    first, second = rows["first"][:2], rows["second"][:2]
+    assert first[1] == second[0] == "-" and "-" not in (first[0], second[1])
+    assert any("do not compare" in note and why in note for note in notes)
+
+
+def test_another_build_of_the_same_release_compares(copy):
+    change = {PERPLEXITY: lambda c: c["versions"].update(torch=c["versions"]["torch"] + "+cu130")}
+    labels, *_ = quality(copy("a", named("first")), copy("b", named("second") | change))
+    assert sum("ppl_token" in label for label in labels) == 1
+
+
+def test_dense_and_uncalibrated_models_stand_beside_every_calibration(copy):
+    more = {"oneshot/recipe.json": lambda c: c["calibration"].update(sequences=99)}
+    without = {"oneshot/recipe.json": lambda c: other(c) or (c.pop("calibration") and None)}
+    runs = [copy("a", named("first")), copy("b", named("second") | more)]
+    _, rows, _ = quality(*runs, copy("c", named("third") | without))
+    for name in ("dense", "third"):
+        assert rows[name][0] == rows[name][1] != "-"
+
+
+def test_models_of_another_dense_model_have_tables_of_their_own(copy):
+    def moved(recipe):
+        recipe["model"]["path"] = "somebody/another-model"
+
+    change = {f"{stage}/recipe.json": moved for stage in ("dense", "oneshot")}
+    runs = [copy("a"), copy("b", change)]
+    sections = compare([r for run in runs for r in collect(run)])
+    assert sections[1].title == "another-model" and len(sections) == 2
+    assert all(len(section.rows) == 2 for section in sections)
+
+
+def test_the_best_is_bold_among_models_of_its_own_pattern(copy):
+    def two_of_four(recipe):
+        recipe["oneshot"].update(pattern="2:4")
+
+    runs = [
+        copy("a", named("worse") | {PERPLEXITY: scored(ppl_token=50.0)}),
+        copy("b", named("better") | {PERPLEXITY: scored(ppl_token=40.0)}),
+        copy("c", named("far better") | {PERPLEXITY: scored(ppl_token=2.0)}),
+    ]
+    for run, changes in ((runs[1], other), (runs[2], two_of_four)):
+        path = run / "oneshot" / "recipe.json"
+        recipe = json.loads(path.read_text())
+        changes(recipe)
+        path.write_text(json.dumps(recipe))
+    table = compare([r for run in runs for r in collect(run)])[0].tables[0]
+    assert {row[0].text for row in table.rows if any(c.best for c in row)} == {"better"}
+
+
+# rows
+
+
+def seeded(seed: int, ppl: float) -> dict:
+    def change(recipe):
+        recipe["calibration"]["seed"] = seed
+
+    name = named(f"method, seed {seed}")
+    return name | {"oneshot/recipe.json": change, PERPLEXITY: scored(ppl_token=ppl)}
+
+
+def test_runs_that_differ_in_their_seeds_alone_are_one_row(copy):
+    runs = [copy(f"s{seed}", seeded(seed, ppl)) for seed, ppl in ((0, 30.0), (1, 34.0))]
+    _, rows, notes = quality(*runs)
+    assert rows["method (2 seeds)"][0] == "32.00 ± 2.83"
+    assert len(rows) == 2 and any("standard deviation" in note for note in notes)
+
+
+def test_the_same_model_scored_twice_is_one_row_and_no_spread(copy):
+    _, rows, _ = quality(copy("one", named("same")), copy("two", named("same")))
+    assert set(rows) == {"dense", "same"} and "±" not in rows["same"][0]
+
+
+def test_the_same_seed_with_other_results_is_a_row_of_its_own(copy):
+    other_result = {PERPLEXITY: scored(ppl_token=31.0)}
+    _, rows, _ = quality(copy("one", named("same")), copy("two", named("same") | other_result))
+    assert {"same (one)", "same (two)"} < set(rows)
+
+
+def test_the_share_of_the_loss_won_back(copy):
+    """One-shot 40, dense 20, recovered 25: three quarters of the gap."""
+    run = copy(
+        "a",
+        {
+            "dense/perplexity.json": scored(ppl_token=20.0),
+            PERPLEXITY: scored(ppl_token=40.0),
+        },
+    )
+    shutil.copytree(run / "oneshot", run / "recover")
+    recipe = json.loads((run / "oneshot" / "recipe.json").read_text())
+    changed = {"model": recipe["model"], "recover": {"batch": 4, "length": 8, "seed": 0}}
+    (run / "recover" / "recipe.json").write_text(json.dumps(changed))
+    scores = json.loads((run / "recover" / "perplexity.json").read_text())
+    scored(ppl_token=25.0)(scores)
+    (run / "recover" / "perplexity.json").write_text(json.dumps(scores))
+    labels, rows, _ = quality(run)
+    gap = labels.index("gap closed, %")
+    assert rows["a method"][gap] == "75.0"
+    assert rows["SparseGPT 50 %"][gap] == "-"
+
+
+def test_a_run_that_nobody_named_is_called_by_what_was_done(copy):
+    run = copy("a")
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"name": ""}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copytree(run / "oneshot", run / "recover")
+    (run / "recover" / "recipe.json").write_text(json.dumps({"model": {}, "recover": {}}))
+    names = [r.name for r in collect(run)]
+    assert names == ["dense", "SparseGPT 50 %", "SparseGPT 50 % + recovery"]
+
+
+def test_a_model_that_came_pruned_is_not_taken_for_the_dense_one(copy):
+    run = copy("a")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["recover"]["teacher"] = "somebody/dense-model"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "oneshot").rename(run / "recover")
+    recipe = {"model": settings["model"], "recover": {"teacher": "somebody/dense-model"}}
+    (run / "recover" / "recipe.json").write_text(json.dumps(recipe))
+    (section,) = compare(collect(run))
+    assert section.title == "dense-model"
+    assert [row.name for row in section.rows] == ["a method", "given model"]
+    assert not any(row.baseline for row in section.rows)
+
+
+def test_a_run_that_was_stopped_before_any_score_is_shown(copy, report):
+    run = copy("a", {"dense/recipe.json": lambda c: c["model"].update(path="some/model")})
+    shutil.rmtree(run / "oneshot")
+    (run / "dense" / "perplexity.json").unlink()
+    assert "not scored; oneshot not begun" in (report(run) / "report.md").read_text()
+
+
+def test_stages_stand_in_the_order_of_the_pipeline_also_unknown_ones(copy):
+    run = copy("a")
+    for stage in ("recover", "sds", "something-new", "reconstruct"):
+        shutil.copytree(run / "oneshot", run / stage)
+    stages = [r.stage for r in collect(run)]
+    assert stages == ["dense", "oneshot", "sds", "reconstruct", "recover", "something-new"]
+
+
+# zero-shot
+
+SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+def test_a_mean_over_a_part_of_a_papers_set_is_called_partial(copy):
+    all_seven = dict.fromkeys(SEVEN, 0.5)
+    whole = {"oneshot/zeroshot.json": zeroshot(**all_seven | {"rte": 0.57})}
+    part = {"oneshot/zeroshot.json": zeroshot(boolq=0.6, rte=0.7), "oneshot/recipe.json": other}
+    runs = [copy("a", named("whole") | whole), copy("b", named("part") | part)]
+    labels, rows, _ = quality(*runs)
+    seven, two = labels.index("Wanda's mean 7 tasks"), labels.index("Wanda's mean partial: 2 of 7")
+    assert (rows["whole"][seven], rows["whole"][two]) == ("51.0", "53.5")
+    assert (rows["part"][seven], rows["part"][two]) == ("-", "65.0")
+
+
+def test_accuracies_of_other_versions_do_not_share_a_column(copy):
+    new = {"oneshot/zeroshot.json": zeroshot(arc_easy=0.6)}
+    old = {"oneshot/zeroshot.json": zeroshot({"lm_eval": "0.4.8"}, arc_easy=0.7)}
+    old["oneshot/recipe.json"] = other
+    runs = [copy("a", named("new") | new), copy("b", named("old") | old)]
+    tables = compare([r for run in runs for r in collect(run)])[0].tables
+    table = next(t for t in tables if t.title.startswith("Zero-shot"))
+    assert len(table.columns) == 3 and "lm_eval 0.4.8" in table.columns[2]
+    assert any("arc_easy" in n and "lm_eval (0.4.13, 0.4.8)" in n for n in tables[0].notes)
+
+
+def test_entries_of_the_evaluate_stage_are_read(copy):
+    """A task may be limited; its facts stand in its entry; word_perplexity is no accuracy."""
+    entry = {"items": 40, "limit": 40, "rows_sha256": "r", "lm_eval": "0.4.13", "shots": 0}
+    tasks = {
+        "piqa first 40": entry | {"task": "piqa", "acc": 0.6, "acc_norm": 0.7, "acc_stderr": None},
+        "wikitext": entry | {"task": "wikitext", "limit": None, "word_perplexity": 38.5},
+    }
+    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"versions": {}, "tasks": tasks}})
+    labels, rows, _ = quality(run)
+    assert rows["a method"][labels.index("wikitext word_perplexity")] == "38.50"
+    tables = compare(collect(run))[0].tables
+    table = next(t for t in tables if t.title.startswith("Zero-shot"))
+    assert table.columns[1:] == ["piqa\nfirst 40"] and table.rows[-1][1].text == "60.0"
+
+
+def test_pictures_show_only_what_was_measured(copy, report):
+    few = {p.name for p in (report(copy("a", named("first"))) / "figures").iterdir()}
+    assert few == {"layers.png"}
+    more = {"oneshot/zeroshot.json": zeroshot(arc_easy=0.6), "oneshot/sparsity.json": sparser}
+    refit = {"oneshot/recipe.json": other}
+    pair = [copy("b", named("second")), copy("c", named("third") | more | refit)]
+    names = {p.name for p in (report(*pair) / "figures").iterdir()}
+    assert names == {"layers.png", "zero-shot.png", "perplexity-over-sparsity.png", "cost.png"}
+
+
+def sparser(counts):
+    counts["pruned_matrices"]["sparsity"] = 0.7
+
+
+# runs that are not as they should be
+
+
+def test_an_unfinished_run_is_shown_as_such_and_is_never_the_best(copy, report):
+    done = copy("a", named("done"))
+    unfinished = copy("b", named("cut") | {PERPLEXITY: scored(ppl_token=1.5)})
+    (unfinished / "oneshot" / "done.json").unlink()
+    out = report(done, unfinished)
+    assert "cut (unfinished)" in (out / "report.md").read_text()
+    table = compare([r for run in (done, unfinished) for r in collect(run)])[0].tables[0]
+    assert not any(c.best for row in table.rows for c in row)
+
+
+def test_a_run_that_has_just_begun_is_shown(copy, report):
+    run = copy("a", named("begun"))
+    for stage in ("dense", "oneshot"):
+        shutil.rmtree(run / stage)
+    assert "begun (oneshot not begun)" in (report(run) / "report.md").read_text()
+
+
+def test_damaged_and_foreign_files_are_named_and_the_rest_is_shown(copy, report):
+    run = copy("a", named("odd") | {PERPLEXITY: lambda c: {"corpora": {"x@64": {"loss": 1.0}}}})
+    (run / "oneshot" / "sparsity.json").write_text("{")
+    text = (report(run) / "report.md").read_text()
+    assert "perplexity.json is not as this version writes it" in text
+    assert "sparsity.json cannot be read" in text
+    assert "dense" in text
+
+
+def test_a_folder_without_a_recipe_is_still_read(copy):
+    run = copy("a")
+    (run / "dense" / "recipe.json").unlink()
+    labels, rows, _ = quality(run)
+    assert rows["dense"][0] != "-" and len(rows) == 2
+
+
+def test_a_run_of_another_version_is_shown_as_such(copy, report):
+    def older(content):
+        content["versions"]["cap_llm"] = "0.0.1"
+
+    text = (report(copy("a", {"environment.json": older})) / "report.md").read_text()
+    assert "(of cap_llm 0.0.1)" in text
+    assert f"(of cap_llm {cap_llm.__version__})" not in text
+
+
+def test_without_matplotlib_the_report_has_no_pictures_and_says_so(real, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    page = write_report(collect(real), tmp_path / "out", "A title", Console(False))
+    assert "matplotlib is not installed" in page.read_text()
+    assert "<img" not in page.read_text()
+    assert not list((tmp_path / "out" / "figures").iterdir())
+
+
+# published figures
+
+
+def as_opt(run: Path, window: int = 2048, **oneshot) -> Path:
+    """Rewrites a run as one of OPT-125m in the papers' protocol."""
+
+    def recipe(content):
+        content["model"]["path"] = "facebook/opt-125m"
+        if "oneshot" in content:
+            content["oneshot"].update(oneshot)
+            content["calibration"].update(corpus="c4", sequences=128, length=2048)
+
+    def score(content):
+        (entry,) = content["corpora"].values()
+        content["corpora"] = {f"wikitext2@{window}": entry | {"window": window}}
+
+    for stage in ("dense", "oneshot"):
+        for name, change in (("recipe.json", recipe), ("perplexity.json", score)):
+            content = json.loads((run / stage / name).read_text())
+            change(content)
+            (run / stage / name).write_text(json.dumps(content))
+    return run
+
+
+def published_table(run: Path):
+    (section,) = compare(collect(run))
+    tables = [t for t in section.tables if t.title == "Beside published figures"]
+    return [[c.text for c in row] for row in tables[0].rows] if tables else None
+
+
+def test_a_measured_figure_stands_beside_the_published_one(copy):
+    run = as_opt(copy("a", {PERPLEXITY: scored(ppl_token=37.0)}))
+    rows = published_table(run)
+    row = ["a method", "wikitext2@2048", "37.00", "36.85", "+0.15"]
+    assert row in [r[:5] for r in rows]
+    assert ["dense", "27.66"] in [[r[0], r[3]] for r in rows]
+    assert all(row[5] for row in rows)  # a source each
+
+
+@pytest.mark.parametrize("window, oneshot", [(1024, {}), (2048, {"pattern": "1:4"})])
+def test_figures_of_other_windows_and_patterns_are_not_set_against_it(copy, window, oneshot):
+    rows = published_table(as_opt(copy("a"), window, **oneshot)) or []
+    assert not [row for row in rows if row[0] != "dense"]
+
+
+def test_a_refit_is_not_taken_for_the_published_method(copy):
+    run = as_opt(copy("a"), refit=True)
+    assert {row[0] for row in published_table(run)} == {"dense"}
+    (section,) = compare(collect(run))
+    told = [n for n in section.tables[-1].notes if n.startswith("Also published at 50 %")]
+    assert len(told) == 1 and "SparseGPT 36.85" in told[0]
+
+
+def test_published_figures_name_known_models_and_sources():
+    figures = papers.published()
+    assert len(figures) > 300 and all(f.ppl > 1 and f.source for f in figures)
+    recipes = [yaml.safe_load(p.read_text()) for p in (ROOT / "cap_llm/recipes").glob("opt-*.yaml")]
+    names = {papers.short_name(recipe["model"]["path"]) for recipe in recipes}
+    assert names <= {f.model for f in figures}
+    assert papers.short_name("meta-llama/Meta-Llama-3-8B") == "llama-3-8b"
+    assert papers.short_name("meta-llama/Llama-2-7b-hf@main") == "llama-2-7b"
+
+
+# acceptance and the benchmark of sparsity
+
+
+def test_the_acceptance_runs_are_valid_and_aim_at_published_figures():
+    import acceptance
+
+    for settings in acceptance.RUNS.values():
+        config, *_ = read_config(
+            ["--config", "opt-125m-acceptance", "--output_dir", "x", *settings]
+        )
+        config.check()
+    for (name, corpus), (figure, low, high) in acceptance.TARGETS.items():
+        method, _, amount = name.partition(" ")
+        known = [
+            p.ppl
+            for p in papers.published()
+            if (p.model, p.method, p.amount, p.corpus) == ("opt-125m", method, amount, corpus)
+        ]
+        assert float(figure) in known and low <= float(figure) <= high
+
+
+def test_the_verdict_is_within_or_outside_the_range(tmp_path):
+    import acceptance
+
+    scores = {"dense": {"wikitext2": 27.66, "ptb": 38.99, "c4": 26.56}}
+    scores |= {"magnitude 50 %": {"wikitext2": 193.4}, "SparseGPT 50 %": {"wikitext2": 36.5}}
+    scores |= {"Wanda 50 %": {"wikitext2": 39.5}, "SparseGPT 2:4": {"wikitext2": 60.5}}
+    results = {}
+    for name in acceptance.RUNS:
+        figures = [Figure("ppl", corpus, ppl) for corpus, ppl in scores.get(name, {}).items()]
+        results[name] = Result(name, "oneshot", tmp_path, "opt-125m", figures=figures)
+    rows, n_outside = acceptance.verdicts(results)
+    said = {(row[0], row[1]): (row[4], row[-1]) for row in rows}
+    assert said["SparseGPT 50 %", "wikitext2"] == ("-0.35", "within")
+    assert said["Wanda 50 %", "wikitext2"] == ("+0.50", "OUTSIDE")
+    assert said["Wanda 2:4", "wikitext2"] == ("-", "OUTSIDE")  # not measured
+    assert n_outside == 2
+
+
+@pytest.mark.parametrize("columns", [64, 37])
+def test_every_format_gives_the_dense_product(columns):
+    import bench_sparse
+    import torch
+
+    torch.manual_seed(0)
+    weight = torch.randn(48, columns).bfloat16()
+    weight[torch.rand_like(weight.float()) < 0.5] = 0
+    x = torch.randn(5, columns).bfloat16()
+    expected, nnz = x.float() @ weight.float().T, int(weight.count_nonzero())
+    n_bytes = {
+        bench_sparse.dense: 2 * weight.numel(),
+        bench_sparse.dense_float32: 4 * weight.numel(),
+    }
+    n_bytes[bench_sparse.bit_packed] = 2 * nnz + 48 * -(-columns // 8)
+    n_bytes[bench_sparse.csr] = 4 * nnz + 4 * nnz + 4 * 49
+    for stored_as, n in n_bytes.items():
+        stored = stored_as(weight)
+        assert stored.n_bytes == n
+        product = stored.product(x)
+        assert product.dtype == x.dtype
+        torch.testing.assert_close(product.float(), expected, atol=0.1, rtol=0.02)
+
+
+def test_the_benchmark_runs_and_says_what_is_slower(real, tmp_path):
+    result = script("bench_sparse.py", real / "oneshot", "--repeats", 1, "--out", tmp_path / "b")
+    assert result.returncode == 0, result.stderr
+    assert "2:4: not measured, the zeros do not follow that pattern" in result.stdout
+    assert re.search(r"(slower|faster|the same)", result.stdout)
+    found = json.loads((tmp_path / "b").read_text())
+    assert {line["batch"] for line in found["steps"]} == {1, 64}
+    assert found["sparsity"] == 0.5
+    assert (
+        found["bytes"]["pruned_matrices"]["bit-packed"]
+        < (found["bytes"]["pruned_matrices"]["dense bf16"])
+    )
+
+
+def test_the_benchmark_refuses_what_is_not_pruned_in_one_line(tiny, tmp_path):
+    for folder, words in ((tmp_path, "no model directory"), (tiny("llama"), "is not pruned")):
+        result = script("bench_sparse.py", folder)
+        assert result.returncode == 2 and words in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+# the command
+
+
+def script(name: str, *args) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "eval" / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command_takes_runs_or_a_folder_of_them(copy, tmp_path):
+    copy("runs/a", named("first"))
+    copy("runs/b", named("second"))
+    result = script("compare.py", tmp_path / "runs", "-o", tmp_path / "out", "--title", "Two runs")
+    assert result.returncode == 0, result.stderr
+    assert "first" in result.stdout and "second" in result.stdout
+    assert "Two runs" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_run_that_is_named_twice_counts_once(real):
+    assert run_directories([real, real.parent, real]) == [real]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, real):
+    (tmp_path / "file").write_text("")
+    for args, words in (
+        ([tmp_path / "missing"], ["missing", "does not exist", "output_dir"]),
+        ([tmp_path], [str(tmp_path), "holds no run", "environment.json"]),
+        ([real, "-o", tmp_path / "file" / "out"], ["cannot be written", "file"]),
+    ):
+        result = script("compare.py", *args)
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+        assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_no_run_directory_is_refused_from_python_too(tmp_path):
+    with pytest.raises(UserError, match="is no run directory"):
+        collect(tmp_path)
