@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test study acceptance lint clean
+.PHONY: demo test test-slurm test-faults study acceptance lint clean
 
 demo: $(INSTALLED)  ## prune a real pretrained model by five methods and compare them
 	$(BIN)/python eval/demo.py runs/demo
@@ -14,6 +14,12 @@ test: $(INSTALLED)  ## the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+test-slurm: $(INSTALLED)  ## every file of slurm/ on a real SLURM, set up and taken down; needs root
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/slurm_real.py
+
+test-faults: $(INSTALLED)  ## kill random ranks at random moments (KILLS=36 SEED=0); resumable
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/faults.py
 
 study: $(INSTALLED)  ## the README's WikiText-2 table; hours on two cores, resumable
 	$(BIN)/python eval/study_oneshot.py

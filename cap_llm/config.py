@@ -671,6 +671,11 @@ class Config:
             + [f"+ {name}" for name in later]
         )
 
+    def title_beside(self, done: list[str]) -> str:
+        """What the report calls this run, of whose stages earlier jobs have `done` some."""
+        stages = [stage for stage in STAGES if stage in (*self.stages, *done)]
+        return dataclasses.replace(self, stages=stages).title
+
     def recipe(self, stage: str) -> dict:
         """All settings that the result of a stage depends on."""
         settings = {"model": dataclasses.asdict(self.model)}

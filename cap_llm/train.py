@@ -3,6 +3,8 @@
     cap-llm --config opt-125m-50 --output_dir runs/opt
     deepspeed cap_llm/train.py --config opt-125m-50 --output_dir runs/opt
     torchrun --nproc_per_node 2 cap_llm/train.py --config my.yaml
+    cap-llm status runs/opt
+    cap-llm prefetch opt-125m-50 --to fetched
 
 On one GPU, several, or CPUs; the same command goes on where an earlier one stopped.
 """
@@ -23,12 +25,18 @@ quiet_libraries()
 
 import contextlib  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 from cap_llm.command_line import read_config  # noqa: E402
 from cap_llm.config import MODELS, Config  # noqa: E402
-from cap_llm.runtime.errors import UserError  # noqa: E402
-from cap_llm.runtime.interrupt import stop_at_once, stopped_by  # noqa: E402
+from cap_llm.runtime.errors import RankLost, UserError  # noqa: E402
+from cap_llm.runtime.interrupt import (  # noqa: E402
+    held_back,
+    stop_at_once,
+    stop_no_more,
+    stopped_by,
+)
 
 
 def pipeline(config: Config, config_yaml: str, console: Console) -> None:
@@ -60,7 +68,8 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         run = Run(config.output_dir, world, console)
         for stage in ("dense", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
-        run.describe(config.title, config_yaml)
+        title = config.title_beside(run.done)
+        run.describe(title, config_yaml)
         source = prepare(located, config.model, run)
         if source != located:
             check_everything(source, config, console, world)
@@ -81,6 +90,9 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             student, dense = start_of("recover", source, config, run)
             models["recover"] = recover(student, dense, texts, config, run)
         if "evaluate" in config.stages:
+            for stage in MODELS:  # of earlier jobs, too
+                folder, done = run.stage(stage, config.recipe(stage))
+                models |= {stage: folder} if done else {}
             evaluate(models, texts, tasks, config, run)
         world.barrier()
         if world.first:
@@ -89,11 +101,16 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
                 for path in [source, *(models[stage] for stage in made[:-1])]:
                     if path != located:
                         remove_weights(path)
-            page = write_report(collect(run.path), run.path, config.title, console)
+            page = write_report(collect(run.path), run.path, title, console)
             console.say(f"report: {page}")
-    finally:
-        if run:
-            run.close()
+    except BaseException as error:
+        with held_back():  # the launcher ends all ranks once one has failed
+            if run:
+                error = run.blame(error)
+                run.close(exit_code(error), error)
+            world.stop_watching()
+        raise error
+    run.close()
     world.close()
 
 
@@ -106,32 +123,39 @@ def dry_run(config: Config, console: Console) -> None:
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
-    try:
-        located = locate(config.model, download=False)
-        check_everything(located, config, console, world, predict=True)
-        if located and located.is_dir() and "recover" in config.stages:
-            from cap_llm.recovery.check import check_recovery
+    located = locate(config.model, download=False)
+    check_everything(located, config, console, world, predict=True)
+    if located and located.is_dir() and "recover" in config.stages:
+        from cap_llm.recovery.check import check_recovery
 
-            check_recovery(located, config, world, console, predict=True)
-        if "evaluate" in config.stages:
-            find_tasks(config.evaluate, console, fetch=False)
-        if located and located.is_dir():
-            read_texts(config, located)
-        console.say("dry run: nothing was written")
-    finally:
-        world.close()
+        check_recovery(located, config, world, console, predict=True)
+    if "evaluate" in config.stages:
+        find_tasks(config.evaluate, console, fetch=False)
+    if located and located.is_dir():
+        read_texts(config, located)
+    console.say("dry run: nothing was written")
+    world.close()
 
 
 def main() -> int:
-    """Runs the command; returns its exit code: 0, 2 for bad input, 128 + signal when stopped."""
+    """Runs the command; returns its exit code."""
 
     def work(console: Console) -> None:
-        config, config_yaml, only_check = read_config()
-        config.check()
-        if only_check:
-            dry_run(config, console)
+        if sys.argv[1:2] == ["status"]:
+            from cap_llm.status import main as show_status
+
+            show_status(sys.argv[2:])
+        elif sys.argv[1:2] == ["prefetch"]:
+            from cap_llm.prefetch import main as prefetch
+
+            prefetch(sys.argv[2:])
         else:
-            pipeline(config, config_yaml, console)
+            config, config_yaml, only_check = read_config()
+            config.check()
+            if only_check:
+                dry_run(config, console)
+            else:
+                pipeline(config, config_yaml, console)
 
     return guarded(work, "cap-llm")
 
@@ -144,28 +168,34 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
     try:
         work(console)
     except BaseException as error:
-        number = stopped_by(error)
-        if number:
-            if rank == 0:
-                print(
-                    f"{program}: stopped; give the same command again to go on",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            return leave(128 + number)
-        if not isinstance(error, UserError | MemoryError | torch_out_of_memory()):
-            raise
-        if not isinstance(error, UserError):
-            error = "out of memory: lower --runtime.activation_gib or --calibration.sequences"
-        if rank == 0:
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        stop_no_more()
+        code = exit_code(error)
+        if stopped_by(error):
+            text = f"{program}: stopped; give the same command again to go on"
+        elif isinstance(error, UserError | RankLost):
+            text = f"{program}: error: {error}"
+        elif code == 2:
+            text = "out of memory: lower --runtime.activation_gib or --calibration.sequences"
+            text = f"{program}: error: {text}"
         else:
+            text = traceback.format_exc()
+        if rank == 0:
+            print(text, file=sys.stderr, flush=True)
+        elif not stopped_by(error):
             # The launcher ends the first rank when another one fails: let it speak before that.
             time.sleep(2)
             with contextlib.suppress(BrokenPipeError):
-                print(f"{program}: rank {rank}: {error}", file=sys.stderr, flush=True)
-        return leave(2)
+                text = text.replace(f"{program}: error", f"{program}: rank {rank}")
+                print(text, file=sys.stderr, flush=True)
+        return leave(code)
     return leave(0)
+
+
+def exit_code(error: BaseException) -> int:
+    """128 + signal for a stop, 2 for bad input or too little memory, 1 for what went wrong."""
+    if number := stopped_by(error):
+        return 128 + number
+    return 2 if isinstance(error, UserError | MemoryError | torch_out_of_memory()) else 1
 
 
 def leave(code: int) -> int:

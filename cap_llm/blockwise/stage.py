@@ -143,7 +143,7 @@ class BlockStage:
         weights = sum(r.shape[0] * r.shape[1] for r in result.rows)
         sparsity = sum(r.zeros for r in result.rows) / weights
         text = f"{head}  sparsity {sparsity:.4f}"
-        values = {"sparsity": sparsity, "seconds": result.seconds}
+        values = {"sparsity": sparsity, "seconds": result.seconds, "blocks": len(self.model)}
         errors = {kind(r.name): r.error for r in result.rows if r.error is not None}
         if errors:
             mean = sum(errors.values()) / len(errors)

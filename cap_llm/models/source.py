@@ -174,7 +174,10 @@ def _download(config: ModelConfig, download: bool) -> Path | None:
         if not download and not offline():
             return None
         if offline():
-            reason = "the hub is switched off (HF_HUB_OFFLINE) and no copy is in its cache"
+            reason = (
+                "the hub is switched off (HF_HUB_OFFLINE) and no copy is in its cache; fetch it "
+                "with `cap-llm prefetch` where there is a hub"
+            )
         else:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise UserError(

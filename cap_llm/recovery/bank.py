@@ -10,6 +10,7 @@ never by the order of a sampler.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ class Bank:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for name, size in (("there.bin", n), ("rows.bin", 2 * n * units * dim)):
                     with open(self.folder / name, "wb") as file:
-                        file.truncate(size)
+                        # all of it now: a disk that fills up later ends a writer without a word
+                        os.posix_fallocate(file.fileno(), 0, size)
                 write_json(path, {"facts": facts})
             except OSError as error:
                 return disk_error(self.folder, "rows.bin", error)

@@ -22,7 +22,7 @@ from cap_llm.recovery.objectives import head_loss
 from cap_llm.recovery.zeros import keep_zeros
 from cap_llm.runtime.console import Bar, size
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.interrupt import Stopped, held_back
+from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.text.packing import PackedText
 
@@ -100,11 +100,13 @@ def train(job: Job, config: RecoverConfig, run: Run):
         _report(run, job, 0, config.steps, {}, 0.0)
     stage = engines.stage_of(settings)
     seconds, tokens = 0.0, 0
+    longest = slowest = 0.0  # seconds of a step and of a checkpoint
     with held_back() as request, run.console.bar(job.title, config.steps, "steps") as bar:
         bar.advance(first)
         for step in range(first, config.steps):
             start = time.monotonic()
-            parts = step_once(engine, job, step, config, run)
+            with world.bounded(f"step {step + 1}"):
+                parts = step_once(engine, job, step, config, run)
             seconds += time.monotonic() - start
             tokens += config.batch * config.length
             rate = tokens / seconds
@@ -114,6 +116,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
             if last or (step + 1) % config.evaluate_steps == 0:
                 job.held_out[step + 1] = held_out_perplexity(engine, job.text, config, run)
                 _report(run, job, step + 1, config.steps, parts, rate)
+            longest = max(longest, time.monotonic() - start)
             if stop or last or (step + 1) % config.checkpoint_steps == 0:
                 keeper.check()
                 run.metric(job.stage, step + 1, {"zeros": keeper.n_masked})
@@ -122,10 +125,13 @@ def train(job: Job, config: RecoverConfig, run: Run):
                         bank.flush()
                 spent = round(time.monotonic() - job.began, 2)
                 state = {"held_out": job.held_out, "stage_seconds": spent}
-                keep = config.keep_checkpoints
+                keep, saving = config.keep_checkpoints, time.monotonic()
                 checkpoints.save(
                     engine, job.folder, step + 1, state, job.recipe, stage, keep, world
                 )
+                # A time limit must leave room for a last step and checkpoint.
+                slowest = max(slowest, time.monotonic() - saving)
+                stop_before_limit(60.0 + 2 * (slowest + longest))
             if stop and not last:
                 run.console.say(f"{job.title}: checkpoint at step {step + 1} of {config.steps}")
                 raise Stopped(stop)

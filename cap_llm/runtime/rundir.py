@@ -1,6 +1,7 @@
 """The run directory: one pipeline's settings, log, metrics, and one folder a stage.
 
     config.yaml  environment.json  log.txt  metrics.jsonl  report.md  report.html
+    run.lock  ended.json  who works here, and how the last job ended (see `lock.py`)
     <stage>/recipe.json   what the stage was asked to do, written before its first result
     <stage>/done.json     written last: the stage is finished and verified
 
@@ -10,12 +11,12 @@ stage that was asked to do something else is refused, never overwritten.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -24,8 +25,11 @@ from pathlib import Path
 import torch
 
 from cap_llm.runtime.console import Console
-from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.errors import RankLost, UserError
 from cap_llm.runtime.files import atomic, disk_error, read_json, write_json
+from cap_llm.runtime.interrupt import GOES_ON, stopped_by
+from cap_llm.runtime.lock import ENDED, Lock, write_end
+from cap_llm.runtime.lock import FILE as LOCK_FILE
 from cap_llm.runtime.world import World
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy", "lm_eval")
@@ -39,26 +43,33 @@ class Run:
         self._metrics = self._lock = None
         self._trackers: list = []
         self._start = time.time()
-        if not world.first:
-            return
+        problem = self._open() if world.first else None
+        problem = world.gather(problem)[0]
+        if problem:
+            raise problem
+        world.tell(lambda why: write_end(self.path, 1, world.rank, why, False))
+
+    def _open(self) -> UserError | None:
+        """Makes the directory and takes its lock; the first rank's part."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"output_dir {path} cannot be made: {error.strerror}") from None
+            return UserError(f"output_dir {self.path} cannot be made: {error.strerror}")
         strangers = [path.name for path in self.path.iterdir()]
-        if strangers and "run.lock" not in strangers:
-            raise UserError(
-                f"output_dir {path} holds other files ({strangers[0]}, ...); choose a new directory"
+        if strangers and LOCK_FILE not in strangers:
+            return UserError(
+                f"output_dir {self.path} holds other files ({strangers[0]}, ...); choose a new "
+                "directory"
             )
-        self._lock = open(self.path / "run.lock", "a+")  # noqa: SIM115 (held until the end)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"output_dir {path} is in use by another job; wait for it or choose another one"
-            ) from None
-        console.log_to(self.path / "log.txt")
-        self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._lock = Lock(self.path, self.console)
+            self.console.log_to(self.path / "log.txt")
+            self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        except UserError as error:
+            return error
+        except OSError as error:
+            return disk_error(self.path, LOCK_FILE, error)
+        return None
 
     def describe(self, title: str, config_yaml: str) -> None:
         """Records what runs, on what: `config.yaml` and `environment.json`."""
@@ -83,6 +94,11 @@ class Run:
     def track_with(self, tracker) -> None:
         """Also gives all metrics from now on to `tracker` (`log`, `close`)."""
         self._trackers.append(tracker)
+
+    @property
+    def done(self) -> list[str]:
+        """The stages that are finished."""
+        return [path.parent.name for path in self.path.glob("*/done.json")]
 
     def stage(self, name: str, recipe: dict) -> tuple[Path, dict | None]:
         """The folder of stage `name`, and its `done.json` if it is finished.
@@ -120,8 +136,35 @@ class Run:
             write_json(folder / "done.json", summary)
         self.world.barrier()
 
-    def close(self) -> None:
-        """Closes files and lets another job have the directory."""
+    def blame(self, error: BaseException) -> BaseException:
+        """`error`, or what is behind it: a rank that has gone without a word.
+
+        Its connections break, which may come up as any error, and its launcher asks the others to
+        stop; neither says why.
+        """
+        if self.world.size > 1:
+            time.sleep(1.0)  # for the one that knows more to say it
+            lost = self.world.lost()
+            if lost and not (self.path / ENDED).exists():
+                return RankLost(
+                    f"{' and '.join(lost)} ended without a word: killed, perhaps for its memory "
+                    "(the kernel's log or sacct say), or crashed; give the same command again to "
+                    "go on from what was finished"
+                )
+        return error
+
+    def close(self, code: int = 0, error: BaseException | None = None) -> None:
+        """Says how the run ends, closes its files and lets another job have the directory."""
+        number = stopped_by(error) if error else None
+        if number:
+            why = f"stopped by {signal.Signals(number).name}"
+        elif error:
+            kind = "" if isinstance(error, UserError | RankLost) else f"{type(error).__name__}: "
+            why = " ".join(f"{kind}{error}".split())[:500]
+        else:
+            why = "done"
+        if error or self.world.first:
+            write_end(self.path, code, self.world.rank, why, number in GOES_ON)
         for file in (*self._trackers, self._metrics, self._lock):
             if file:
                 file.close()

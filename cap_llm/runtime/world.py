@@ -6,14 +6,19 @@ A world of one rank needs no process group: every call below is then free.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import os
+import socket
+from collections.abc import Callable
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.watch import Watch
 
 
 class World:
@@ -43,12 +48,16 @@ class World:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
             self._owns_group = True
+        self._watch = Watch(self.rank, self.size) if self.size > 1 else None
+        # who is where; and all watches have begun
+        self._places = self.gather((socket.gethostname(), os.getpid()))
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
         """A world of this process only, whatever launched it; changes no global state."""
         world = cls.__new__(cls)
         world.rank, world.size, world.device, world._owns_group = 0, 1, device, False
+        world._watch, world._places = None, []
         return world
 
     @property
@@ -63,14 +72,16 @@ class World:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds `tensor` over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self.bounded("a sum"):
+                dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Copies `tensor` of rank `source` to all ranks, in place."""
         if self.size > 1:
             carried = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-            dist.broadcast(carried, source)
+            with self.bounded("a broadcast"):
+                dist.broadcast(carried, source)
         return tensor
 
     def gather(self, value) -> list:
@@ -78,7 +89,8 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.bounded("a gather"):
+            dist.all_gather_object(values, value)
         return values
 
     def concat(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -86,16 +98,44 @@ class World:
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
+        with self.bounded("a gather"):
+            dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
     def barrier(self) -> None:
         """Returns once all ranks are here."""
         if self.size > 1:
-            dist.barrier()
+            with self.bounded("a barrier"):
+                dist.barrier()
+
+    def bounded(self, what: str):
+        """For the body of a `with` that takes seconds, once all ranks are at it: where all ranks
+        stay in such bodies for long, the job ends with an error (see `watch.py`)."""
+        return self._watch.bounded(what) if self._watch else contextlib.nullcontext()
+
+    def tell(self, what: Callable[[str], None]) -> None:
+        """What to do with the reason when the watch ends the job."""
+        if self._watch:
+            self._watch.tell = what
+
+    def stop_watching(self) -> None:
+        """Ends the watch; this rank is about to leave."""
+        if self._watch:
+            self._watch.stop()
+
+    def lost(self) -> list[str]:
+        """Ranks of this node whose process is no more, as a person is told of them."""
+        here = socket.gethostname()
+        return [
+            f"rank {rank} (process {pid} on {host})"
+            for rank, (host, pid) in enumerate(self._places)
+            if host == here and not _lives(pid)
+        ]
 
     def close(self) -> None:
-        """Ends the process group, if this object started it."""
+        """Ends the process group, if this object started it, once all ranks are here."""
+        self.barrier()
+        self.stop_watching()
         if self._owns_group:
             dist.destroy_process_group()
             self._owns_group = False
@@ -107,6 +147,13 @@ def ranks_on_node() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 1
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _reuse_freed_memory() -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import atomic
 
 NAMES = ("c4", "wikitext2", "ptb")
 Split = Literal["train", "validation", "test"]
@@ -25,14 +27,15 @@ Split = Literal["train", "validation", "test"]
 C4_SAMPLE = "c4/c4.sample-2000.jsonl.gz"
 C4_HELD_OUT = 400
 
+# Where `fetch_corpus` puts a corpus, and what will do instead.
 _LOCAL = {
-    ("c4", "train"): C4_SAMPLE,
-    ("c4", "validation"): C4_SAMPLE,
-    ("wikitext2", "train"): "wikitext2/wiki.train.tokens.gz",
-    ("wikitext2", "validation"): "wikitext2/wiki.valid.raw",
-    ("wikitext2", "test"): "wikitext2/wiki.test.raw",
-    ("ptb", "train"): "ptb/ptb.train.txt",
-    ("ptb", "test"): "ptb/ptb.test.txt",
+    ("c4", "train"): ("c4/c4-train.00000-of-01024.json.gz", C4_SAMPLE),
+    ("c4", "validation"): ("c4/c4-validation.00000-of-00008.json.gz", C4_SAMPLE),
+    ("wikitext2", "train"): ("wikitext2/wiki.train.tokens.gz",),
+    ("wikitext2", "validation"): ("wikitext2/wiki.valid.raw",),
+    ("wikitext2", "test"): ("wikitext2/wiki.test.raw",),
+    ("ptb", "train"): ("ptb/ptb.train.txt",),
+    ("ptb", "test"): ("ptb/ptb.test.txt",),
 }
 _PTB_PARQUET = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank"
 _C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
@@ -69,15 +72,16 @@ def corpus_file(name: str, split: Split) -> Path | None:
             raise UserError(f"corpus {name!r} is neither a file nor one of {', '.join(NAMES)}")
         return path
     option = "calibration.corpus FILE" if split == "train" else "evaluate.corpora [FILE]"
-    relative = _LOCAL[name, split]
     root = os.environ.get("CAP_LLM_DATA")
-    if root and (Path(root) / relative).is_file():
-        return Path(root) / relative
+    for relative in _LOCAL[name, split]:
+        if root and (Path(root) / relative).is_file():
+            return Path(root) / relative
     if offline():
-        where = f"{root}/{relative}" if root else f"CAP_LLM_DATA (unset)/{relative}"
+        where = f"{root or 'CAP_LLM_DATA (unset)'}/{_LOCAL[name, split][-1]}"
         raise UserError(
             f"corpus {name!r} ({split}) is not at {where}, and the hub is switched off "
-            f"(HF_HUB_OFFLINE): put the file there or give --{option}"
+            f"(HF_HUB_OFFLINE): put the file there, fetch it with `cap-llm prefetch` where there "
+            f"is a hub, or give --{option}"
         )
     return None
 
@@ -94,7 +98,7 @@ def read_corpus(name: str, split: Split) -> Corpus:
     """
     path = corpus_file(name, split)
     documents, origin = _from_hub(name, split) if path is None else _from_file(path, name)
-    if path is not None and _LOCAL.get((name, split)) == C4_SAMPLE:
+    if path is not None and name == "c4" and path.name == Path(C4_SAMPLE).name:
         held_out = split == "validation"
         documents = documents[-C4_HELD_OUT:] if held_out else documents[:-C4_HELD_OUT]
         origin += f", {'last' if held_out else 'all but the last'} {C4_HELD_OUT} documents"
@@ -127,6 +131,34 @@ def evaluation_text(name: str) -> tuple[str, str]:
     return (" " if name == "ptb" else "\n\n").join(corpus.documents), corpus.origin
 
 
+def fetch_corpus(name: str, split: Split, root: Path) -> Path:
+    """Brings one split of a corpus from the hub to `root`, where CAP_LLM_DATA may point to it.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
+    target = root / _LOCAL[name, split][0]
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if name == "c4":
+        import huggingface_hub
+
+        file = _C4_TRAIN if split == "train" else _C4_VALIDATION
+        try:
+            fetched = huggingface_hub.hf_hub_download("allenai/c4", file, repo_type="dataset")
+        except Exception as error:
+            raise _not_fetched(name, split, "allenai/c4", error) from None
+        with atomic(target) as temporary:
+            shutil.copyfile(fetched, temporary)
+        return target
+    rows, _ = _from_hub(name, split)
+    text = "".join(row.removesuffix("\n") + "\n" for row in rows).encode()
+    with atomic(target) as temporary:
+        temporary.write_bytes(gzip.compress(text) if target.suffix == ".gz" else text)
+    return target
+
+
 def offline() -> bool:
     """Whether the user switched the hub off."""
     return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
@@ -134,6 +166,7 @@ def offline() -> bool:
 
 def _from_file(path: Path, name: str) -> tuple[list[str], str]:
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    kind = ".jsonl" if name == "c4" else kind  # the hub's files are called .json
     try:
         if kind == ".parquet":
             return _parquet(path), path.name
@@ -196,9 +229,13 @@ def _from_hub(name: str, split: Split) -> tuple[list[str], str]:
             repository, split=split, verification_mode="no_checks", **options
         )
     except Exception as error:  # the hub's, the network's and the formats' errors have no base
-        raise UserError(
-            f"corpus {name!r} ({split}) could not be fetched from the hub ({repository}): "
-            f"{type(error).__name__} {str(error).splitlines()[0]}; set CAP_LLM_DATA to a folder "
-            f"that holds {_LOCAL[name, split]}, or give a file"
-        ) from None
+        raise _not_fetched(name, split, repository, error) from None
     return list(rows[_COLUMN[name]]), f"{repository} {options.get('name', '')} {split}".strip()
+
+
+def _not_fetched(name: str, split: Split, repository: str, error: Exception) -> UserError:
+    return UserError(
+        f"corpus {name!r} ({split}) could not be fetched from the hub ({repository}): "
+        f"{type(error).__name__} {str(error).splitlines()[0]}; set CAP_LLM_DATA to a folder "
+        f"that holds {_LOCAL[name, split][-1]}, or give a file"
+    )

@@ -1,0 +1,85 @@
+"""`cap-llm prefetch RECIPE`: brings what a recipe needs from the hub into one directory.
+
+    cap-llm prefetch llama-3-8b-50 --to fetched [--section.field VALUE ...]
+
+For clusters whose jobs see no internet: run it on a login node. Models come to DIR/hub, the Hugging
+Face cache; corpora to DIR/data. Jobs find them with HF_HOME=DIR and CAP_LLM_DATA=DIR/data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from cap_llm.command_line import read_config
+from cap_llm.config import Config, ModelConfig
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+
+
+def main(argv: list[str]) -> None:
+    """Fetches all, then checks that a job without the hub finds it.
+
+    Raises:
+        UserError: something cannot be had.
+    """
+    parser = argparse.ArgumentParser(
+        prog="cap-llm prefetch", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("recipe", help="A recipe's name or a YAML file.")
+    parser.add_argument("--to", type=Path, default=Path("fetched"), help="Default: fetched.")
+    args, options = parser.parse_known_args(argv)
+    command = ["--config", args.recipe, "--output_dir", "runs/none", *options]
+    config, *_ = read_config(command)
+    config.check()
+    root = args.to.resolve()
+    os.environ["HF_HOME"] = str(root)  # before the hub's library reads it
+    console = Console()
+    fetch(config, root / "data", console)
+    places = {"HF_HOME": str(root), "CAP_LLM_DATA": str(root / "data")}
+    console.say("without the hub:")
+    check = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("train.py")), *command, "--dry-run"],
+        env=os.environ | places | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+        check=False,
+    )
+    if check.returncode:
+        raise UserError(f"what {root} holds is not enough for a job without the hub, see above")
+    console.say(f"jobs of slurm/ look in ./fetched, or set FETCHED={root}; elsewhere set")
+    console.say("  " + " ".join(f"{name}={value}" for name, value in places.items()))
+
+
+def fetch(config: Config, data: Path, console: Console) -> None:
+    """Brings models to the hub's cache and corpora to the folder `data`.
+
+    Raises:
+        UserError: something cannot be had.
+    """
+    from cap_llm.evaluation.tasks import find_tasks
+    from cap_llm.models.source import locate
+    from cap_llm.text.corpora import NAMES, fetch_corpus
+    from cap_llm.text.tokenizers import load_tokenizer
+
+    recover = config.recover if "recover" in config.stages else None
+    models = [config.model]
+    for path in (recover.teacher, recover.finetuned) if recover else ():
+        if path not in (None, "train"):
+            models.append(ModelConfig(path=path))
+    for model in models:
+        console.say(f"model {model.path}: {locate(model)}")
+    if config.model.tokenizer:
+        load_tokenizer(config.model.tokenizer)
+        console.say(f"tokenizer {config.model.tokenizer}")
+    corpora = [(config.calibration.corpus, "train")] if config.uses_calibration else []
+    corpora += [(recover.corpus, "train")] if recover else []
+    if "evaluate" in config.stages:
+        corpora += [(c, "validation" if c == "c4" else "test") for c in config.evaluate.corpora]
+    for name, split in dict.fromkeys(corpora):
+        if name in NAMES:
+            console.say(f"{name} ({split}): {fetch_corpus(name, split, data)}")
+    if "evaluate" in config.stages:
+        for task in find_tasks(config.evaluate, console):
+            console.say(f"task {task.name}: {task.origin}")

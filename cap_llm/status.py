@@ -1,0 +1,157 @@
+"""`cap-llm status RUN`: what a run directory's stages have come to, without loading anything.
+
+    cap-llm status runs/opt [--json]
+
+All of it is read from what the stages leave: `done.json`, finished blocks, complete checkpoints,
+scores, the metrics, the lock and `ended.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+from cap_llm.config import MODELS, STAGES
+from cap_llm.runtime.console import Console, duration
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json
+from cap_llm.runtime.lock import ENDED, FILE, WATCH, holder
+
+
+def main(argv: list[str]) -> None:
+    """Prints the status of the run directory that `argv` names.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    parser = argparse.ArgumentParser(prog="cap-llm status", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="The run directory.")
+    parser.add_argument("--json", action="store_true", help="For programs.")
+    args = parser.parse_args(argv)
+    found = status(args.run)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    console = Console()
+    console.say(f"{args.run}: {found['job']}")
+    rows = [[stage, state, found["progress"][stage]] for stage, state in found["stages"].items()]
+    console.table("", ["stage", "state", "how far"], rows)
+
+
+def status(folder: Path) -> dict:
+    """The state of each stage (`done`, `running`, `failed`, `stopped` or `waiting`), how far it is
+    in words, and what is to be said of the job.
+
+    Raises:
+        UserError: `folder` is no run directory.
+    """
+    if not (folder / FILE).exists():
+        raise UserError(f"{folder} is no run directory: there is no {FILE} in it")
+    state, job = _job(folder)
+    config = yaml.safe_load(_text(folder / "config.yaml")) or {}
+    names = [
+        stage
+        for stage in STAGES
+        if stage in config.get("stages", []) or (folder / stage / "recipe.json").exists()
+    ]
+    metrics = _metrics(folder / "metrics.jsonl")
+    found = {stage: _PROGRESS[stage](folder, config, metrics) for stage in names}
+    stages = {
+        stage: "done" if done else "stopped" if text else "waiting"
+        for stage, (done, text) in found.items()
+    }
+    if at_work := [s for s in names if stages[s] != "done" and s in config.get("stages", [])]:
+        stages[at_work[0]] = state or stages[at_work[0]]
+    progress = {stage: text for stage, (_, text) in found.items()}
+    return {"run": str(folder), "job": job, "stages": stages, "progress": progress}
+
+
+def _job(folder: Path) -> tuple[str | None, str]:
+    """The state that the job gives to its stage, and what is to be said of the job itself."""
+    who, ended = holder(folder), folder / ENDED
+    if ended.exists():
+        end = read_json(ended)
+        failed = 0 < end["code"] < 128
+        rank = f" (rank {end['rank']}, exit code {end['code']})" if failed else ""
+        ago = duration(time.time() - end["time"])
+        return "failed" if failed else None, f"the last job ended {ago} ago: {end['why']}{rank}"
+    if not who:
+        return None, "no job has worked here yet"
+    name = f"job {who['job']}" if who["job"] else f"process {who['pid']}"
+    seen = time.time() - (folder / FILE).stat().st_mtime
+    here = who["host"] == socket.gethostname()
+    if psutil.pid_exists(who["pid"]) if here else seen < WATCH:
+        return "running", f"{name} on {who['host']} is at work"
+    return "failed", f"{name} on {who['host']} ended without a word, {duration(seen)} ago"
+
+
+def _metrics(path: Path) -> list[dict]:
+    lines = []
+    for line in _text(path).splitlines():
+        # one may be being written, or was when its writer was killed
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _blockwise(stage: str, folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
+    if (done := folder / stage / "done.json").exists():
+        return True, duration(read_json(done)["seconds"])
+    finished = len(list((folder / stage / "blocks").glob("*.json")))
+    total = [m["value"] for m in metrics if m["stage"] == stage and m["name"] == "blocks"]
+    return False, f"{finished} of {total[-1]} blocks" if total else ""
+
+
+def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
+    if (done := folder / "recover" / "done.json").exists():
+        return True, duration(read_json(done)["seconds"])
+    mine = [m for m in metrics if m["stage"].startswith("recover") and m["name"] == "loss"]
+    banks = len(list((folder / "recover").glob("banks/*/bank.json")))
+    if not mine:
+        return False, f"banking ({banks})" if banks else ""
+    recover, now = config["recover"], mine[-1]
+    steps = recover["tokens"] // (recover["batch"] * recover["length"])
+    rungs = len([rung for rung in recover["ladder"].split(",") if rung.strip()])
+    rung = now["stage"].removeprefix("recover").removeprefix("/")
+    text = f"rung {rung} of {rungs}, " if rung.isdigit() else f"{rung}, " if rung else ""
+    text += f"step {now['step']} of {steps}"
+    kept = sorted((folder / "recover" / "checkpoints" / (rung or "1")).glob("step-*/complete.json"))
+    text += f", checkpoint at {int(kept[-1].parent.name[5:])}" if kept else ", no checkpoint yet"
+    left = steps - now["step"]
+    speed = [m for m in metrics if m["stage"] == now["stage"] and m["name"] == "tokens_a_second"]
+    if left and speed and speed[-1]["value"]:
+        seconds = left * recover["batch"] * recover["length"] / speed[-1]["value"]
+        text += f", about {duration(seconds)} left" + (" of this rung" if rungs > 1 else "")
+    return False, text
+
+
+def _evaluate(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
+    bound = [s for s in ("dense", *MODELS) if (folder / s / "recipe.json").exists()]
+    wanted = [s for s in ("dense", *MODELS) if s in config.get("stages", []) or s in bound]
+    each = len(config["evaluate"]["corpora"])
+    files = [folder / stage / "perplexity.json" for stage in wanted]
+    scores = sum(len(read_json(path)["corpora"]) for path in files if path.exists())
+    total = each * len(wanted)
+    text = f"{scores} of {total} perplexities" if scores else ""
+    done = scores >= total
+    if config["evaluate"].get("tasks"):
+        zeroshot = [stage for stage in wanted if (folder / stage / "zeroshot.json").exists()]
+        text += f", tasks of {len(zeroshot)} of {len(wanted)} models"
+        done = done and zeroshot == wanted
+    return bool(wanted) and done, text.removeprefix(", ")
+
+
+_PROGRESS = {stage: functools.partial(_blockwise, stage) for stage in MODELS}
+_PROGRESS |= {"recover": _recover, "evaluate": _evaluate}
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

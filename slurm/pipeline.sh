@@ -1,0 +1,51 @@
+#!/bin/bash
+# Submits the stages of one recipe as a chain of jobs, each of which starts when the one before it has
+# ended well. Called again, it passes over what is done, queued or running, and submits the rest.
+#
+#   bash slurm/pipeline.sh RECIPE RUN [--option value ...]
+#   bash slurm/pipeline.sh opt-6.7b-50 runs/opt-6.7b --stages "[oneshot, recover, evaluate]"
+#
+# Watch it with `squeue --me` and `cap-llm status RUN`. To give sbatch options of your own, put them
+# into SBATCH_PARTITION, SBATCH_ACCOUNT and so on (`man sbatch`, input environment variables), or edit
+# the files. RECOVER=slurm/recover_multinode.sbatch trains on several nodes.
+
+set -euo pipefail
+recipe=${1:?usage: bash slurm/pipeline.sh RECIPE RUN [--option value ...]}
+folder=${2:?usage: bash slurm/pipeline.sh RECIPE RUN [--option value ...]}
+shift 2
+cd "$(dirname "$0")/.."
+
+# The recipe's stages, with the options read and checked here instead of after a night in the queue.
+stages=$(python -c '
+from cap_llm.command_line import UserError, read_config
+try:
+    config, *_ = read_config()
+    config.check()
+except UserError as error:
+    raise SystemExit(f"pipeline.sh: {error}") from None
+print(*config.stages)' --config "$recipe" --output_dir "$folder" "$@")
+
+states=$(python cap_llm/train.py status "$folder" --json 2>/dev/null) || true # of a new RUN: none
+place=$(realpath -m "$folder")
+before=
+for stage in $stages; do
+  if [[ $states == *"\"$stage\": \"done\""* ]]; then
+    echo "$stage: done"
+    continue
+  fi
+  # The run directory is the job's comment: so a job of ours is known again.
+  job=$(squeue -h --me -o "%A %j %k" | awk -v job="cap-$stage $place" '$2 " " $3 == job {print $1}')
+  if [ -n "$job" ]; then
+    echo "$stage: job $job is in the queue already"
+  else
+    case $stage in
+      recover) file=${RECOVER:-slurm/recover.sbatch} ;;
+      evaluate) file=slurm/evaluate.sbatch ;;
+      *) file=slurm/oneshot.sbatch ;;
+    esac
+    job=$(STAGE=$stage sbatch --parsable --job-name="cap-$stage" --comment="$place" \
+      ${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes} "$file" "$recipe" "$folder" "$@")
+    echo "$stage: job $job"
+  fi
+  before=$job
+done
