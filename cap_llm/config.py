@@ -305,7 +305,8 @@ class RecoverConfig:
     """Training of the pruned model towards the dense one, its zeros kept."""
 
     teacher: str | None = None
-    """The dense model (directory or hub name), where this run does not start from it."""
+    """Another model to learn from, of the same vocabulary (directory or hub name), a larger one,
+    say. Default: the dense model."""
     finetuned: str | None = None
     """A fine-tuned model of the same width for FiC: a directory, a hub name, or `train`, which
     first trains the dense model on the recovery text."""

@@ -65,6 +65,7 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     n_blocks = len(work.model)
     todo = len(work.finished) < n_blocks
     work.bind()
+    work.model.drop_outside()
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")

@@ -48,6 +48,7 @@ def check_recovery(
     o = settings.objective
     for option, path, same_width in (
         ("recover.teacher", settings.teacher, bool(o.feature or o.prc)),
+        ("model.dense", None if settings.teacher else config.model.dense, bool(o.feature or o.prc)),
         ("recover.finetuned", settings.finetuned, True),
     ):
         # names of the hub are checked when they are here

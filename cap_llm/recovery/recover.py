@@ -70,7 +70,8 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     settings, world = config.recover, run.world
     engines.start(world)
     o = settings.objective
-    check_pair(student, dense, "recover.teacher", bool(o.feature or o.prc))
+    option = "recover.teacher" if settings.teacher else "model.dense"
+    check_pair(student, dense, option, bool(o.feature or o.prc))
     for model in dict.fromkeys((student, dense)):
         refuse_changed_logits(model, world)
     rungs = settings.rungs
