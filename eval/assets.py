@@ -79,8 +79,11 @@ def _once(folder: Path, make: Callable[[Path], None]) -> Path:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
             make(temporary)
-            if not folder.exists():
+            try:
                 temporary.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was quicker
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
