@@ -31,6 +31,7 @@ METHODS = {
     "Wanda 50 %": ["--oneshot.method", "wanda"],
     "SparseGPT 50 %": [],
     "SparseGPT + refit 50 %": ["--oneshot.refit", "true"],
+    "ALPS 50 %": ["--oneshot.method", "alps"],
     "SparseGPT + refit 2:4": ["--oneshot.refit", "true", "--oneshot.pattern", "2:4"],
 }
 START = "SparseGPT 50 %"  # of the recovery, which goes on in its run directory
