@@ -54,8 +54,8 @@ def redensify(
     pull = dense @ h + mu * sparse
     if not l1:
         return pull @ regularised_inverse(h, mu + l2) / scale
-    # The penalty that balances the slowest and the fastest direction of this problem; the trace
-    # bounds the fastest.
+    # The penalty that balances the slowest and the fastest direction of this problem; the
+    # Frobenius norm bounds the fastest.
     rho = float(torch.sqrt(((mu + l2) or 1e-3) * torch.linalg.matrix_norm(h)))
     inverse = regularised_inverse(h, mu + l2 + rho)
     threshold = l1 * dense.abs().mean() / rho
