@@ -164,7 +164,7 @@ class _Trainer:
             for k in range(len(self.given.ids)):
                 self.targets[k] = self.given.output(i, k, dense_block)
         keep = {
-            m.weight: (masks[n] if isinstance(m, nn.Linear) else masks[n].T).float()
+            m.weight: masks[n] if isinstance(m, nn.Linear) else masks[n].T
             for n, m in linears.items()
             if n in masks
         }
