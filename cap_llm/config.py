@@ -153,8 +153,8 @@ class SdsConfig:
     `oneshot`'s method (Li et al. 2025)."""
 
     mode: Literal["gram", "paper"] = "gram"
-    """gram: solved to the end on second moments. paper: 200 passes of SGD at a rate of 0.1, our
-    reading of the paper, which names no optimiser; slow."""
+    """gram: solved to the end on second moments. paper: 200 passes of SGD at a rate of 0.1
+    (lower where that diverges), our reading of the paper, which names no optimiser; slow."""
     data: Literal["dense", "sparse", "redense"] = "sparse"
     """Whose activations re-densification sees: the dense model's, the pruned one's, or those of the
     model as re-densified so far."""

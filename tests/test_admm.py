@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 
+from cap_llm.solvers import admm
 from cap_llm.solvers.admm import admm_grad, alps, regularised_inverse
 from cap_llm.solvers.hessian import factorise
 from cap_llm.solvers.refit import refit
@@ -61,6 +62,28 @@ def test_without_correlation_both_come_close_to_the_known_best_mask(solve, patte
     _, mask = solve(weight, h, pattern, 0.5)
     least = reference.error(weight * best, weight, h)
     assert reference.error(weight * mask, weight, h) <= 1.03 * least
+
+
+@pytest.mark.parametrize("solve", [alps, admm_grad])
+def test_inputs_that_never_fire_lose_their_weights_first(solve):
+    x = 0.1 * reference.correlated(400, 64)
+    x[:, :16] = 0
+    h = factorise(reference.second_moment(x).float(), 0.01, "w").hessian
+    _, mask = solve(reference.gaussian(32, 64), h, Pattern("unstructured"), 0.5)
+    assert not mask[:, :16].any()
+
+
+def test_a_mask_that_is_given_whole_is_found_at_once(monkeypatch):
+    weight, h = problem()
+    allowed = choose(weight.abs(), Pattern("row"), 0.5)
+    rounds = []
+    solved = admm.regularised_inverse
+    monkeypatch.setattr(
+        admm, "regularised_inverse", lambda *args: rounds.append(0) or solved(*args)
+    )
+    _, mask = alps(weight * allowed, h, Pattern("row"), 0.5, allowed)
+    assert torch.equal(mask, allowed)
+    assert len(rounds) < 10
 
 
 def test_an_iterate_of_b_solves_its_linear_system():

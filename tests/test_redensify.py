@@ -71,6 +71,15 @@ def test_sgd_on_second_moments_takes_the_steps_of_sgd_on_activations():
     assert torch.allclose(ours, w, atol=1e-4)
 
 
+def test_sgd_does_not_diverge_on_huge_activations():
+    dense, _ = problem(8, 32)
+    x = reference.correlated(40, 32)
+    x[:, 3] *= 100
+    gram = x.T @ x / len(x)
+    free = redensify_by_sgd(pruned(dense), dense, gram[None])
+    assert reference.error(free, dense, gram) < reference.error(pruned(dense), dense, gram)
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
 def test_adjusting_lowers_the_error_and_keeps_the_pattern(pattern):
     dense, h = problem()

@@ -283,10 +283,29 @@ def test_a_stage_added_before_a_finished_one_is_refused(tiny, entry, capsys):
 
 
 def test_a_diverging_block_is_named(tiny, entry, capsys):
-    more = ("--stages", "[oneshot, reconstruct]", "--reconstruct.lr", "1e30")
-    _, code = entry(tiny("llama"), *more)
+    model, more = tiny("llama"), ("--stages", "[oneshot, reconstruct]")
+    _, code = entry(model, *more, "--reconstruct.lr", "1e30")
     assert code == 2
     assert "lower --reconstruct.lr" in capsys.readouterr().err
+    assert entry(model, *more)[1] == 0  # the remedy works in the same run directory
+
+
+@pytest.mark.parametrize("stage", ["sds", "reconstruct"])
+def test_a_start_that_nobody_pruned_is_refused(tiny, entry, capsys, stage):
+    model = tiny("llama")
+    folder, code = entry(model, "--stages", f"[{stage}]", "--model.dense", model)
+    assert code == 2
+    assert "is not pruned" in capsys.readouterr().err
+    assert not list(folder.glob("*/model*.safetensors"))
+
+
+def test_the_error_after_reconstruction_is_that_of_the_stored_weights(tiny, entry):
+    """Steps that are smaller than bfloat16 tells apart change nothing."""
+    more = ("--stages", "[oneshot, reconstruct]", "--reconstruct.lr", "1e-9")
+    folder, code = entry(tiny("llama", dtype=torch.bfloat16), *more)
+    assert code == 0
+    for block in read_json(folder / "reconstruct" / "sparsity.json")["blocks"]:
+        assert block["after"] == block["before"] and block["epoch"] == 0
 
 
 def test_scores_of_every_stage_are_those_of_its_model(tiny, entry, text_file, tmp_path):

@@ -79,7 +79,6 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
                     model, i, block, walk, settings, plan, world, earlier, bar.phase
                 )
                 bar.phase("writing")
-                work.bind()
                 if world.first:
                     weights = {r.name: model.model.get_parameter(r.name) for r in result.rows}
                     work.write(i, weights, result)

@@ -166,7 +166,8 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
             forwards = 1 + 2 * ("sds" in made)
             if "reconstruct" in made:
                 forwards += 1 + 3 * config.reconstruct.epochs
-                work += 4 * 4 * max(block_weights)
+                # gradients, Adam's two moments, the weights as trained and as best, the masks
+                work += 6 * 4 * max(block_weights)
             estimate["flops"] += forwards * n * 2 * sum(block_weights)
             estimate["flops"] += (
                 (1 + 2 * ("sds" in made))

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import ActivationCache, free_memory
-from cap_llm.blockwise.prune import PrunedBlock, Row, matrix
+from cap_llm.blockwise.prune import PrunedBlock, Row, matrix, stored_dtype
 from cap_llm.blockwise.stage import BlockStage, activation_bytes, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
@@ -64,7 +64,6 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     team = World.alone(world.device) if in_turn else world
     n_blocks = len(work.model)
     todo = len(work.finished) < n_blocks
-    work.bind()
     work.model.drop_outside()
     with work.work() as (bar, scratch):
         if todo:
@@ -116,7 +115,7 @@ class _Trainer:
         device = team.device
         self.dense = BlockModel.open(dense, device, torch.float32)
         self.student = BlockModel.open(pruned, device, torch.float32)
-        self.mask_of, self.patterns = start_masks(pruned), _patterns(pruned)
+        self.mask_of, self.patterns = start_masks(self.student), _patterns(pruned)
         dtype = self.settings.dtype
         low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
@@ -148,7 +147,7 @@ class _Trainer:
     def train(
         self, i: int, dense_block: nn.Module, block: nn.Module, phase: Callable[[str], None]
     ) -> PrunedBlock:
-        """Trains block i in place, rounds it to the stored type and takes the text through it.
+        """Trains block i in place and takes the text through it.
 
         Raises:
             UserError: an activation or an error is not finite.
@@ -165,7 +164,7 @@ class _Trainer:
             for k in range(len(self.given.ids)):
                 self.targets[k] = self.given.output(i, k, dense_block)
         keep = {
-            m.weight: (masks[n] if isinstance(m, nn.Linear) else masks[n].T).float()
+            m.weight: masks[n] if isinstance(m, nn.Linear) else masks[n].T
             for n, m in linears.items()
             if n in masks
         }
@@ -173,10 +172,6 @@ class _Trainer:
             self._section(i, dense_block, block, section, parameters, keep, phase)
             for section, parameters in _sections(block, self.settings.halves)
         ]
-        with torch.no_grad():
-            for name, p in block.named_parameters():
-                key = self.student.key(f"{self.student.block_name(i)}.{name}")
-                p.copy_(p.to(self.student.checkpoint.dtype(key)))
         self.given.hidden, self.targets = self.targets, self.given.hidden
         if self.seen is not self.given:
             with self.autocast():
@@ -209,6 +204,8 @@ class _Trainer:
         phase: Callable[[str], None],
     ) -> dict:
         """Trains some parameters of block i for the output of its module `section`, None: its own.
+
+        They end rounded to the type that they are stored in, and are judged so.
 
         Returns:
             The error on held-out text before and after, the epoch that is kept, and their number.
@@ -243,6 +240,10 @@ class _Trainer:
                 )
             return value
 
+        dtypes = {
+            p: stored_dtype(self.student, f"{self.student.block_name(i)}.{name}")
+            for name, p in block.named_parameters()
+        }
         handles = []
         for p in parameters:
             p.requires_grad_(True)
@@ -266,11 +267,16 @@ class _Trainer:
                     p.grad = team.sum(torch.zeros_like(p) if p.grad is None else p.grad)
                 optimizer.step()
                 schedule.step()
+            exact = [p.detach().clone() for p in parameters]
+            for p in parameters:
+                p.data.copy_(p.data.to(dtypes[p]))
             now = judge()
             if self.n_judges and now >= least:
                 break
             least, kept = now, epoch
             best = [p.detach().clone() for p in parameters]
+            for p, weight in zip(parameters, exact, strict=True):
+                p.data.copy_(weight)
         for handle in handles:
             handle.remove()
         with torch.no_grad():

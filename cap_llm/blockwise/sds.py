@@ -69,7 +69,6 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
                 else:
                     result = step.change(i, block, dense_block, bar.phase)
                     bar.phase("writing")
-                    work.bind()
                     if run.world.first:
                         step.keep_redense(i)
                         get = work.model.model.get_parameter
@@ -96,7 +95,7 @@ class _Step:
         self.work, self.model, self.world = work, work.model, work.run.world
         self.settings, self.oneshot = config.sds, config.oneshot
         self.pattern = Pattern.parse(config.oneshot.pattern)
-        self.mask_of = start_masks(pruned)
+        self.mask_of = start_masks(self.model)
         self.inside = earlier_mask(
             dense, config.oneshot, plan_sparsities(dense_model, config.oneshot)
         )
@@ -141,10 +140,10 @@ class _Step:
         result = PrunedBlock({}, [], 0.0)
 
         def make_dense(group: Group, inputs: Iterator[torch.Tensor]) -> None:
-            names = [n for n in group.names if n in masks]
+            names = [n for n in group.names if n in masks and self.settings.redensify]
             phase(f"re-densifying {group.short}")
             parts = self._statistics(self.first, group, inputs, bool(names))
-            if not names or not self.settings.redensify:
+            if not names:
                 return
             for n, weight in self._redensify(names, prefix, sparse, target, parts[:-1]).items():
                 self.free[n] = weight

@@ -76,6 +76,9 @@ class BlockStage:
                 "give at least one sequence a rank"
             )
         if run.world.first:
+            if not (self.folder / "recipe.json").exists():
+                # of a job whose first rank finished nothing: nobody knows with what settings
+                shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(parents=True, exist_ok=True)
             for place in (self.folder, self.parts):
                 for path in place.glob(".*.tmp"):  # what a killed writer left half-written
@@ -107,13 +110,16 @@ class BlockStage:
             parameter.data.copy_(stored[self.model.key(prefix + name)])
 
     def write(self, i: int, weights: dict[str, torch.Tensor], result: PrunedBlock) -> None:
-        """Makes block i durable.
+        """Makes block i durable; the first one of the first rank binds the stage to its recipe.
 
         Args:
             i: the block's number.
             weights: the parameters that have changed, by their name in the model.
             result: its masks and rows.
         """
+        recipe = self.folder / "recipe.json"
+        if self.run.world.first and not recipe.exists():
+            write_json(recipe, self.recipe)
         tensors = self.model.checkpoint.read(self.model.block_keys(i))
         for name, weight in weights.items():
             key = self.model.key(name)
@@ -130,18 +136,14 @@ class BlockStage:
             },
         )
 
-    def bind(self) -> None:
-        """Records what the stage was asked to do, before its first block is written."""
-        self.run.bind(self.folder, self.recipe)
-
     def report(self, i: int, result: PrunedBlock) -> None:
         """One row of the log, and the metrics."""
         head = f"block {i + 1:>3}/{len(self.model)}  {result.seconds:6.1f} s"
-        if not result.rows:
+        if not result.rows and not result.error:
             self.run.console.say(f"{head}  left dense")
             return
         weights = sum(r.shape[0] * r.shape[1] for r in result.rows)
-        sparsity = sum(r.zeros for r in result.rows) / weights
+        sparsity = sum(r.zeros for r in result.rows) / max(1, weights)
         text = f"{head}  sparsity {sparsity:.4f}"
         values = {"sparsity": sparsity, "seconds": result.seconds, "blocks": len(self.model)}
         errors = {kind(r.name): r.error for r in result.rows if r.error is not None}
@@ -268,13 +270,17 @@ class BlockStage:
         return self.parts / f"{i:05d}.safetensors"
 
 
-def start_masks(folder: Path) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
+def start_masks(model: BlockModel) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
     """Where the masks of a pruned model come from: given a weight's name and the weight [R, C].
 
     From `masks.safetensors`; without one from the zeros, where a matrix has more than by chance.
     None stands for a matrix that is dense.
+
+    Raises:
+        UserError: all matrices are dense.
     """
-    file = folder / mask_files.FILE
+    checkpoint = model.checkpoint
+    file = checkpoint.folder / mask_files.FILE
     known = mask_files.MaskFile(file) if file.exists() else None
 
     def mask_of(name: str, weight: torch.Tensor) -> torch.Tensor | None:
@@ -283,6 +289,15 @@ def start_masks(folder: Path) -> Callable[[str, torch.Tensor], torch.Tensor | No
         mask = weight != 0
         return mask if (~mask).sum() >= BY_CHANCE * mask.numel() else None
 
+    names = [model.weight_name(i, linear) for i in range(len(model)) for linear in model.linears(i)]
+    stored = ((name, checkpoint.read([model.key(name)])) for name in names)  # as far as is needed
+    if all(
+        mask_of(name, weight) is None for name, tensors in stored for weight in tensors.values()
+    ):
+        raise UserError(
+            f"{checkpoint.folder} is not pruned: none of its matrices has a mask or zeros; let "
+            "--stages begin with oneshot, or give a pruned model"
+        )
     return mask_of
 
 

@@ -21,6 +21,7 @@ from cap_llm.sparsity.patterns import Pattern, choose
 MOST = 300  # iterations of ALPS
 FAST, RAMP = 20, 15  # iterations of ADMM-grad, and of those the ones in which sparsity grows
 RIDGE = 0.1  # ADMM-grad's, on the unit diagonal
+SOFTEST = 1e-3  # penalty below which ALPS starts no more: `allowed` leaves no choice
 
 
 def alps(
@@ -62,7 +63,9 @@ def alps(
             continue
         moved = int((mask ^ earlier).sum()) / kept
         earlier = mask
-        if moved == 0 and not grown:  # so stiff that nothing ever moved: start again, softer
+        if (
+            moved == 0 and not grown and rho > SOFTEST
+        ):  # so stiff that nothing ever moved: start again, softer
             rho /= 5
             d, u = dense * mask, torch.zeros_like(dense)
         elif moved == 0 or (iteration >= 30 and moved < 3e-4):

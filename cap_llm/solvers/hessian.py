@@ -100,9 +100,9 @@ class Factor:
     """A damped Hessian and the factor that SparseGPT walks along.
 
     Attributes:
-        hessian: [C, C], with the ridge on its diagonal; dead inputs (never non-zero) have 1 there.
+        hessian: [C, C], with the ridge on its diagonal, next to nothing where an input is dead.
         inverse: upper triangular U [C, C] with H^-1 = U^T U.
-        dead: [C], inputs that never fire; their weights are free to go.
+        dead: [C], inputs that never fire (always zero); their weights are free to go.
         damping: the ridge used, as a share of the mean diagonal.
     """
 
@@ -125,10 +125,10 @@ def factorise(hessian: torch.Tensor, damping: float, name: str) -> Factor:
     dead = hessian.diagonal() == 0
     diagonal = hessian.diagonal().clone()
     mean = diagonal.mean().item()
-    diagonal[dead] = 1.0
+    quiet = 1e-6 * mean or 1.0  # a dead input's energy: with more, solvers keep its weights
     tried = damping
     for _ in range(RETRIES + 1):
-        hessian.diagonal().copy_(diagonal + tried * mean)
+        hessian.diagonal().copy_(torch.where(dead, quiet, diagonal + tried * mean))
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
             upper = lower.flip(0, 1)
