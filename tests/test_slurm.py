@@ -325,6 +325,7 @@ world.close()
         ("work", None),
         ("halt", "no rank gets on: rank 0 at step 3, rank 1 at a barrier"),
         ("vanish", "rank 1 has not been heard of"),
+        ("silence", "rank 0 has not been heard of"),  # the launcher holds the ranks' store
     ],
 )
 def test_ranks_that_cannot_go_on_end_and_say_why(what, reason, tmp_path):
@@ -344,6 +345,11 @@ def test_ranks_that_cannot_go_on_end_and_say_why(what, reason, tmp_path):
             rank.suspend()
             wait_for(lambda: "heard of" in said.read_text())
             rank.kill()
+        if what == "silence":
+            wait_for(lambda: said.read_text().count(" is ") == 2)
+            psutil.Process(launcher.pid).suspend()
+            wait_for(lambda: said.read_text().count("heard of") == 2)
+            psutil.Process(launcher.pid).resume()
         code = launcher.wait(timeout=PATIENCE)
     assert (code == 0) == (reason is None), said.read_text()
     assert reason is None or reason in said.read_text()
