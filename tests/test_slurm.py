@@ -152,6 +152,11 @@ def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_p
     third = pipeline(stubs, recipe, run)
     assert third.stdout == "oneshot: done\nrecover: job 4\nevaluate: job 5\n"
     assert "--dependency" not in (stubs / "submitted").read_text().splitlines()[3]
+    # what was scored before the second stage does not stand for scores of its model
+    (stubs / "queue").write_text("")
+    (run / "ended.json").write_text('{"code": 0, "rank": 0, "why": "done", "time": 0}')
+    fourth = pipeline(stubs, recipe, run)
+    assert fourth.stdout == "oneshot: done\nrecover: job 6\nevaluate: job 7\n"
 
 
 def test_the_pipeline_reads_the_options_before_it_submits(stubs, recipe, tmp_path):
