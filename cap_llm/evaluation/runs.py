@@ -25,6 +25,7 @@ _METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"
 _METHODS |= {"admm_grad": "ADMM-grad", "alps": "ALPS"}
 _ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
 _METRICS = {"task": "acc", "norm": "acc_norm", "word": "word_perplexity"}  # lm-eval's names
+LIBRARIES = ("torch", "transformers", "lm_eval")  # that compute a zero-shot score
 SCORES = ("ppl", "word", "task")  # what makes a model a scored one
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -243,6 +244,7 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     if oneshot:
         method = _METHODS.get(oneshot.get("method"), str(oneshot.get("method")))
         method += " + refit" * bool(oneshot.get("refit"))
+        method += " by row" * (oneshot.get("pattern") == "row")
         method += " + OWL" * (oneshot.get("budget") == "owl")
         method += " by layer" * bool(oneshot.get("layers"))
         pattern, share = str(oneshot.get("pattern")), oneshot.get("sparsity")
@@ -273,7 +275,7 @@ def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
             "BOS": entry.get("bos"),
             "limit": int(key.rpartition(" first ")[2]) if " first " in key else None,
         }
-        facts |= _versions(entry, content, run_versions, ("torch", "transformers"))
+        facts |= _versions(entry, content, run_versions, LIBRARIES[:2])
         name = Path(key.partition("@")[0]).stem
         figures.append(Figure("ppl", name, float(entry["ppl_token"]), facts))
     return figures
@@ -290,7 +292,7 @@ def _tasks(content: dict, run_versions: dict) -> list[Figure]:
             "task version": entry.get("version"),
             "text": entry.get("rows_sha256", entry.get("data_sha256")),
         }
-        facts |= _versions(entry, content, run_versions, ("torch", "transformers", "lm_eval"))
+        facts |= _versions(entry, content, run_versions, LIBRARIES)
         facts["lm_eval"] = entry.get("lm_eval", facts["lm_eval"])
         for kind, metric in _METRICS.items():
             if entry.get(metric) is not None:
