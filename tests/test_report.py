@@ -126,6 +126,16 @@ def test_every_figure_is_in_the_csv_with_its_run_and_command(copy, report):
         assert [float(x["value"]) for x in own] == [e["ppl_token"] for e in exact.values()]
 
 
+def test_a_model_is_traced_to_the_job_that_made_it_and_not_to_the_last_one(copy):
+    def later(content):
+        content.update(command="cap-llm --stages [evaluate]")
+        content["hardware"].update(processor="another one")
+
+    *_, made = collect(copy("a", {"environment.json": later}))
+    assert "--calibration.length 64" in made.environment["command"]
+    assert all("another one" not in f.facts["machine"] for f in made.figures_of("time"))
+
+
 def test_a_models_name_leads_to_its_run_and_command(copy, report):
     a, b = copy("a", named("first")), copy("b", named("second") | {"oneshot/recipe.json": other})
     page = (report(a, b) / "report.html").read_text()
