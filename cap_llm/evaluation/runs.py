@@ -243,8 +243,8 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     oneshot = recipe.get("oneshot")
     if oneshot:
         method = _METHODS.get(oneshot.get("method"), str(oneshot.get("method")))
-        method += " + refit" * bool(oneshot.get("refit"))
         method += " by row" * (oneshot.get("pattern") == "row")
+        method += " + refit" * bool(oneshot.get("refit"))
         method += " + OWL" * (oneshot.get("budget") == "owl")
         method += " by layer" * bool(oneshot.get("layers"))
         pattern, share = str(oneshot.get("pattern")), oneshot.get("sparsity")
