@@ -65,7 +65,8 @@ def fetch(config: Config, data: Path, console: Console) -> None:
 
     recover = config.recover if "recover" in config.stages else None
     models = [config.model]
-    for path in (recover.teacher, recover.finetuned) if recover else ():
+    others = [config.model.dense, *((recover.teacher, recover.finetuned) if recover else ())]
+    for path in others:
         if path not in (None, "train"):
             models.append(ModelConfig(path=path))
     for model in models:

@@ -78,7 +78,10 @@ def _job(folder: Path) -> tuple[str | None, str]:
     """The state that the job gives to its stage, and what is to be said of the job itself."""
     who, ended = holder(folder), folder / ENDED
     if ended.exists():
-        end = read_json(ended)
+        try:
+            end = read_json(ended)
+        except UserError:  # the disk was full
+            return "failed", "the last job ended, and could not write down why"
         failed = 0 < end["code"] < 128
         rank = f" (rank {end['rank']}, exit code {end['code']})" if failed else ""
         ago = duration(time.time() - end["time"])
@@ -136,17 +139,19 @@ def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str
 def _evaluate(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
     bound = [s for s in ("dense", *MODELS) if (folder / s / "recipe.json").exists()]
     wanted = [s for s in ("dense", *MODELS) if s in config.get("stages", []) or s in bound]
-    each = len(config["evaluate"]["corpora"])
+    asked = config["evaluate"]
+    part = f" first {asked['max_windows']}" if asked.get("max_windows") else ""
+    keys = {f"{Path(name).name}@{asked.get('window')}{part}" for name in asked["corpora"]}
     files = [folder / stage / "perplexity.json" for stage in wanted]
-    scores = sum(len(read_json(path)["corpora"]) for path in files if path.exists())
-    total = each * len(wanted)
-    text = f"{scores} of {total} perplexities" if scores else ""
-    done = scores >= total
-    if config["evaluate"].get("tasks"):
+    scores = sum(len(keys & {*read_json(path)["corpora"]}) for path in files if path.exists())
+    text = f"{scores} of {len(keys) * len(wanted)} perplexities" if scores else ""
+    if asked.get("tasks"):
         zeroshot = [stage for stage in wanted if (folder / stage / "zeroshot.json").exists()]
         text += f", tasks of {len(zeroshot)} of {len(wanted)} models"
-        done = done and zeroshot == wanted
-    return bool(wanted) and done, text.removeprefix(", ")
+    # The last stage has no folder of its own: it is done where the job that had it ended well.
+    ended = folder / ENDED
+    done = ended.exists() and '"code": 0' in _text(ended)
+    return done, text.removeprefix(", ")
 
 
 _PROGRESS = {stage: functools.partial(_blockwise, stage) for stage in MODELS}

@@ -46,7 +46,7 @@ run() {
     grep -o '"why": "[^"]*"' "$folder/ended.json"
     code=$(grep -o '"code": [0-9]*' "$folder/ended.json" | grep -o '[0-9]*')
   fi
-  return "$code"
+  return "${code:-1}"
 }
 
 pass_on() {

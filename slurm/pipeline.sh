@@ -29,7 +29,8 @@ states=$(python cap_llm/train.py status "$folder" --json 2>/dev/null) || true # 
 place=$(realpath -m "$folder")
 before=
 for stage in $stages; do
-  if [[ $states == *"\"$stage\": \"done\""* ]]; then
+  # what is done stays done only as long as no stage before it is made anew
+  if [[ -z $before && $states == *"\"$stage\": \"done\""* ]]; then
     echo "$stage: done"
     continue
   fi

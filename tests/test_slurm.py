@@ -152,6 +152,11 @@ def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_p
     third = pipeline(stubs, recipe, run)
     assert third.stdout == "oneshot: done\nrecover: job 4\nevaluate: job 5\n"
     assert "--dependency" not in (stubs / "submitted").read_text().splitlines()[3]
+    # what was scored before the second stage does not stand for scores of its model
+    (stubs / "queue").write_text("")
+    (run / "ended.json").write_text('{"code": 0, "rank": 0, "why": "done", "time": 0}')
+    fourth = pipeline(stubs, recipe, run)
+    assert fourth.stdout == "oneshot: done\nrecover: job 6\nevaluate: job 7\n"
 
 
 def test_the_pipeline_reads_the_options_before_it_submits(stubs, recipe, tmp_path):
@@ -325,6 +330,7 @@ world.close()
         ("work", None),
         ("halt", "no rank gets on: rank 0 at step 3, rank 1 at a barrier"),
         ("vanish", "rank 1 has not been heard of"),
+        ("silence", "rank 0 has not been heard of"),  # the launcher holds the ranks' store
     ],
 )
 def test_ranks_that_cannot_go_on_end_and_say_why(what, reason, tmp_path):
@@ -344,6 +350,11 @@ def test_ranks_that_cannot_go_on_end_and_say_why(what, reason, tmp_path):
             rank.suspend()
             wait_for(lambda: "heard of" in said.read_text())
             rank.kill()
+        if what == "silence":
+            wait_for(lambda: said.read_text().count(" is ") == 2)
+            psutil.Process(launcher.pid).suspend()
+            wait_for(lambda: said.read_text().count("heard of") == 2)
+            psutil.Process(launcher.pid).resume()
         code = launcher.wait(timeout=PATIENCE)
     assert (code == 0) == (reason is None), said.read_text()
     assert reason is None or reason in said.read_text()

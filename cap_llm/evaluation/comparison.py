@@ -7,12 +7,14 @@ one row, mean ± standard deviation.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cap_llm.evaluation.published import of_protocol, published, short_name
-from cap_llm.evaluation.runs import SCORES, Figure, Result
+from cap_llm.evaluation.runs import LIBRARIES, SCORES, Figure, Result
 from cap_llm.evaluation.tasks import SETS
 from cap_llm.runtime.console import duration, size
 
@@ -205,27 +207,30 @@ def _common_name(names: list[str]) -> str:
 def _add_means(results: list[Result]) -> None:
     """Adds each result's mean over what it has of a paper's set, and over what all others have."""
     for name, tasks in SETS.items():
-        parts: list[tuple[str, ...]] = []
-        for result in results:
-            part = tuple(t for t in tasks if _task(result, t))
-            if len(part) > 1 and part not in parts:
+        limits = dict.fromkeys(f.facts["limit"] for r in results for f in r.figures_of("task"))
+        parts: list[tuple] = []
+        for result, limit in itertools.product(results, limits):
+            part = (limit, *(t for t in tasks if _task(result, t, limit)))
+            if len(part) > 2 and part not in parts:
                 parts.append(part)
         for result in results:
-            for part in parts:
-                scores = [_task(result, t) for t in part]
+            for limit, *part in parts:
+                scores = [_task(result, t, limit) for t in part]
                 if not all(scores):
                     continue
-                facts = {"tasks": ", ".join(part), "of": len(tasks)}
-                for key in ("shots", "torch", "transformers", "lm_eval", "calibration"):
+                facts = {"tasks": ", ".join(part), "of": len(tasks), "limit": limit}
+                for key in ("shots", *LIBRARIES, "calibration"):
                     facts[key] = scores[0].facts.get(key)
-                each = ("items", "limit", "task version", "text")
-                facts["scored"] = str([[s.facts.get(key) for key in each] for s in scores])
+                each = ("items", "task version", "text", "shots", *LIBRARIES)
+                scored = str([[s.facts.get(key) for key in each] for s in scores])
+                facts["scored"] = hashlib.sha256(scored.encode()).hexdigest()[:8]
                 mean = statistics.mean(s.value for s in scores)
                 result.figures.append(Figure("mean", name, mean, facts))
 
 
-def _task(result: Result, task: str) -> Figure | None:
-    return next((f for f in result.figures_of("task") if f.name == task), None)
+def _task(result: Result, task: str, limit: int | None) -> Figure | None:
+    figures = (f for f in result.figures_of("task") if f.name == task)
+    return next((f for f in figures if f.facts["limit"] == limit), None)
 
 
 def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
@@ -302,6 +307,7 @@ def _label(kind: str, name: str, facts: dict) -> list[str]:
     if kind == "mean":
         n = len(facts["tasks"].split(", "))
         part = f"{n} tasks" if n == facts["of"] else f"partial: {n} of {facts['of']}"
+        part += f", first {facts['limit']}" if facts.get("limit") else ""
         return [f"{_PAPERS[name]}'s mean", part]
     if kind in ("task", "word"):
         label = [name] + ["word_perplexity"] * (kind == "word")
@@ -405,7 +411,7 @@ def _beside_published(rows: list[Row], columns: list[Column]) -> Table | None:
     table.columns.append("source")
     others: dict[tuple, dict[str, float]] = {}
     matched = set()
-    for column in (c for c in columns if of_protocol(c.facts)):
+    for column in (c for c in columns if of_protocol(c.name, c.facts)):
         for row in rows:
             measured, first = row.value(column), row.results[0]
             if measured is None or row.status:

@@ -109,20 +109,22 @@ def score_corpora(
         UserError: the model has no perplexity or overflows.
     """
     stage = facts.get("stage", folder.name)
-    results = read_json(path) if path and path.exists() else {"corpora": {}}
+    empty = {"corpora": {}}
+    earlier = read_json(path) if world.first and path and path.exists() else empty
+    results = world.gather(earlier)[0]  # a shared file system may show ranks different things
     weights = facts.get("weights_sha256")  # a run directory's models are known by their recipes
     if weights and results.get("weights_sha256", weights) != weights:
         console.say(f"{path} scores other weights; it will be written anew")
-        results = {"corpora": {}}
-    world.barrier()  # all have read before the first one writes
+        results = empty
     for text in scored:
         known = results["corpora"].get(text.key)
         if not known or known["text_sha256"] != text.digest:
             title = f"{stage} on {text.name}"
             known = _score(folder, title, text, config, scratch, world, console)
+            known["versions"] = facts["versions"]  # a later one may be scored by other ones
             results["corpora"][text.key] = known
             if world.first and path:
-                write_json(path, facts | results)
+                write_json(path, facts | {"corpora": results["corpora"]})
         console.say(
             f"{stage}: ppl_token@{known['window']} {known['ppl_token']:.4f} on {text.name} "
             f"({known['windows']} windows, BOS {known['bos']}, {duration(known['seconds'])})"

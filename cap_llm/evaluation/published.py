@@ -10,6 +10,7 @@ from importlib.resources import files
 import yaml
 
 CALIBRATION = "128 x 2048 of c4"
+C4_WINDOWS = 256
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ def published() -> tuple[Published, ...]:
         title = source["title"] + ", second-hand" * source.get("second_hand", False)
         for model, ppl in entry["ppl"].items():
             place = (entry.get("corpus", "wikitext2"), entry.get("window", 2048))
-            amount = entry.get("amount", "")
-            figures.append(Published(model, entry["method"], amount, *place, ppl, title))
+            method, amount = entry["method"], entry.get("amount", "")
+            if amount.endswith("%"):  # Wanda's papers compare the weights of a row
+                method = method.replace("Wanda", "Wanda by row")
+            figures.append(Published(model, method, amount, *place, ppl, title))
     return tuple(figures)
 
 
@@ -46,7 +49,9 @@ def short_name(model: str) -> str:
     return re.sub(r"-hf$", "", name.removeprefix("meta-"))
 
 
-def of_protocol(facts: dict) -> bool:
-    """Whether a perplexity of these facts follows the papers' protocol: the whole text, and their
-    calibration or none."""
+def of_protocol(corpus: str, facts: dict) -> bool:
+    """Whether a perplexity of these facts follows the papers' protocol: the whole text (of C4 its
+    256 windows, which a local sample does not fill), and their calibration or none."""
+    if corpus == "c4" and facts.get("windows") != C4_WINDOWS:
+        return False
     return facts.get("limit") is None and facts.get("calibration") in (None, CALIBRATION)

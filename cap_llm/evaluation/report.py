@@ -87,7 +87,8 @@ def _provenance(run: Path, results: Iterable[Result]) -> Provenance:
     hardware = environment.get("hardware") or {}
     versions = environment.get("versions") or {}
     facts = [("models", ", ".join(f"{r.name} ({r.stage})" for r in own))]
-    facts.append(("command", environment.get("command") or "unknown"))
+    commands = [c for r in own if (c := r.environment.get("command"))]
+    facts += [("command", command) for command in dict.fromkeys(commands or ["unknown"])]
     for result in own:
         if result.calibration:
             c = result.calibration

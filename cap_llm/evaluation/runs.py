@@ -25,6 +25,7 @@ _METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"
 _METHODS |= {"admm_grad": "ADMM-grad", "alps": "ALPS"}
 _ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
 _METRICS = {"task": "acc", "norm": "acc_norm", "word": "word_perplexity"}  # lm-eval's names
+LIBRARIES = ("torch", "transformers", "lm_eval")  # that compute a zero-shot score
 SCORES = ("ppl", "word", "task")  # what makes a model a scored one
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -71,7 +72,7 @@ class Result:
         curve: (tokens, held-out perplexity) along the recovery, a list for each rung.
         curve_dense: held-out perplexity of the dense model there.
         status: empty, or what is wrong: `unfinished`, `not scored`, ...
-        environment: the run's `environment.json`.
+        environment: versions, hardware and command of the job that made it.
     """
 
     name: str
@@ -152,7 +153,7 @@ def collect(folder: Path) -> list[Result]:
     made = [r for r in results if r.stage not in ("dense", "start")]
     asked = [s for s in settings.get("stages") or [] if s not in (*stages, "evaluate")]
     last = (made or results or [Result(title, "none", folder, _dense({}, settings))])[-1]
-    last.environment = facts
+    last.environment = last.environment or facts
     if asked:
         last.status.append(f"{asked[0]} not begun")
     last.status += troubles
@@ -176,13 +177,13 @@ def _result(
     recipe = _part(place / "recipe.json", dict, status) or {}
     done = _part(place / "done.json", dict, status) if (place / "done.json").exists() else None
     config = _part(place / "config.json", dict, []) or {}
-    result = Result(
-        stage, stage, run, _dense(recipe, settings), status=status, environment=environment
-    )
+    result = Result(stage, stage, run, _dense(recipe, settings), status=status)
     history = json.loads(before.recipe) if before else []
     result.recipe = json.dumps([*history, [stage, _without_seeds(recipe)]], sort_keys=True)
     result.seeds = (*(before.seeds if before else ()), *_seeds(recipe))
     result.calibration = before.calibration if before else None
+    # of the job that made the model, where it says so; the run's own is its last job's
+    result.environment = (done or {}).get("environment") or environment
     if "calibration" in recipe:
         digest = _part(place / "calibration.json", dict, []) or {}
         result.calibration = dict(recipe["calibration"], ids=digest.get("ids_sha256"))
@@ -204,7 +205,7 @@ def _result(
         counts = _part(weights / "sparsity.json", lambda c: _sparsity(c, result), status)
     result.figures += _sizes(weights, config, counts)
     if done is not None:
-        result.figures += _costs(done, before, environment)
+        result.figures += _costs(done, before, result.environment)
     if stage == "recover":
         _curves(run / "metrics.jsonl", recipe.get("recover") or {}, done or {}, result)
     return result
@@ -242,6 +243,7 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     oneshot = recipe.get("oneshot")
     if oneshot:
         method = _METHODS.get(oneshot.get("method"), str(oneshot.get("method")))
+        method += " by row" * (oneshot.get("pattern") == "row")
         method += " + refit" * bool(oneshot.get("refit"))
         method += " + OWL" * (oneshot.get("budget") == "owl")
         method += " by layer" * bool(oneshot.get("layers"))
@@ -273,7 +275,7 @@ def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
             "BOS": entry.get("bos"),
             "limit": int(key.rpartition(" first ")[2]) if " first " in key else None,
         }
-        facts |= _versions(entry, content, run_versions, ("torch", "transformers"))
+        facts |= _versions(entry, content, run_versions, LIBRARIES[:2])
         name = Path(key.partition("@")[0]).stem
         figures.append(Figure("ppl", name, float(entry["ppl_token"]), facts))
     return figures
@@ -290,7 +292,7 @@ def _tasks(content: dict, run_versions: dict) -> list[Figure]:
             "task version": entry.get("version"),
             "text": entry.get("rows_sha256", entry.get("data_sha256")),
         }
-        facts |= _versions(entry, content, run_versions, ("torch", "transformers", "lm_eval"))
+        facts |= _versions(entry, content, run_versions, LIBRARIES)
         facts["lm_eval"] = entry.get("lm_eval", facts["lm_eval"])
         for kind, metric in _METRICS.items():
             if entry.get(metric) is not None:
@@ -354,6 +356,9 @@ def _costs(done: dict, before: Result | None, environment: dict) -> list[Figure]
     machine = f"{hardware.get('cores')} cores of {hardware.get('processor')}"
     machine += f", {len(cards)} x {cards[0]}" if cards else ""
     earlier = {f.kind: f.value for f in before.figures} if before else {}
+    for f in before.figures_of("time") if before else ():
+        if f.facts["machine"] != machine:
+            machine = f"{f.facts['machine']}, then {machine}"
     figures = []
     if done.get("seconds") is not None and (before is None or "time" in earlier):
         seconds = done["seconds"] + earlier.get("time", 0.0)

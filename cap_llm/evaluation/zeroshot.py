@@ -86,6 +86,7 @@ def score_tasks(
             lm = lm or _open(folder, tokenizer, config.batch_size, world, console)
             lm.title = f"{stage}{key}"
             entry = recipe | _score(lm, task, built, config.limit)
+            entry["versions"] = facts.get("versions")  # a later task may be scored by other ones
             console.say(f"{stage}{key}: {figures(entry)}, {duration(entry['seconds'])}")
             results["tasks"][key] = entry
             results["means"] |= means(results["tasks"], config)

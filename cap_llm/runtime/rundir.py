@@ -130,10 +130,10 @@ class Run:
         self.world.barrier()
 
     def finish_stage(self, folder: Path, summary: dict) -> None:
-        """Marks a stage as finished; its last write."""
+        """Marks a stage as finished, and says by what command on which machine; its last write."""
         self.world.barrier()
         if self.world.first:
-            write_json(folder / "done.json", summary)
+            write_json(folder / "done.json", summary | {"environment": environment(self.world)})
         self.world.barrier()
 
     def blame(self, error: BaseException) -> BaseException:

@@ -38,7 +38,9 @@ class Watch:
         self._store = dist.TCPStore(*address, is_master=False)
         self._names = [f"cap_llm/alive/{r}" for r in range(size)]
         self._store.set(self._names[rank], "0||0")
-        threading.Thread(target=self._run, daemon=True).start()
+        self._silent = 0
+        for task in (self._run, self._listen):
+            threading.Thread(target=task, daemon=True).start()
 
     @contextlib.contextmanager
     def bounded(self, what: str) -> Iterator[None]:
@@ -56,17 +58,14 @@ class Watch:
 
     def _run(self) -> None:
         beats, heard = 0, {}
-        last_read = time.monotonic()
         while not self._over.wait(BEAT):
             beats, now = beats + 1, time.monotonic()
             waits = int(now - self._since) if self._at else 0
             try:
                 self._store.set(self._names[self._rank], f"{beats}|{self._at}|{waits}")
                 said = [value.decode() for value in self._store.multi_get(self._names)]
-                last_read = now
+                self._silent = 0
             except Exception:  # the store lives in the first rank or in its launcher
-                if now - last_read > LOST:
-                    self._end("rank 0 has not been heard of")
                 continue
             for rank, text in enumerate(said):
                 if heard.get(rank, ("", 0))[0] != text:
@@ -77,6 +76,14 @@ class Watch:
             elif min(int(text.split("|")[2]) for text in said) > HALT:
                 at = ", ".join(f"rank {r} at {t.split('|')[1]}" for r, t in enumerate(said))
                 self._end(f"no rank gets on: {at}", HALT)
+
+    def _listen(self) -> None:
+        """Ends the job once the store has gone: where its node vanishes, a call of it in `_run`
+        never returns, whatever its timeout."""
+        while not self._over.wait(BEAT):
+            self._silent += 1
+            if self._silent * BEAT > LOST:
+                self._end("rank 0 has not been heard of")
 
     def _end(self, why: str, seconds: float = LOST) -> None:
         if self._over.is_set():
