@@ -156,7 +156,7 @@ class _Step:
             *batches, held_out = self._statistics(self.final, group, inputs, bool(names))
             if not names:
                 return
-            grams = self._grams(batches, prefix + names[0])
+            grams = self._grams(batches)
             solver = Solver(
                 self.oneshot, Moments.total(batches), prefix + names[0], needs_factor=True
             )
@@ -211,11 +211,12 @@ class _Step:
                 part.finish(group.short)
         return parts
 
-    def _grams(self, batches: list[Moments], name: str) -> torch.Tensor | None:
-        """Mean x x^T of each batch [B, C, C] for SGD."""
-        if self.settings.mode == "paper":
-            return torch.stack([part.hessian for part in batches])
-        return None
+    def _grams(self, batches: list[Moments]) -> list[torch.Tensor] | None:
+        """Mean x x^T [C, C] of each batch for SGD; a single one is damped later, so copied."""
+        if self.settings.mode != "paper":
+            return None
+        grams = [part.hessian for part in batches]
+        return grams if len(grams) > 1 else [grams[0].clone()]
 
     def _redensify(
         self,
@@ -227,7 +228,7 @@ class _Step:
     ) -> dict[str, torch.Tensor]:
         """The free weights [R, C] of matrices that read one input, fp32; ranks take turns."""
         settings, (l1, l2) = self.settings, self.settings.regularisers
-        grams = self._grams(batches, prefix + names[0])
+        grams = self._grams(batches)
         if grams is None:
             name = prefix + names[0]
             hessian = factorise(batches[0].hessian, self.oneshot.damping, name).hessian
@@ -250,11 +251,13 @@ class _Step:
         target: torch.Tensor,
         inside: torch.Tensor | None,
         solver: Solver,
-        grams: torch.Tensor | None,
+        grams: list[torch.Tensor] | None,
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What a matrix may become, with its mask: the first prune, the second, the adjusted."""
         sparsity = (~mask).sum().item() / mask.numel()
-        found = {"first": (sparse, mask)}
+        m, n_kept = self.pattern.m, self.pattern.n
+        fits = not m or bool((mask.reshape(-1, m).sum(1) <= n_kept).all())
+        found = {"first": (sparse, mask)} if fits else {}  # pruned elsewhere to another pattern
         weight = sparse
         if n in self.free:
             found["again"] = solver(self.free[n], sparsity, inside, target)

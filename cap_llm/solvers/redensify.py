@@ -14,7 +14,7 @@ Inputs are scaled to unit energy (see `admm`), so that one mu, l1 and l2 mean th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -74,7 +74,7 @@ def redensify(
 def redensify_by_sgd(
     sparse: torch.Tensor,
     dense: torch.Tensor,
-    batches: torch.Tensor,
+    batches: Sequence[torch.Tensor],
     lr: float = 0.1,
     l1: float = 0.1,
     l2: float = 0.1,
@@ -91,7 +91,7 @@ def redensify_by_sgd(
     Args:
         sparse: W_s [R, C], fp32.
         dense: W_d [R, C], fp32.
-        batches: mean x x^T of each batch [B, C, C].
+        batches: mean x x^T [C, C] of each batch.
         lr: the rate.
         l1: weight of the mean absolute value.
         l2: weight of the mean square.
