@@ -253,7 +253,10 @@ def test_two_ranks_equal_one(tiny, text_file, tmp_path, inputs):
         (["--stages", ALL, "--reconstruct.lr", "0"], ["reconstruct.lr is 0"]),
         (["--stages", ALL, "--reconstruct.epochs", "0"], ["reconstruct.epochs is 0"]),
         (["--stages", "[sds, oneshot]"], ["in this order"]),
-        (["--stages", ALL, "--calibration.held_out", "100000"], ["to hold out any"]),
+        (
+            ["--stages", ALL, "--calibration.sequences", "4000", "--calibration.held_out", "1"],
+            ["to hold out any"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(tiny, entry, capsys, more, words):
