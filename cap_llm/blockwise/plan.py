@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import time
 from pathlib import Path
@@ -117,7 +118,8 @@ def _check_dense(model: BlockModel, folder: Path) -> None:
             "give the model that it was pruned from"
         )
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        for (name, shape), (other, expected) in zip(a, b, strict=False):
+        pairs = itertools.zip_longest(a, b, fillvalue=("nothing", []))
+        for (name, shape), (other, expected) in pairs:
             if (name, shape) != (other, expected):
                 raise UserError(
                     f"model.dense {folder} has {other} {expected} in block {i} where the pruned "

@@ -191,7 +191,9 @@ class _Trainer:
             for n, mask in masks.items()
         ]
         names = {self.student.weight_name(i, n): mask.cpu() for n, mask in masks.items()}
-        return PrunedBlock(names, rows, seconds, errors[-1] | {"sections": errors[:-1]})
+        return PrunedBlock(
+            names, rows, seconds, errors[-1] | ({"sections": errors[:-1]} if errors[1:] else {})
+        )
 
     def _section(
         self,

@@ -10,6 +10,7 @@ with the least error against the dense weights on held-out text.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from cap_llm.blockwise.stage import BlockStage, activation_bytes, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, Group
-from cap_llm.runtime.files import atomic
+from cap_llm.runtime.files import atomic, read_json
 from cap_llm.runtime.rundir import Run
 from cap_llm.solvers.hessian import Moments, factorise
 from cap_llm.solvers.redensify import adjust, redensify, redensify_by_sgd
@@ -96,9 +97,11 @@ class _Step:
         self.settings, self.oneshot = config.sds, config.oneshot
         self.pattern = Pattern.parse(config.oneshot.pattern)
         self.mask_of = start_masks(self.model)
-        self.inside = earlier_mask(
-            dense, config.oneshot, plan_sparsities(dense_model, config.oneshot)
-        )
+        plan = plan_sparsities(dense_model, config.oneshot)
+        if (pruned / "sparsity.json").exists():  # as it is, where a budget was uneven
+            rows = read_json(pruned / "sparsity.json")["rows"]
+            plan |= {r["name"]: r["masked"] / math.prod(r["shape"]) for r in rows}
+        self.inside = earlier_mask(dense, config.oneshot, plan)
         mine = self.world.share(len(texts.calibration))
         held_out = self.world.share(len(texts.held_out))
         windows = torch.cat([texts.calibration[list(mine)], texts.held_out[list(held_out)]])
