@@ -21,7 +21,7 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
 fi
 
 export RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-1}} # ranks of a node: one for each of its GPUs
-export PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node need two
+export PORT=$((20000 + SLURM_JOB_ID % 12000)) # two jobs on one node need two
 
 # run RUN COMMAND...: does the command, which works in the run directory RUN, and passes signals on.
 #
