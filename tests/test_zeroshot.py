@@ -329,8 +329,9 @@ def test_two_ranks_give_what_one_gives(llama, rows, tmp_path):
     assert "it/s" not in done.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     assert list(two["tasks"]) == ["arc_easy", "boolq", "lambada_openai", "wikitext", "colours"]
+    assert all(entry["versions"]["lm_eval"] for entry in two["tasks"].values())
     for entry in (*one["tasks"].values(), *two["tasks"].values()):
-        del entry["seconds"]
+        del entry["seconds"], entry["versions"]  # the latter are the caller's to give
     assert two["tasks"] == one["tasks"]
     assert two["versions"]["lm_eval"] and two["model"] == str(llama)
 
