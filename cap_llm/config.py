@@ -682,26 +682,22 @@ class Config:
         settings = {"model": dataclasses.asdict(self.model)}
         if stage == "dense":
             return settings
-        if stage in ("oneshot", "sds") or (stage == "recover" and self.recover.ladder):
-            settings["oneshot"] = dataclasses.asdict(self.oneshot) | {
-                "sparsity": self.oneshot.amount
-            }
-        if stage in ("sds", "reconstruct") or (
-            "oneshot" in settings and self.oneshot.uses_calibration
-        ):
+        prunes = stage in ("oneshot", "sds") or (stage == "recover" and self.recover.ladder)
+        holds_out = stage in ("sds", "reconstruct")
+        if prunes:
+            settings["oneshot"] = dataclasses.asdict(self.oneshot)
+            settings["oneshot"]["sparsity"] = self.oneshot.amount
+        if holds_out or (prunes and self.oneshot.uses_calibration):
             settings["calibration"] = dataclasses.asdict(self.calibration)
             del settings["calibration"]["allow_scored_corpus"]
-            if stage not in ("sds", "reconstruct"):
+            if not holds_out:
                 del settings["calibration"]["held_out"]
-        if stage in ("sds", "reconstruct"):
-            settings[stage] = dataclasses.asdict(getattr(self, stage))
-        if stage == "recover":
-            recover = dataclasses.asdict(self.recover)
-            for name in _NOT_OF_THE_RESULT:
-                del recover[name]
-            settings["recover"] = recover
         if stage in MODELS[1:]:
+            settings[stage] = dataclasses.asdict(getattr(self, stage))
             settings["start"] = self.start(stage)
+        if stage == "recover":
+            for name in _NOT_OF_THE_RESULT:
+                del settings["recover"][name]
         return settings
 
 

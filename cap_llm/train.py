@@ -82,13 +82,13 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         if "sds" in config.stages:
             models["sds"] = sds(*start_of("sds", source, config, run), texts, config, run)
         if "reconstruct" in config.stages:
-            pruned, dense = start_of("reconstruct", source, config, run)
-            models["reconstruct"] = reconstruct(pruned, dense, texts, config, run)
+            start = start_of("reconstruct", source, config, run)
+            models["reconstruct"] = reconstruct(*start, texts, config, run)
         if "recover" in config.stages:
             from cap_llm.recovery.recover import recover
 
-            student, dense = start_of("recover", source, config, run)
-            models["recover"] = recover(student, dense, texts, config, run)
+            start = start_of("recover", source, config, run)
+            models["recover"] = recover(*start, texts, config, run)
         if "evaluate" in config.stages:
             for stage in MODELS:  # of earlier jobs, too
                 folder, done = run.stage(stage, config.recipe(stage))

@@ -38,12 +38,13 @@ class ActivationCache:
 
     Args:
         device: where tensors come from and go to.
-        budget: bytes to take on the device.
+        budget: bytes to take on the device; None takes half of what is free.
         folder: where to spill; the file has no name and vanishes with the process.
     """
 
-    def __init__(self, device: torch.device, budget: int, folder: Path):
+    def __init__(self, device: torch.device, budget: int | None, folder: Path):
         self.device, self.folder = device, folder
+        budget = free_memory(device) // 2 if budget is None else budget
         # On a GPU the overflow goes to pinned main memory before it goes to disk.
         host = free_memory(torch.device("cpu")) // 2 if device.type == "cuda" else 0
         self._left = {"device": budget, "host": host}

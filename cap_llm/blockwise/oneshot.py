@@ -163,8 +163,7 @@ def _proxy_nll(
 ) -> float:
     """Mean loss a token of the model pruned by Wanda to `plan`, on held-out ids [N, T]."""
     settings = OneshotConfig(method="wanda", pattern=config.oneshot.pattern, sparsity=0.5)
-    world, memory = run.world, activation_bytes(config)
-    memory = None if memory is None else memory // 2  # for two walks at once
+    world, memory = run.world, activation_bytes(config, parts=2)
     walk = Walk(model, seen[list(world.share(len(seen)))], memory, scratch)
     mine = held_out[list(world.share(len(held_out)))]
     scored = Walk(model, mine, memory, scratch) if len(mine) else None

@@ -272,13 +272,13 @@ def spread(
         result: takes masks and rows.
     """
     linears = model.linears(i)
-    owners = _owners(names, linears, world.size)
+    owner = owners({name: linears[name].weight for name in names}, world)
     rows: dict[str, Row] = {}
     for name in names:
         full_name = model.weight_name(i, name)
         weight = matrix(linears[name])
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        if owners[name] == world.rank:
+        if owner[name] == world.rank:
             tick = time.monotonic()
             solved = solve(full_name, weight.float(), stored_dtype(model, full_name))
             mask = solved.mask.contiguous()  # as the other ranks receive it
@@ -295,8 +295,8 @@ def spread(
             )
             weight.copy_(solved.weight)
         contiguous = weight.contiguous()  # Conv1D stores the transpose
-        weight.copy_(world.broadcast(contiguous, owners[name]))
-        result.masks[full_name] = world.broadcast(mask, owners[name]).cpu()
+        weight.copy_(world.broadcast(contiguous, owner[name]))
+        result.masks[full_name] = world.broadcast(mask, owner[name]).cpu()
     everyone = {name: row for part in world.gather(rows) for name, row in part.items()}
     result.rows += [everyone[name] for name in names]
 
@@ -383,14 +383,14 @@ def stored_dtype(model: BlockModel, name: str) -> torch.dtype:
     return model.model.get_parameter(name).dtype
 
 
-def _owners(names: list[str], linears: dict[str, nn.Module], size: int) -> dict[str, int]:
+def owners(weights: dict[str, torch.Tensor], world: World) -> dict[str, int]:
     """The rank that solves each matrix: the largest first, each to the least loaded rank."""
-    load = [0] * size
-    owners = {}
-    for name in sorted(names, key=lambda n: -linears[n].weight.numel()):
-        owners[name] = load.index(min(load))
-        load[owners[name]] += linears[name].weight.numel()
-    return owners
+    load = [0] * world.size
+    owner = {}
+    for name in sorted(weights, key=lambda n: -weights[n].numel()):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += weights[name].numel()
+    return owner
 
 
 def _check(inside: torch.Tensor | None, name: str) -> torch.Tensor | None:

@@ -23,14 +23,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.blockwise.cache import ActivationCache, free_memory
+from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.blockwise.prune import PrunedBlock, Row, matrix, stored_dtype
 from cap_llm.blockwise.stage import BlockStage, activation_bytes, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, Call
+from cap_llm.models.masks import Masks, patterns
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
 from cap_llm.text.reading import Texts
@@ -58,17 +58,18 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run)
     if work.done:
         return work.folder
-    work.begin(pruned, texts, config)
+    work.begin(pruned, texts, config, dtype=torch.float32)
+    masks = start_masks(pruned, run.world)
     settings, world = config.reconstruct, run.world
     in_turn = settings.inputs == "dense"
     team = World.alone(world.device) if in_turn else world
     n_blocks = len(work.model)
     todo = len(work.finished) < n_blocks
-    work.model.drop_outside()
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")
-            trainer = _Trainer(pruned, dense, texts, config, team, scratch)
+            dense_model = BlockModel.open(dense, world.device, torch.float32)
+            trainer = _Trainer(work.model, dense_model, masks, texts, config, team, scratch)
         round_: dict[int, PrunedBlock] = {}
         for i in range(n_blocks if todo else 0):
             with trainer.dense.block(i) as dense_block, trainer.student.block(i) as block:
@@ -100,8 +101,9 @@ class _Trainer:
     """The streams of text through both models, and the training of one block between them.
 
     Args:
-        pruned: directory of the student.
-        dense: directory of the dense model.
+        student: the pruned model.
+        dense: the model that it was pruned from.
+        masks: the student's.
         texts: with calibration and held-out ids.
         config: the run's settings.
         team: the ranks that share the sequences of a block.
@@ -109,13 +111,19 @@ class _Trainer:
     """
 
     def __init__(
-        self, pruned: Path, dense: Path, texts: Texts, config: Config, team: World, scratch: Path
+        self,
+        student: BlockModel,
+        dense: BlockModel,
+        masks: Masks,
+        texts: Texts,
+        config: Config,
+        team: World,
+        scratch: Path,
     ):
         self.settings, self.team = config.reconstruct, team
+        self.student, self.dense, self.masks = student, dense, masks
+        self.patterns = patterns(masks.folder)
         device = team.device
-        self.dense = BlockModel.open(dense, device, torch.float32)
-        self.student = BlockModel.open(pruned, device, torch.float32)
-        self.mask_of, self.patterns = start_masks(self.student), _patterns(pruned)
         dtype = self.settings.dtype
         low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
@@ -125,15 +133,13 @@ class _Trainer:
         self.judges = range(len(mine), len(mine) + len(held_out))
         self.n_judges = len(texts.held_out)
         windows = torch.cat([texts.calibration[list(mine)], texts.held_out[list(held_out)]])
-        memory = activation_bytes(config)
-        memory = None if memory is None else memory // 3
+        memory = activation_bytes(config, parts=3)
         length = windows.shape[1]  # one sequence at a time, so that steps can mix them freely
         self.given = Walk(self.dense, windows, memory, scratch, length)
         self.seen = self.given
         if self.settings.inputs == "student":
             self.seen = Walk(self.student, windows, memory, scratch, length)
-        budget = free_memory(device) // 2 if memory is None else memory
-        self.targets = ActivationCache(device, budget, scratch)
+        self.targets = ActivationCache(device, memory, scratch)
         self.dense.drop_outside()
         self.student.drop_outside()
 
@@ -154,11 +160,9 @@ class _Trainer:
         """
         start = time.monotonic()
         linears = self.student.linears(i)
-        masks = {}
-        for n, module in linears.items():
-            mask = self.mask_of(self.student.weight_name(i, n), matrix(module))
-            if mask is not None:
-                masks[n] = mask
+        names = {n: self.student.weight_name(i, n) for n in linears}
+        device = self.team.device
+        masks = {n: self.masks[w].to(device) for n, w in names.items() if w in self.masks}
         phase("dense outputs")
         with torch.no_grad(), self.autocast():
             for k in range(len(self.given.ids)):
@@ -179,9 +183,9 @@ class _Trainer:
         seconds = time.monotonic() - start
         rows = [
             Row(
-                name := self.student.weight_name(i, n),
+                names[n],
                 list(mask.shape),
-                self.patterns.get(name, "as found"),
+                self.patterns.get(names[n], "as found"),
                 int((matrix(linears[n]) == 0).sum()),
                 int((~mask).sum()),
                 None,
@@ -190,10 +194,8 @@ class _Trainer:
             )
             for n, mask in masks.items()
         ]
-        names = {self.student.weight_name(i, n): mask.cpu() for n, mask in masks.items()}
-        return PrunedBlock(
-            names, rows, seconds, errors[-1] | ({"sections": errors[:-1]} if errors[1:] else {})
-        )
+        error = errors[-1] | ({"sections": errors[:-1]} if errors[1:] else {})
+        return PrunedBlock({names[n]: m.cpu() for n, m in masks.items()}, rows, seconds, error)
 
     def _section(
         self,
@@ -328,9 +330,3 @@ def _sections(block: nn.Module, halves: bool) -> list[tuple[str | None, list[nn.
         f"{type(block).__name__} has no attention module to train by itself; leave out "
         "--reconstruct.halves"
     )
-
-
-def _patterns(folder: Path) -> dict[str, str]:
-    """The patterns of a model's pruned weights by name, where its `sparsity.json` says them."""
-    path = folder / "sparsity.json"
-    return {r["name"]: r["pattern"] for r in read_json(path)["rows"]} if path.exists() else {}

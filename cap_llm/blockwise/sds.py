@@ -20,7 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cap_llm.blockwise.oneshot import earlier_mask
-from cap_llm.blockwise.prune import PrunedBlock, Solved, Solver, matrix, plan_sparsities, spread
+from cap_llm.blockwise.prune import (
+    PrunedBlock,
+    Solved,
+    Solver,
+    matrix,
+    owners,
+    plan_sparsities,
+    spread,
+)
 from cap_llm.blockwise.stage import BlockStage, activation_bytes, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
@@ -96,7 +104,7 @@ class _Step:
         self.work, self.model, self.world = work, work.model, work.run.world
         self.settings, self.oneshot = config.sds, config.oneshot
         self.pattern = Pattern.parse(config.oneshot.pattern)
-        self.mask_of = start_masks(self.model)
+        self.masks = start_masks(pruned, self.world)
         plan = plan_sparsities(dense_model, config.oneshot)
         if (pruned / "sparsity.json").exists():  # as it is, where a budget was uneven
             rows = read_json(pruned / "sparsity.json")["rows"]
@@ -110,8 +118,7 @@ class _Step:
         self.n_batches = -(-len(texts.calibration) // BATCH) if self.settings.mode == "paper" else 1
         batch = BATCH if self.settings.mode == "paper" else len(texts.calibration)
         self.counts_for = [n // batch for n in mine] + [self.n_batches] * len(held_out)
-        memory = activation_bytes(config)
-        memory = None if memory is None else memory // 2
+        memory = activation_bytes(config, parts=2)
         seen = dense_model if self.settings.data == "dense" else self.model
         self.first = Walk(seen, windows, memory, scratch)
         self.final = Walk(self.model, windows, memory, scratch)
@@ -135,8 +142,9 @@ class _Step:
         start = time.monotonic()
         prefix = self.model.block_name(i) + "."
         linears = {n: matrix(m) for n, m in self.model.linears(i).items()}
-        masks = {n: self.mask_of(self.model.weight_name(i, n), w) for n, w in linears.items()}
-        masks = {n: mask for n, mask in masks.items() if mask is not None}
+        names = {n: self.model.weight_name(i, n) for n in linears}
+        device = self.model.device
+        masks = {n: self.masks[w].to(device) for n, w in names.items() if w in self.masks}
         sparse = {n: linears[n].float().clone() for n in masks}
         target = {n: matrix(dense_block.get_submodule(n)).float() for n in masks}
         self.free = {}
@@ -236,8 +244,7 @@ class _Step:
             name = prefix + names[0]
             hessian = factorise(batches[0].hessian, self.oneshot.damping, name).hessian
         free = {}
-        for turn, n in enumerate(names):
-            owner = turn % self.world.size
+        for n, owner in owners({n: sparse[n] for n in names}, self.world).items():
             weight = torch.empty_like(sparse[n])
             if owner == self.world.rank and grams is None:
                 weight = redensify(sparse[n], target[n], hessian, settings.mu, l1, l2)

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,14 +25,14 @@ from cap_llm.blockwise.prune import PrunedBlock, Row
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, match_names, skeleton
 from cap_llm.models.checkpoint import Checkpoint, ShardWriter
+from cap_llm.models.masks import Masks
 from cap_llm.runtime.console import duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import Run, peak_memory
+from cap_llm.runtime.world import World
 from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.reading import Texts
-
-BY_CHANCE = 0.01  # a quantised matrix that nobody pruned has some zeros, far fewer than this
 
 
 class BlockStage:
@@ -60,15 +60,19 @@ class BlockStage:
                 shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
             run.console.say(f"{self.title}: done already, in {self.folder}")
 
-    def begin(self, source: Path, texts: Texts, config: Config) -> None:
+    def begin(
+        self, source: Path, texts: Texts, config: Config, dtype: torch.dtype | None = None
+    ) -> None:
         """Opens the model of directory `source` and looks for what is finished.
+
+        It computes in `dtype`, by default as `BlockModel.open` says.
 
         Raises:
             UserError: too few sequences for the ranks, or other text than the finished blocks'.
         """
         run = self.run
         self._start, self._source, self._texts = time.monotonic(), source, texts
-        self.model = BlockModel.open(source, run.world.device)
+        self.model = BlockModel.open(source, run.world.device, dtype)
         windows = texts.calibration
         if windows is not None and len(windows) < run.world.size:
             raise UserError(
@@ -270,41 +274,26 @@ class BlockStage:
         return self.parts / f"{i:05d}.safetensors"
 
 
-def start_masks(model: BlockModel) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
-    """Where the masks of a pruned model come from: given a weight's name and the weight [R, C].
-
-    From `masks.safetensors`; without one from the zeros, where a matrix has more than by chance.
-    None stands for a matrix that is dense.
+def start_masks(folder: Path, world: World) -> Masks:
+    """The masks of the pruned model that a stage starts from.
 
     Raises:
-        UserError: all matrices are dense.
+        UserError: all matrices are dense, or weights and masks disagree.
     """
-    checkpoint = model.checkpoint
-    file = checkpoint.folder / mask_files.FILE
-    known = mask_files.MaskFile(file) if file.exists() else None
-
-    def mask_of(name: str, weight: torch.Tensor) -> torch.Tensor | None:
-        if known:
-            return known.read(name).to(weight.device) if name in known else None
-        mask = weight != 0
-        return mask if (~mask).sum() >= BY_CHANCE * mask.numel() else None
-
-    names = [model.weight_name(i, linear) for i in range(len(model)) for linear in model.linears(i)]
-    stored = ((name, checkpoint.read([model.key(name)])) for name in names)  # as far as is needed
-    if all(
-        mask_of(name, weight) is None for name, tensors in stored for weight in tensors.values()
-    ):
+    masks = Masks(folder, world)
+    masks.check()
+    if not masks:
         raise UserError(
-            f"{checkpoint.folder} is not pruned: none of its matrices has a mask or zeros; let "
+            f"{folder} is not pruned: none of its matrices has a mask or zeros; let "
             "--stages begin with oneshot, or give a pruned model"
         )
-    return mask_of
+    return masks
 
 
-def activation_bytes(config: Config) -> int | None:
-    """Bytes for activations as configured; None: decide when the work starts."""
+def activation_bytes(config: Config, parts: int = 1) -> int | None:
+    """Bytes for each of `parts` stores of activations; None: decide when the work starts."""
     gib = config.runtime.activation_gib
-    return None if gib is None else int(gib * 2**30)
+    return None if gib is None else int(gib * 2**30) // parts
 
 
 def kind(name: str) -> str:

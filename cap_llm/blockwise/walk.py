@@ -17,7 +17,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from cap_llm.blockwise.cache import ActivationCache, free_memory
+from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.models.blocks import BlockModel, Call, Group
 from cap_llm.runtime.errors import UserError
 
@@ -45,7 +45,6 @@ class Walk:
     ):
         self.model = model
         self.ids = windows.split(max(1, micro_tokens // windows.shape[1]))
-        memory = free_memory(model.device) // 2 if memory is None else memory
         self.hidden = ActivationCache(model.device, memory, scratch)
         self.calls: list[list[Call]] = []
         for i, ids in enumerate(self.ids):

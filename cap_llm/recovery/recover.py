@@ -27,12 +27,13 @@ from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config, ModelConfig, ObjectiveConfig, Rung
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import config_dict, remove_weights
+from cap_llm.models.masks import Masks
 from cap_llm.models.source import locate, prepare
 from cap_llm.recovery import engines
 from cap_llm.recovery.bank import Bank
 from cap_llm.recovery.check import check_pair, refuse_changed_logits
 from cap_llm.recovery.contrasts import Contrast, Contrasts
-from cap_llm.recovery.export import Masks, export
+from cap_llm.recovery.export import export
 from cap_llm.recovery.training import Job, held_out_perplexity, train
 from cap_llm.recovery.units import Encoder
 from cap_llm.runtime.console import duration

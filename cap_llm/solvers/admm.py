@@ -63,9 +63,8 @@ def alps(
             continue
         moved = int((mask ^ earlier).sum()) / kept
         earlier = mask
-        if (
-            moved == 0 and not grown and rho > SOFTEST
-        ):  # so stiff that nothing ever moved: start again, softer
+        if moved == 0 and not grown and rho > SOFTEST:
+            # so stiff that nothing ever moved: start again, softer
             rho /= 5
             d, u = dense * mask, torch.zeros_like(dense)
         elif moved == 0 or (iteration >= 30 and moved < 3e-4):
