@@ -21,8 +21,8 @@ test-slurm: $(INSTALLED)  ## every file of slurm/ on a real SLURM, set up and ta
 test-faults: $(INSTALLED)  ## kill random ranks at random moments (KILLS=36 SEED=0); resumable
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/faults.py
 
-study: $(INSTALLED)  ## the README's WikiText-2 table; hours on two cores, resumable
-	$(BIN)/python eval/study_oneshot.py
+study: $(INSTALLED)  ## the one-shot rows of the README's WikiText-2 table; hours, resumable
+	$(BIN)/python eval/study_solvers.py --seeds 0 --arms magnitude Wanda SparseGPT "SparseGPT + refit"
 
 acceptance: $(INSTALLED)  ## OPT-125m against the published figures; needs the hub, better a GPU
 	$(BIN)/python eval/acceptance.py

@@ -61,6 +61,13 @@ def wikipedia(say: Callable[[str], None] = print) -> tuple[Path, Path]:
     return folder / "wikipedia-calibration.jsonl", folder / "wikipedia-held-out.jsonl"
 
 
+def provenance(run: Path) -> dict:
+    """What a result of the demo's model has to say besides its figures, of a run directory."""
+    facts = json.loads((run / "environment.json").read_text())
+    versions = {k: facts["versions"][k] for k in ("torch", "transformers", "deepspeed")}
+    return {"versions": versions, "commit": facts["commit"], "model": MODEL_NAME}
+
+
 def _cache() -> Path:
     return Path(os.environ.get("CAP_LLM_CACHE", Path.home() / ".cache" / "cap_llm"))
 

@@ -216,7 +216,6 @@ def measured(folder: Path, options) -> dict:
     """What a finished run measured, with what a reader needs to compare it."""
     stage = next(s for s in ("recover", "oneshot", "dense") if (folder / s).exists())
     scores = read_json(folder / stage / "perplexity.json")["corpora"]
-    facts = read_json(folder / "environment.json")
     most = "" if options.whole else f" first {FIRST}"
     keys = {"c4": f"c4.jsonl@{LENGTH} first {C4_HELD_OUT}", "wikitext2": f"wikitext2@2048{most}"}
     kept = ("ppl_token", "window", "windows", "tokens", "bos")
@@ -227,8 +226,7 @@ def measured(folder: Path, options) -> dict:
     if stage != "dense":
         counts = read_json(folder / stage / "sparsity.json")
         result["sparsity"] = counts["pruned_matrices"]["sparsity"]
-    versions = {k: facts["versions"][k] for k in ("torch", "transformers", "deepspeed")}
-    return result | {"versions": versions, "commit": facts["commit"]}
+    return result | assets.provenance(folder)
 
 
 def table(options) -> list[str]:
