@@ -246,10 +246,10 @@ def write_tables() -> None:
 
 def _note() -> list[str]:
     return [
-        f"Made by `python eval/study_solvers.py` of {assets.MODEL_NAME}: calibration on",
-        "128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard deviation where there",
-        "are several seeds. Seconds and memory are those of all its pruning, for the first seed, on",
-        "two cores; other work may have run beside it.",
+        f"Made by `python eval/study_solvers.py` of {assets.MODEL_NAME}:",
+        "calibration on 128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard",
+        "deviation where there are several seeds. Seconds and memory are those of all its pruning,",
+        "for the first seed, on two cores; other work may have run beside it.",
     ]
 
 
