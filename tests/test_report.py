@@ -317,6 +317,36 @@ def test_a_model_that_came_pruned_is_not_taken_for_the_dense_one(copy):
     assert not any(row.baseline for row in section.rows)
 
 
+def test_a_model_of_another_run_keeps_its_history(copy):
+    """A later stage in a run of its own: named, counted and compared as in one pipeline."""
+    scores = {"dense": 20.0, "oneshot": 40.0}
+    first = copy("a", {f"{s}/perplexity.json": scored(ppl_token=p) for s, p in scores.items()})
+    run = copy("b", {"oneshot/perplexity.json": scored(ppl_token=25.0)})
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    dense = settings["model"]["path"]
+    settings |= {"model": {"path": str(first / "oneshot"), "dense": dense}, "name": ""}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    shutil.rmtree(run / "dense")
+    (run / "oneshot").rename(run / "reconstruct")
+    recipe = {"model": settings["model"], "start": None, "reconstruct": {"lr": 1, "seed": 0}}
+    (run / "reconstruct" / "recipe.json").write_text(json.dumps(recipe))
+    result = collect(run)[-1]
+    assert (result.name, result.amount) == ("a method + reconstruction", "50 %")
+    assert result.method == "SparseGPT + reconstruction"
+    (before,) = [r for r in collect(first) if r.stage == "oneshot"]
+    assert result.figures_of("time")[0].value == 2 * before.figures_of("time")[0].value
+    assert result.figures_of("ppl")[0].facts == before.figures_of("ppl")[0].facts
+    assert str(first) not in result.recipe  # or two seeds would not be one row
+    labels, rows, _ = quality(first, run)  # one dense model, so one section
+    assert rows["a method + reconstruction"][labels.index("gap closed, %")] == "75.0"
+
+
+def test_types_of_computation_do_not_share_a_column(copy):
+    half = copy("b", named("b") | {"oneshot/perplexity.json": scored(computed_in="bfloat16")})
+    _, _, notes = quality(copy("a", named("a")), half)
+    assert any("differ in computed in (float32, bfloat16)" in note for note in notes)
+
+
 def test_a_run_that_was_stopped_before_any_score_is_shown(copy, report):
     run = copy("a", {"dense/recipe.json": lambda c: c["model"].update(path="some/model")})
     shutil.rmtree(run / "oneshot")

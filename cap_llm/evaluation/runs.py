@@ -60,6 +60,7 @@ class Result:
         stage: the stage that made it; `dense` for the model that the run started from.
         run: the run directory.
         dense: which dense model it comes from: path or hub name, with the revision.
+        before: the pruned model that its stage started from, perhaps of another run.
         method: `SparseGPT + refit`, with ` + recovery` and the like for later stages.
         amount: `50 %` or `2:4`; empty for a dense model.
         sparsity: share of zeros in the pruned matrices and in the whole model.
@@ -79,6 +80,7 @@ class Result:
     stage: str
     run: Path
     dense: str
+    before: Result | None = None
     method: str = ""
     amount: str = ""
     sparsity: tuple[float, float] | None = None
@@ -136,23 +138,25 @@ def collect(folder: Path) -> list[Result]:
     stages = [s for s in stages if s != "source"]  # a conversion of the dense model
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
     title = facts.get("run") or folder.name
-    teacher = (settings.get("recover") or {}).get("teacher")
-    results: list[Result] = []
+    given = _given(settings, folder)
+    made: dict[str, Result] = {}
     for stage in stages:
-        before = results[-1] if results and results[-1].stage not in ("dense", "start") else None
-        result = _result(folder, stage, before, facts, settings)
-        if stage == "dense" and (teacher or result.sparsity):
+        made[stage] = result = _result(folder, stage, made, given, facts, settings)
+        if stage == "dense" and given:
+            for name in ("name", "stage", "method", "amount", "recipe", "seeds"):
+                setattr(result, name, getattr(given, name))
+        elif stage == "dense" and (result.sparsity or _says_the_dense(settings)):
             # A model that came pruned is where this run started, and not the dense one.
             result.name, result.stage, result.method = "given model", "start", "given model"
-            result.dense = _dense({"recover": {"teacher": teacher}}, settings)
+            result.dense = _dense(settings, settings)
         elif stage != "dense" and stage == stages[-1] and settings.get("name") != "":
             result.name = title  # one that nobody named is called by what was done
-        results.append(result)
+    results = list(made.values())
     if results and not results[-1].figures_of(*SCORES):
         results[-1].status.append("not scored")
-    made = [r for r in results if r.stage not in ("dense", "start")]
+    later = [r for stage, r in made.items() if stage != "dense"]
     asked = [s for s in settings.get("stages") or [] if s not in (*stages, "evaluate")]
-    last = (made or results or [Result(title, "none", folder, _dense({}, settings))])[-1]
+    last = (later or results or [Result(title, "none", folder, _dense({}, settings))])[-1]
     last.environment = last.environment or facts
     if asked:
         last.status.append(f"{asked[0]} not begun")
@@ -168,18 +172,43 @@ def _is_run(path: Path) -> bool:
     return (path / "environment.json").is_file()
 
 
+def _says_the_dense(settings: dict) -> bool:
+    """Whether a run says which model is the dense one, so that its own is another."""
+    model, recover = settings.get("model") or {}, settings.get("recover") or {}
+    return bool(model.get("dense") or recover.get("teacher"))
+
+
+def _given(settings: dict, folder: Path) -> Result | None:
+    """The model that a run was given, where it is what a stage of another run made."""
+    path = (settings.get("model") or {}).get("path")
+    place = Path(path).resolve() if isinstance(path, str) and path else None
+    if not place or place.parent == folder.resolve() or not _is_run(place.parent):
+        return None
+    stages = (r for r in collect(place.parent) if r.stage == place.name != "dense")
+    return next(stages, None)
+
+
 def _result(
-    run: Path, stage: str, before: Result | None, environment: dict, settings: dict
+    run: Path,
+    stage: str,
+    made: dict[str, Result],
+    given: Result | None,
+    environment: dict,
+    settings: dict,
 ) -> Result:
-    """Reads one stage's folder."""
+    """Reads one stage's folder; `made` has the run's earlier stages by their folder."""
     place = run / stage
     status: list[str] = []
     recipe = _part(place / "recipe.json", dict, status) or {}
     done = _part(place / "done.json", dict, status) if (place / "done.json").exists() else None
     config = _part(place / "config.json", dict, []) or {}
-    result = Result(stage, stage, run, _dense(recipe, settings), status=status)
+    start = recipe.get("start", next(reversed(made), None))  # early versions did not say
+    before = made[start] if start in made and start != "dense" else given
+    dense = given.dense if given else _dense(recipe, settings)
+    result = Result(stage, stage, run, dense, before, status=status)
     history = json.loads(before.recipe) if before else []
-    result.recipe = json.dumps([*history, [stage, _without_seeds(recipe)]], sort_keys=True)
+    own = {k: v for k, v in recipe.items() if not (before and k in ("model", "start"))}
+    result.recipe = json.dumps([*history, [stage, _without_seeds(own)]], sort_keys=True)
     result.seeds = (*(before.seeds if before else ()), *_seeds(recipe))
     result.calibration = before.calibration if before else None
     # of the job that made the model, where it says so; the run's own is its last job's
@@ -233,7 +262,8 @@ def _settings(path: Path) -> dict:
 def _dense(recipe: dict, settings: dict) -> str:
     """Path or hub name of the dense model; of what a teacher taught, the teacher."""
     model = recipe.get("model") or settings.get("model") or {}
-    path = (recipe.get("recover") or {}).get("teacher") or model.get("path") or "unknown model"
+    path = (recipe.get("recover") or {}).get("teacher")
+    path = path or model.get("dense") or model.get("path") or "unknown model"
     path = str(Path(path).resolve()) if Path(path).is_dir() else path
     return f"{path}@{model['revision']}" if model.get("revision") else path
 
@@ -274,6 +304,7 @@ def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
             "text": entry.get("text_sha256"),
             "BOS": entry.get("bos"),
             "limit": int(key.rpartition(" first ")[2]) if " first " in key else None,
+            "computed in": entry.get("computed_in"),
         }
         facts |= _versions(entry, content, run_versions, LIBRARIES[:2])
         name = Path(key.partition("@")[0]).stem
@@ -291,6 +322,7 @@ def _tasks(content: dict, run_versions: dict) -> list[Figure]:
             "shots": entry.get("shots"),
             "task version": entry.get("version"),
             "text": entry.get("rows_sha256", entry.get("data_sha256")),
+            "computed in": entry.get("computed_in"),
         }
         facts |= _versions(entry, content, run_versions, LIBRARIES)
         facts["lm_eval"] = entry.get("lm_eval", facts["lm_eval"])
