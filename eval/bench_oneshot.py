@@ -169,25 +169,19 @@ def compare_solvers(args: argparse.Namespace, scratch: Path) -> dict:
     """Seconds of other solvers and stages as a multiple of SparseGPT's, in one run."""
     model = truncate(args.model, args.blocks, scratch) if args.blocks else args.model
     rows: dict[str, dict] = {}
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     for name, (stages, options) in SOLVERS.items():
         out, stages = scratch / f"solver-{len(rows)}", ["oneshot", *stages]
         command = [sys.executable, HERE.parent / "cap_llm" / "train.py", "--output_dir", out]
         command += ["--model.path", model, "--stages", f"[{', '.join(stages)}]", *options]
         command += ["--calibration.corpus", args.corpus, "--calibration.length", args.length]
         command += ["--calibration.sequences", args.sequences, "--calibration.seed", args.seed]
-        before = busy_seconds()
-        with open(args.work / "solver.log", "w") as log:
-            ended = subprocess.run(map(str, command), env=environment, stdout=log, stderr=log)
-        if ended.returncode:
-            sys.exit(f"{name} ended with code {ended.returncode}: see {log.name}")
-        after = busy_seconds()
+        others = alone(name, command, args.work / "solver.log", args)
         done = [json.loads((out / stage / "done.json").read_text()) for stage in stages]
         rows[name] = {
             "seconds": sum(d["seconds"] for d in done),
             "last_stage": done[-1]["seconds"],
             "peak_bytes": max(d["peak_memory_bytes"] for d in done),
-            "others": round(max(0.0, (after[0] - before[0]) / (after[1] - before[1])), 3),
+            "others": others,
         }
         say(f"{name}: {rows[name]['seconds']:.1f} s, others used {rows[name]['others']:.2f} cores")
         shutil.rmtree(out)
@@ -251,19 +245,23 @@ def measure(name: str, model: Path, args: argparse.Namespace, scratch: Path) -> 
         command = [args.peer_python, HERE / "peer_llmcompressor.py", job]
     else:
         command = [sys.executable, Path(__file__).resolve(), "--child", job]
+    others = alone(TITLES[name], command, args.work / f"{name}.log", args)
+    return json.loads(result.read_text()) | {"others": others}
+
+
+def alone(title: str, command: list, log: Path, args: argparse.Namespace) -> float:
+    """Runs a command; returns how many cores others than this process's family used meanwhile."""
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    log = args.work / f"{name}.log"
     before = busy_seconds()
     with open(log, "w") as file:
         ended = subprocess.run(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+            map(str, command), env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         )
     if ended.returncode:
         tail = "\n".join(log.read_text().splitlines()[-15:])
-        sys.exit(f"{TITLES[name]} ended with code {ended.returncode} (all of it: {log}):\n{tail}")
-    others = busy_seconds()
-    others = (others[0] - before[0]) / (others[1] - before[1])
-    return json.loads(result.read_text()) | {"others": round(max(0.0, others), 3)}
+        sys.exit(f"{title} ended with code {ended.returncode} (all of it: {log}):\n{tail}")
+    after = busy_seconds()
+    return round(max(0.0, (after[0] - before[0]) / (after[1] - before[1])), 3)
 
 
 def busy_seconds() -> tuple[float, float]:

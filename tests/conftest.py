@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT / "eval"))
 
 import assets  # noqa: E402
 
+from cap_llm.models.checkpoint import Checkpoint  # noqa: E402
+
 VOCABULARY = 512
 POSITIONS = 256
 
@@ -155,6 +157,19 @@ def tiny(tmp_path_factory, tokenizer) -> Callable[..., Path]:
     return make
 
 
+def environment() -> dict[str, str]:
+    """Of a process that runs the entry: one thread, no hub, no GPU."""
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return os.environ | ours | {"PYTHONPATH": path}
+
+
+def weights(folder: Path) -> dict:
+    """All tensors of a model directory, by name."""
+    checkpoint = Checkpoint(folder)
+    return checkpoint.read(checkpoint.names())
+
+
 @pytest.fixture(scope="session")
 def command() -> Callable[..., subprocess.CompletedProcess]:
     """Runs the real entry in a process of its own, without a hub."""
@@ -162,7 +177,7 @@ def command() -> Callable[..., subprocess.CompletedProcess]:
     def run(*args, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, str(ROOT / "cap_llm" / "train.py"), *map(str, args)],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (env or {}),
+            env=environment() | (env or {}),
             capture_output=True,
             text=True,
             timeout=300,

@@ -143,6 +143,16 @@ def assert_same_pruning(new, mask, expected, expected_mask) -> None:
     assert distance.item() <= 1e-3 * (expected * same).norm().item()
 
 
+def assert_exact(mask: torch.Tensor, pattern: Pattern, sparsity: float) -> None:
+    """The mask [R, C] removes what its pattern says, to the last weight."""
+    if pattern.m:
+        assert set(mask.reshape(-1, pattern.m).sum(1).tolist()) == {pattern.n}
+    elif pattern.kind == "row":
+        assert set((~mask).sum(1).tolist()) == {round(sparsity * mask.shape[1])}
+    else:
+        assert int((~mask).sum()) == round(sparsity * mask.numel())
+
+
 def correlated(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
     """Inputs [tokens, C] of a decaying spectrum with a few loud features, as in models."""
     g = torch.Generator().manual_seed(seed)
@@ -156,6 +166,12 @@ def correlated(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
 def gaussian(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
     """A weight [R, C]."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(rows: int = 24, columns: int = 96, seed: int = 0):
+    """A target W_d [R, C] and a damped H [C, C]."""
+    h = damped(second_moment(correlated(4 * columns, columns, seed))).float()
+    return gaussian(rows, columns, seed + 1), h
 
 
 @dataclass

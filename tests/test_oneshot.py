@@ -1,7 +1,6 @@
 """The real entry on small models: files, numbers, resuming, ranks."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT
+from conftest import FAMILIES, ROOT, environment, weights
 from safetensors.torch import load_file
 
 from cap_llm.blockwise.perplexity import perplexity
-from cap_llm.models.checkpoint import Checkpoint
 from cap_llm.sparsity.masks import MaskFile
 from cap_llm.train import main
 
@@ -37,11 +35,6 @@ def entry(monkeypatch, text_file, tmp_path):
         return folder, main()
 
     return run
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint(folder)
-    return checkpoint.read(checkpoint.names())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,10 +185,6 @@ def arguments(model, text_file, out, *options) -> list[str]:
     words = ["--output_dir", out, "--model.path", model, "--calibration.corpus", text_file]
     words += ["--calibration.sequences", 7, "--calibration.length", 250, "--stages", "[oneshot]"]
     return [str(w) for w in [*words, "--runtime.device", "cpu", *options]]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])

@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -23,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import ROOT, environment
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -36,7 +36,6 @@ from cap_llm.text.corpora import calibration_corpus
 from cap_llm.text.packing import pack
 from cap_llm.text.tokenizers import load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("worker.py")
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 STEPS, BATCH, LENGTH, HELD_OUT = 8, 6, 64, 6
@@ -200,12 +199,6 @@ class Assets:
 
 def arguments(settings: dict) -> list[str]:
     return [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
-
-
-def environment() -> dict[str, str]:
-    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    return os.environ | ours | {"PYTHONPATH": path}
 
 
 def end(job: subprocess.Popen) -> None:

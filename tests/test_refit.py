@@ -17,13 +17,6 @@ from cap_llm.sparsity.patterns import Pattern, choose
 PATTERNS = {"unstructured": 0.5, "row": 0.8, "2:4": 0.5, "1:4": 0.75}
 
 
-def problem(rows: int = 24, columns: int = 96, seed: int = 0):
-    """A target W_d [R, C] and a damped H [C, C]."""
-    x = reference.correlated(4 * columns, columns, seed)
-    h = reference.damped(reference.second_moment(x)).float()
-    return reference.gaussian(rows, columns, seed + 1), h
-
-
 def assert_solves(new, mask, target, hessian, tolerance: float) -> None:
     """The objective of `new` lies at most `tolerance` above the exact one, never below it."""
     assert not new[~mask].any()
@@ -35,7 +28,7 @@ def assert_solves(new, mask, target, hessian, tolerance: float) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("seed", range(3))
 def test_it_equals_the_normal_equations(pattern, seed):
-    target, h = problem(seed=seed)
+    target, h = reference.problem(seed=seed)
     mask = choose(magnitude(target), Pattern.parse(pattern), PATTERNS[pattern])
     new = refit(target * mask, mask, target, h)
     assert_solves(new, mask, target, h, 1e-4)
@@ -44,14 +37,14 @@ def test_it_equals_the_normal_equations(pattern, seed):
 
 
 def test_the_start_does_not_matter():
-    target, h = problem()
+    target, h = reference.problem()
     mask = choose(magnitude(target), Pattern("row"), 0.6)
     for start in (torch.zeros_like(target), target, 3 * torch.randn_like(target)):
         assert_solves(refit(start, mask, target, h), mask, target, h, 1e-4)
 
 
 def test_an_inverse_that_is_known_changes_nothing():
-    target, h = problem()
+    target, h = reference.problem()
     mask = choose(magnitude(target), Pattern("row"), 0.6)
     inverse = torch.linalg.inv(h.double()).float()
     new = refit(target * mask, mask, target, h, inverse)
@@ -61,7 +54,7 @@ def test_an_inverse_that_is_known_changes_nothing():
 
 
 def test_the_inputs_are_not_changed():
-    target, h = problem()
+    target, h = reference.problem()
     mask = choose(magnitude(target), Pattern("row"), 0.6)
     start = target + 1
     given_ = [t.clone() for t in (start, mask, target, h)]
@@ -71,7 +64,7 @@ def test_the_inputs_are_not_changed():
 
 
 def test_a_full_mask_returns_the_dense_weights():
-    target, h = problem()
+    target, h = reference.problem()
     full = torch.ones_like(target, dtype=torch.bool)
     assert torch.equal(refit(target, full, target, h), target)
     new = refit(target * (target > 0), full, target, h)
@@ -79,12 +72,12 @@ def test_a_full_mask_returns_the_dense_weights():
 
 
 def test_an_empty_mask_returns_zeros():
-    target, h = problem()
+    target, h = reference.problem()
     assert not refit(target, torch.zeros_like(target, dtype=torch.bool), target, h).any()
 
 
 def test_rows_do_not_depend_on_each_other():
-    target, h = problem()
+    target, h = reference.problem()
     mask = choose(magnitude(target), Pattern("unstructured"), 0.5)
     mask[3], mask[7] = False, True
     together = refit(target * mask, mask, target, h)
@@ -96,14 +89,14 @@ def test_rows_do_not_depend_on_each_other():
 
 
 def test_without_correlations_nothing_moves():
-    target, _ = problem()
+    target, _ = reference.problem()
     mask = choose(magnitude(target), Pattern.parse("2:4"), 0.5)
     h = torch.diag(torch.rand(96) + 0.1)
     assert torch.allclose(refit(target * mask, mask, target, h), target * mask, atol=1e-6)
 
 
 def test_a_better_solver_never_has_a_larger_error_on_the_mask_of_sparsegpt():
-    target, h = problem()
+    target, h = reference.problem()
     factor = factorise(h.clone(), 0.01, "w")
     for text, sparsity in PATTERNS.items():
         start, mask = sparsegpt(target, factor, Pattern.parse(text), sparsity)
@@ -124,7 +117,7 @@ def test_a_better_solver_never_has_a_larger_error_on_the_mask_of_sparsegpt():
 @settings(deadline=None, max_examples=200)
 def test_it_never_raises_the_error_of_its_mask(rows, columns, seed, density, noise, scale):
     """Also where rows are empty or full, and where the start is far off or already the solution."""
-    target, h = problem(rows, columns, seed)
+    target, h = reference.problem(rows, columns, seed)
     h *= scale
     chance = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
     mask = chance < torch.tensor(density[:rows])[:, None]

@@ -1,22 +1,19 @@
 """The stages `sds` and `reconstruct` through the real entry: files, numbers, resuming, ranks."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import assets
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, environment, weights
 from safetensors.torch import load_file
 
 from cap_llm.blockwise.perplexity import perplexity
-from cap_llm.models.checkpoint import Checkpoint
 from cap_llm.runtime.files import read_json
 from cap_llm.sparsity.masks import MaskFile
 from cap_llm.train import main
@@ -41,11 +38,6 @@ def entry(monkeypatch, text_file, tmp_path):
         return tmp_path / out, main()
 
     return run
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint(folder)
-    return checkpoint.read(checkpoint.names())
 
 
 @pytest.mark.parametrize(
@@ -171,10 +163,6 @@ def test_halves_train_the_attention_first_and_the_rest_after(tiny, entry):
     for block in read_json(folder / "reconstruct" / "sparsity.json")["blocks"]:
         (attention,) = block["sections"]
         assert attention["after"] <= attention["before"]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(

@@ -25,22 +25,13 @@ def problem():
     return reference.gaussian(40, 240), factor_of(x)
 
 
-def assert_exact(mask: torch.Tensor, pattern: Pattern, sparsity: float) -> None:
-    if pattern.m:
-        assert set(mask.reshape(-1, pattern.m).sum(1).tolist()) == {pattern.n}
-    elif pattern.kind == "row":
-        assert set((~mask).sum(1).tolist()) == {round(sparsity * mask.shape[1])}
-    else:
-        assert int((~mask).sum()) == round(sparsity * mask.numel())
-
-
 @pytest.mark.parametrize("block_size", [1, 32, 100, 128, 1000])
 @pytest.mark.parametrize("sparsity", [0.5, 0.77])
 @pytest.mark.parametrize("pattern", [UNSTRUCTURED, ROW], ids=str)
 def test_it_equals_the_reference(problem, pattern, sparsity, block_size):
     weight, factor = problem
     new, mask = sparsegpt(weight, factor, pattern, sparsity, block_size=block_size)
-    assert_exact(mask, pattern, sparsity)
+    reference.assert_exact(mask, pattern, sparsity)
     assert not new[~mask].any()
     expected = reference.sparsegpt(weight, factor.hessian, pattern, sparsity, block_size=block_size)
     reference.assert_same_pruning(new, mask, *expected)
@@ -68,7 +59,7 @@ def test_n_of_m_equals_the_reference(problem, text, block_size):
     weight, factor = problem
     pattern = Pattern.parse(text)
     new, mask = sparsegpt(weight, factor, pattern, 0, block_size=block_size)
-    assert_exact(mask, pattern, 0)
+    reference.assert_exact(mask, pattern, 0)
     assert not new[~mask].any()
     expected = reference.sparsegpt(weight, factor.hessian, pattern, 0, block_size=block_size)
     reference.assert_same_pruning(new, mask, *expected)
@@ -80,7 +71,7 @@ def test_columns_that_no_block_divides_equal_the_reference(columns):
     factor = factor_of(reference.correlated(300, columns))
     for pattern in (UNSTRUCTURED, ROW):
         new, mask = sparsegpt(weight, factor, pattern, 0.6, block_size=32)
-        assert_exact(mask, pattern, 0.6)
+        reference.assert_exact(mask, pattern, 0.6)
         expected = reference.sparsegpt(weight, factor.hessian, pattern, 0.6, block_size=32)
         reference.assert_same_pruning(new, mask, *expected)
 
@@ -141,7 +132,7 @@ def test_dead_inputs_lose_their_weights_and_move_no_other(pattern):
     weight = reference.gaussian(32, 64)
     factor = factor_of(x)
     new, mask = sparsegpt(weight, factor, pattern, 0.5)
-    assert_exact(mask, pattern, 0.5)
+    reference.assert_exact(mask, pattern, 0.5)
     assert not new[:, dead].any()
     assert bool((new != 0).any())
     weight[:, dead] *= 100  # whatever they were
@@ -154,7 +145,7 @@ def test_more_dead_inputs_than_zeros_still_give_the_exact_count():
     x[:, 8:] = 0
     for pattern in (UNSTRUCTURED, ROW, Pattern.parse("2:4")):
         new, mask = sparsegpt(reference.gaussian(16, 64), factor_of(x), pattern, 0.5)
-        assert_exact(mask, pattern, 0.5)
+        reference.assert_exact(mask, pattern, 0.5)
         assert not new[:, 8:].any() and bool(new[:, :8].any())
 
 
@@ -167,7 +158,7 @@ def test_inside_an_earlier_mask_old_zeros_stay_and_the_count_is_exact(problem, p
     assert not bool((mask & ~allowed).any())
     assert not new[~allowed].any()
     assert not new[~mask].any()
-    assert_exact(mask, pattern, 0.75)
+    reference.assert_exact(mask, pattern, 0.75)
     expected = reference.sparsegpt(weight, factor.hessian, pattern, 0.75, allowed, block_size)
     reference.assert_same_pruning(new, mask, *expected)
 
@@ -239,7 +230,7 @@ def test_rows_of_a_real_layer_equal_the_reference(layers, name):
     texts = ["unstructured"] if "down_proj" in name else ["unstructured", "row", "2:4"]
     for pattern in map(Pattern.parse, texts):
         new, mask = sparsegpt(weight, factor, pattern, 0.5)
-        assert_exact(mask, pattern, 0.5)
+        reference.assert_exact(mask, pattern, 0.5)
         expected, expected_mask = reference.sparsegpt(weight, hessian, pattern, 0.5)
         reference.assert_same_pruning(new, mask, expected, expected_mask)
         ours = reference.error(new, weight, hessian)

@@ -59,11 +59,8 @@ def write_report(results: list[Result], folder: Path, title: str, console: Conso
         console.say(missing)
     runs = [_provenance(run, results) for run in dict.fromkeys(r.run for r in results)]
     common = _common(runs)
-    text = {
-        "report.md": _markdown(title, sections, pictures, runs, common, missing),
-        "report.html": _html(title, sections, pictures, runs, common, missing),
-        "report.csv": _csv(results),
-    }
+    page = Page(title, sections, pictures, runs, common, missing)
+    text = {"report.md": _markdown(page), "report.html": _html(page), "report.csv": _csv(results)}
     for name, content in text.items():
         with atomic(folder / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -125,6 +122,27 @@ def _common(runs: list[Provenance]) -> list[tuple[str, str]]:
 # files
 
 
+@dataclass
+class Page:
+    """What the report shows, in whatever format.
+
+    Attributes:
+        title: of the whole.
+        sections: one for each dense model.
+        pictures: by the section's title.
+        runs: where the figures come from.
+        common: what all runs say alike.
+        missing: why there are no pictures; empty if there are.
+    """
+
+    title: str
+    sections: list[Section]
+    pictures: dict[str, list[Picture]]
+    runs: list[Provenance]
+    common: list[tuple[str, str]]
+    missing: str
+
+
 def _plain(table: Table) -> tuple[list[str], list[list[str]]]:
     """A table for the console: as many columns as there is room for."""
     rows = [[escape(_named(c)) + " *" * c.best for c in row] for row in table.rows]
@@ -152,17 +170,10 @@ def _named(cell: Cell) -> str:
     return f"{cell.text} ({cell.status})" if cell.status else cell.text
 
 
-def _markdown(
-    title: str,
-    sections: list[Section],
-    pictures: dict[str, list[Picture]],
-    runs: list[Provenance],
-    common: list[tuple[str, str]],
-    missing: str,
-) -> str:
-    lines = [f"# {title}", ""]
-    for section in sections:
-        lines += [f"## {section.title}", ""] * (len(sections) > 1)
+def _markdown(page: Page) -> str:
+    lines = [f"# {page.title}", ""]
+    for section in page.sections:
+        lines += [f"## {section.title}", ""] * (len(page.sections) > 1)
         for table in section.tables:
             columns = [" ".join(c.split()) for c in table.columns]
             lines += [f"### {table.title}", "", _line(columns)]
@@ -177,12 +188,12 @@ def _markdown(
             signs = {"best": "**bold**", "baseline": "*italics*"}
             marks = [f"{signs[kind]}: {meaning}" for kind, _, meaning in legend]
             lines += ["", *(f"- {note}" for note in (*marks, *table.notes)), ""]
-        for picture in pictures[section.title]:
+        for picture in page.pictures[section.title]:
             lines += [f"![{picture.caption}](figures/{picture.path.name})", "", picture.caption, ""]
-    lines += [missing, ""] * bool(missing)
+    lines += [page.missing, ""] * bool(page.missing)
     lines += ["## Where the figures come from", "", "By the numbers behind the models' names.", ""]
-    lines += [f"- all: {name}: {value}" for name, value in common] + [""] * bool(common)
-    for n, run in enumerate(runs, 1):
+    lines += [f"- all: {name}: {value}" for name, value in page.common] + [""] * bool(page.common)
+    for n, run in enumerate(page.runs, 1):
         lines.append(f"{n}. `{run.run}`")
         lines += [f"   - {k}: `{v}`" if k == "command" else f"   - {k}: {v}" for k, v in run.facts]
     return "\n".join([*lines, ""])
@@ -192,30 +203,11 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _html(
-    title: str,
-    sections: list[Section],
-    pictures: dict[str, list[Picture]],
-    runs: list[Provenance],
-    common: list[tuple[str, str]],
-    missing: str,
-) -> str:
-    inline = {
-        p.path.name: base64.b64encode(p.path.read_bytes()).decode()
-        for some in pictures.values()
-        for p in some
-    }
-    return _PAGE.get_template("report.html.j2").render(
-        title=title,
-        sections=sections,
-        pictures=pictures,
-        inline=inline,
-        runs=runs,
-        common=common,
-        published=PUBLISHED,
-        legend=_legend,
-        missing=missing,
-    )
+def _html(page: Page) -> str:
+    files = [p.path for some in page.pictures.values() for p in some]
+    inline = {path.name: base64.b64encode(path.read_bytes()).decode() for path in files}
+    template = _PAGE.get_template("report.html.j2")
+    return template.render(vars(page), inline=inline, published=PUBLISHED, legend=_legend)
 
 
 def _csv(results: list[Result]) -> str:
