@@ -81,7 +81,8 @@ class OneshotConfig:
     """How weights are chosen; sparsegpt, admm_grad and alps also move the ones that stay, and alps
     ends with the refit."""
     pattern: str = "unstructured"
-    """unstructured, row (equal sparsity in each output row), or N:M: keep N of M inputs."""
+    """unstructured (wanda: by row), row (equal sparsity in each output row), or N:M: keep N of M
+    inputs."""
     sparsity: float | None = None
     """Share of zeros, in (0, 1). Default 0.5; an N:M pattern fixes it."""
     refit: bool = False

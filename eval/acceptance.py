@@ -30,7 +30,7 @@ RUNS = {
     "dense": ["--stages", "[evaluate]", "--evaluate.dense", "true"],
     "magnitude 50 %": ["--oneshot.method", "magnitude"],
     "SparseGPT 50 %": [],
-    "Wanda 50 %": ["--oneshot.method", "wanda", "--oneshot.pattern", "row"],
+    "Wanda 50 %": ["--oneshot.method", "wanda"],
     "SparseGPT 2:4": ["--oneshot.pattern", "2:4", "--oneshot.sparsity", "null"],
     "Wanda 2:4": [
         *("--oneshot.method", "wanda", "--oneshot.pattern", "2:4", "--oneshot.sparsity", "null"),

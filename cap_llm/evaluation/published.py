@@ -37,8 +37,6 @@ def published() -> tuple[Published, ...]:
         for model, ppl in entry["ppl"].items():
             place = (entry.get("corpus", "wikitext2"), entry.get("window", 2048))
             method, amount = entry["method"], entry.get("amount", "")
-            if amount.endswith("%"):  # Wanda's papers compare the weights of a row
-                method = method.replace("Wanda", "Wanda by row")
             figures.append(Published(model, method, amount, *place, ppl, title))
     return tuple(figures)
 

@@ -273,7 +273,8 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     oneshot = recipe.get("oneshot")
     if oneshot:
         method = _METHODS.get(oneshot.get("method"), str(oneshot.get("method")))
-        method += " by row" * (oneshot.get("pattern") == "row")
+        if oneshot.get("pattern") == "row" and oneshot.get("method") != "wanda":
+            method += " by row"  # as Wanda always chooses
         method += " + refit" * bool(oneshot.get("refit"))
         method += " + OWL" * (oneshot.get("budget") == "owl")
         method += " by layer" * bool(oneshot.get("layers"))
