@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import sys
 import types
@@ -42,6 +43,9 @@ def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
         parsed = parser.parse_args(argv)
         dry_run = parsed.pop("dry_run")
         parsed.pop("config")
+        for name, value in parsed.as_flat().__dict__.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be a finite number")
         text = parser.dump(parsed, skip_none=False)
         config = parser.instantiate_classes(parsed)
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
@@ -144,6 +148,8 @@ def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
         if kind is str:
             text += " (put it in quotes: YAML reads it as something else)"
         near = difflib.get_close_matches(value.group(1), choices, n=1)
+        if get_origin(kind) is list and (near or not choices):
+            return f'{text}; did you mean "[{near[0] if near else value.group(1)}]"?'
         return text + (f"; did you mean {near[0]}?" if near else "")
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:

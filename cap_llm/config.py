@@ -52,6 +52,7 @@ class CalibrationConfig:
         _at_least("calibration.sequences", self.sequences, 1)
         _at_least("calibration.held_out", self.held_out, 0)
         _at_least("calibration.length", self.length, 2)
+        _at_least("calibration.seed", self.seed, 0)
 
 
 @dataclass
@@ -90,7 +91,7 @@ class OneshotConfig:
     damping: float = 0.01
     """Ridge on the Hessian, as a share of its mean diagonal; raised tenfold where it fails."""
     block_size: int = 128
-    """SparseGPT: columns between two choices of the mask."""
+    """SparseGPT: columns between two choices of the mask; N:M rounds it to a multiple of M."""
     budget: Literal["uniform", "owl"] = "uniform"
     """How the sparsity is spread over the blocks."""
     owl: OwlConfig = field(default_factory=OwlConfig)
@@ -130,11 +131,6 @@ class OneshotConfig:
         if not 0 < self.damping < 1:
             raise UserError(f"oneshot.damping is {self.damping:g}; it must lie in (0, 1)")
         _at_least("oneshot.block_size", self.block_size, 1)
-        if pattern.m and self.block_size % pattern.m:
-            raise UserError(
-                f"oneshot.block_size {self.block_size} is no multiple of {pattern.m} "
-                f"(pattern {self.pattern}); choose one that is"
-            )
 
     @property
     def amount(self) -> float:

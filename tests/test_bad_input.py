@@ -186,10 +186,6 @@ OPTIONS = {
         ["--oneshot.pattern", "2:4", "--oneshot.budget", "owl"],
         ["oneshot.budget owl", "2:4", "use budget uniform"],
     ),
-    "pattern and block": (
-        ["--oneshot.pattern", "2:4", "--oneshot.block_size", "30"],
-        ["oneshot.block_size 30 is no multiple of 4", "2:4"],
-    ),
     "block of none": (["--oneshot.block_size", "0"], ["oneshot.block_size is 0", "at least 1"]),
     "damping 0": (["--oneshot.damping", "0"], ["oneshot.damping is 0", "(0, 1)"]),
     "OWL too strong": (

@@ -189,6 +189,11 @@ def earlier_mask(
             inside = weight != 0
         elif masks and name in masks:
             inside = masks.read(name).to(weight.device)
+            if inside.shape != weight.shape:
+                raise UserError(
+                    f"the mask of {name} in {file} is {list(inside.shape)} and the weight "
+                    f"{list(weight.shape)}: it is another model's; remove the file"
+                )
         else:
             return None
         zeros = 1 - inside.float().mean().item()

@@ -94,8 +94,9 @@ def prune(
         UserError: the model cannot be walked, or the pattern does not fit it.
     """
     config = config or OneshotConfig()
-    use_cache = getattr(model.config, "use_cache", None)
-    was = (model.training, [p.requires_grad for p in model.parameters()])
+    use_cache = model.config.to_dict().get("use_cache")
+    was = [(m, m.training) for m in model.modules()]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
     masks: dict[str, torch.Tensor] = {}
     try:
         blocks = BlockModel(model, model.device)
@@ -109,10 +110,12 @@ def prune(
                 with blocks.block(i) as block:
                     masks |= prune_block(blocks, i, block, walk, config, plan, world).masks
     finally:
-        model.train(was[0])
-        model.config.use_cache = use_cache
-        for p, requires_grad in zip(model.parameters(), was[1], strict=True):
+        for module, training in was:
+            module.training = training
+        for p, requires_grad in trained:
             p.requires_grad_(requires_grad)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
     return masks
 
 
@@ -157,7 +160,7 @@ def matches(name: str, wanted: str) -> bool:
 
 
 def _check_shapes(model: BlockModel, plan: dict[str, float], settings: OneshotConfig) -> None:
-    """Refuses a pattern that does not divide a matrix, before any work.
+    """Refuses a pattern that does not fit a matrix, before any work.
 
     Raises:
         UserError: names the matrix.
@@ -166,8 +169,16 @@ def _check_shapes(model: BlockModel, plan: dict[str, float], settings: OneshotCo
     for i in range(len(model)):
         for linear, module in model.linears(i).items():
             name = model.weight_name(i, linear)
-            if plan.get(name):
-                pattern.check(name, matrix(module).shape)
+            if not (share := plan.get(name)):
+                continue
+            shape = matrix(module).shape
+            pattern.check(name, shape)
+            if not pattern.m and round(share * shape.numel()) in (0, shape.numel()):
+                which = "no weight" if share < 0.5 else "every weight"
+                raise UserError(
+                    f"a sparsity of {share:g} removes {which} of {name} {list(shape)}; choose one "
+                    "between, or leave the matrix dense by --oneshot.layers"
+                )
 
 
 def prune_block(

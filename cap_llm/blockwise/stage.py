@@ -211,11 +211,9 @@ class BlockStage:
         mask_files.join(sorted(self.parts.glob("*.safetensors")), self.folder / mask_files.FILE)
         parts = [read_json(self._row_file(i)) for i in range(n_blocks)]
         rows = [Row(**r) for part in parts for r in part["rows"]]
-        total = verify(self.folder, rows)
+        whole = verify(self.folder, rows)
         blocks = [part["error"] for part in parts if "error" in part]
-        pruned, zeros, n_weights = write_sparsity(
-            self.folder, self._source.name, rows, total, blocks
-        )
+        pruned, zeros = write_sparsity(self.folder, self._source.name, rows, whole, blocks)
         if blocks:
             before, after = (sum(e[k] for e in blocks) / n_blocks for k in ("before", "after"))
             self.run.console.say(f"mean error of the blocks {before:.4f} -> {after:.4f}")
@@ -223,7 +221,7 @@ class BlockStage:
             self._table(rows)
         self.run.console.say(
             f"verified: {zeros:,} zeros in {pruned:,} pruned weights "
-            f"({100 * zeros / pruned:.2f} %), {100 * total / n_weights:.2f} % of the whole model"
+            f"({100 * zeros / pruned:.2f} %), {100 * whole[0] / whole[1]:.2f} % of the whole model"
         )
 
     def _table(self, rows: list[Row]) -> None:
@@ -302,17 +300,26 @@ def kind(name: str) -> str:
 
 
 def write_sparsity(
-    folder: Path, model: str, rows: list[Row], total_zeros: int, blocks: list[dict] | None = None
-) -> tuple[int, int, int]:
-    """Writes `sparsity.json` of a model directory; `blocks` are errors of whole blocks.
+    folder: Path,
+    model: str,
+    rows: list[Row],
+    whole: tuple[int, int],
+    blocks: list[dict] | None = None,
+) -> tuple[int, int]:
+    """Writes `sparsity.json` of a model directory.
+
+    Args:
+        folder: the model directory.
+        model: the name of what it was made from.
+        rows: one for each pruned weight.
+        whole: zeros and weights of the whole model, as `verify` counts them.
+        blocks: errors of whole blocks.
 
     Returns:
-        Pruned weights, zeros among them, and weights of the whole model.
+        Pruned weights, and zeros among them.
     """
     pruned = sum(r.shape[0] * r.shape[1] for r in rows)
     zeros = sum(r.zeros for r in rows)
-    checkpoint = Checkpoint(folder)
-    n_weights = sum(torch.Size(checkpoint.shape(k)).numel() for k in checkpoint.names())
     write_json(
         folder / "sparsity.json",
         {
@@ -326,20 +333,20 @@ def write_sparsity(
                 "sparsity": zeros / max(1, pruned),
             },
             "whole_model": {
-                "weights": n_weights,
-                "zeros": total_zeros,
-                "sparsity": total_zeros / n_weights,
+                "weights": whole[1],
+                "zeros": whole[0],
+                "sparsity": whole[0] / whole[1],
             },
         },
     )
-    return pruned, zeros, n_weights
+    return pruned, zeros
 
 
-def verify(folder: Path, rows: list[Row]) -> int:
+def verify(folder: Path, rows: list[Row]) -> tuple[int, int]:
     """Reloads a written model and holds it against its masks and its skeleton.
 
     Returns:
-        The zeros in the whole model.
+        Zeros and weights of the whole model; stored buffers are none.
 
     Raises:
         UserError: a masked weight is not zero, or a count differs.
@@ -349,11 +356,12 @@ def verify(folder: Path, rows: list[Row]) -> int:
     keys = match_names(model, checkpoint)  # every parameter is there, with its shape
     masks = mask_files.MaskFile(folder / mask_files.FILE)
     by_key = {keys[r.name]: r for r in rows}
-    total = 0
-    for key in checkpoint.names():
+    total = n_weights = 0
+    for key in {keys[name] for name, _ in model.named_parameters()}:
         (tensor,) = checkpoint.read([key]).values()
         zeros = int((tensor == 0).sum())
         total += zeros
+        n_weights += tensor.numel()
         row = by_key.get(key)
         if row is None:
             continue
@@ -365,4 +373,4 @@ def verify(folder: Path, rows: list[Row]) -> int:
                 f"{row.name} in {folder} has {zeros} zeros, {row.zeros} were made; the file was "
                 "changed or the disk is failing: remove the folder and run again"
             )
-    return total
+    return total, n_weights

@@ -76,17 +76,25 @@ class Masks(Mapping[str, torch.Tensor]):
         """Holds the weights against the file of masks.
 
         Raises:
-            UserError: a masked weight is not zero.
+            UserError: a mask has another shape, or a masked weight is not zero.
         """
         mine = () if self.from_zeros else self._share(self._names)
-        counts = ((n, int((self._weight(n)[~self[n]] != 0).sum())) for n in mine)
-        found = self._world.gather(next((stray for stray in counts if stray[1]), None))
-        for name, count in filter(None, found):
+        found = self._world.gather(next(filter(None, map(self._trouble, mine)), None))
+        for trouble in filter(None, found):
             raise UserError(
-                f"{name} in {self.folder} has {count} weights that are not zero where its mask "
-                "says so; the weights were changed after pruning: prune again, or remove "
+                f"{trouble}; the weights were changed after pruning: prune again, or remove "
                 "masks.safetensors to take the zeros as they are"
             )
+
+    def _trouble(self, name: str) -> str | None:
+        weight, mask = self._weight(name), self[name]
+        if weight.shape != mask.shape:
+            return (
+                f"{name} in {self.folder} is {list(weight.shape)} and its mask {list(mask.shape)}"
+            )
+        count = int((weight[~mask] != 0).sum())
+        stray = f"{count} weights that are not zero where its mask says so"
+        return f"{name} in {self.folder} has {stray}" if count else None
 
     def in_parameter_shape(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and masks as their parameters lie: `Conv1D` stores the transpose."""

@@ -34,7 +34,7 @@ def sparsegpt(
             rows, `row` gives each row its own.
         sparsity: share of zeros; not used by N:M.
         allowed: mask [R, C] inside which the result must lie.
-        block_size: columns between two choices of the mask.
+        block_size: columns between two choices of the mask; N:M rounds it to a multiple of M.
 
     Returns:
         The weight and its mask, both [R, C].
@@ -43,7 +43,9 @@ def sparsegpt(
     upper = factor.inverse
     inside = torch.ones_like(weight, dtype=torch.bool) if allowed is None else allowed
     quota = _Quota(pattern, sparsity, inside)
-    tile = pattern.m * max(1, TILE // pattern.m) if pattern.m else TILE
+    tile = TILE
+    if pattern.m:
+        tile, block_size = (pattern.m * max(1, n // pattern.m) for n in (TILE, block_size))
     w = weight.T.clone(memory_format=torch.contiguous_format)
     w[factor.dead] = 0
     w *= inside.T

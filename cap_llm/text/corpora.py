@@ -1,8 +1,9 @@
 """Corpora by name or file.
 
 A name is looked for in the folder `CAP_LLM_DATA` first and on the Hugging Face hub second, so that
-the same recipe runs on clusters without internet. A file is `.txt` (one document), `.jsonl` (one
-document a line, field `text`) or `.parquet` (column `text`), each but the last also packed (`.gz`).
+the same recipe runs on clusters without internet. A file is `.txt`, `.raw` or `.tokens` (one
+document), `.jsonl` or `.json` (one document a line, field `text`) or `.parquet` (column `text`),
+each but the last also packed (`.gz`).
 
 The evaluation text of a corpus is one string, joined as the papers do it.
 """
@@ -49,6 +50,7 @@ _HUB = {
     ("ptb", "train"): ("parquet", {"data_files": f"{_PTB_PARQUET}/train/0000.parquet"}),
     ("ptb", "test"): ("parquet", {"data_files": f"{_PTB_PARQUET}/test/0000.parquet"}),
 }
+_PLAIN, _LINES = (".txt", ".raw", ".tokens"), (".jsonl", ".json")
 _COLUMN = {"c4": "text", "wikitext2": "text", "ptb": "sentence"}
 
 
@@ -166,13 +168,18 @@ def offline() -> bool:
 
 def _from_file(path: Path, name: str) -> tuple[list[str], str]:
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    kind = ".jsonl" if name == "c4" else kind  # the hub's files are called .json
+    if kind not in (*_PLAIN, *_LINES, ".parquet"):
+        raise UserError(
+            f"corpus {path} is of an unknown kind: give {', '.join(_PLAIN)} (one document), "
+            f"{' or '.join(_LINES)} (a document a line, field `text`) or .parquet; all but the "
+            "last also as .gz"
+        )
     try:
         if kind == ".parquet":
             return _parquet(path), path.name
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
-            if kind == ".jsonl":
+            if kind in _LINES:
                 return [_text(line, n, path) for n, line in enumerate(file, 1) if line.strip()], (
                     path.name
                 )
@@ -181,7 +188,7 @@ def _from_file(path: Path, name: str) -> tuple[list[str], str]:
         raise
     except Exception as error:  # of the file, of gzip, of UTF-8 or of pyarrow
         raise UserError(
-            f"corpus {path} cannot be read as {kind or 'text'}: "
+            f"corpus {path} cannot be read as {kind}: "
             f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
         ) from None
     if name == "wikitext2":

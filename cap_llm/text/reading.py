@@ -78,9 +78,12 @@ def read_texts(config: Config, model: Path) -> Texts:
     Raises:
         UserError: a corpus is missing, malformed or too short, or the tokenizer does not fit.
     """
+    texts = Texts(None, None, [])
+    scores = "evaluate" in config.stages and config.evaluate.corpora
+    if not (scores or config.uses_calibration or "recover" in config.stages):
+        return texts
     vocab_size = read_json(model / "config.json").get("vocab_size")
     tokenizer = load_tokenizer(config.model.tokenizer or str(model), vocab_size)
-    texts = Texts(None, None, [])
     if "evaluate" in config.stages:
         _refuse_scored_file(config)
         e = config.evaluate

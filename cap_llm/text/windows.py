@@ -24,8 +24,9 @@ def calibration_windows(
     """Random crops of random documents: ids [n + held_out, length].
 
     A document is drawn until one has more than `length` tokens, then a crop of it is drawn; a
-    document can be drawn twice (sparsegpt, `get_c4`). The draws are Python's own, so that a seed
-    means the same crops as there. The last `held_out` crops come of documents that the first `n`
+    document can be drawn twice (sparsegpt, `get_c4`); of a corpus of one document only crops are
+    drawn (`get_wikitext2`). The draws are Python's own, so that a seed means the same crops as
+    there. The last `held_out` crops come of documents that the first `n`
     do not use; in a corpus of one document they overlap none of these.
 
     Raises:
@@ -43,7 +44,7 @@ def calibration_windows(
     windows, taken, refused = [], [], 0
     several = len(corpus.documents) > 1
     while len(windows) < n + held_out:
-        i = draw.randint(0, len(corpus.documents) - 1)
+        i = draw.randint(0, len(corpus.documents) - 1) if several else 0
         ids = ids_of(i)
         if len(ids):
             start = draw.randint(0, len(ids) - length - 1)
