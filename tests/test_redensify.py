@@ -3,7 +3,6 @@
 import pytest
 import reference
 import torch
-from reference import problem
 
 from cap_llm.solvers.hessian import Moments
 from cap_llm.solvers.redensify import adjust, largest_eigenvalue, redensify, redensify_by_sgd
@@ -15,13 +14,13 @@ def pruned(weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_without_regularisers_the_dense_weights_come_back():
-    dense, h = problem()
+    dense, h = reference.problem()
     free = redensify(pruned(dense), dense, h, 0.0, 0.0, 0.0)
     assert (free - dense).norm() < 1e-3 * dense.norm()
 
 
 def test_a_strong_pull_leaves_the_pruned_weights():
-    dense, h = problem()
+    dense, h = reference.problem()
     free = redensify(pruned(dense), dense, h, 1e6, 0.0, 0.0)
     assert (free - pruned(dense)).norm() < 1e-3 * dense.norm()
 
@@ -29,7 +28,7 @@ def test_a_strong_pull_leaves_the_pruned_weights():
 @pytest.mark.parametrize("l1", [0.0, 0.05])
 def test_the_objective_has_no_lower_point_nearby(l1):
     """Against a slow descent on the same objective from the solution and from elsewhere."""
-    dense, h = problem(8, 32)
+    dense, h = reference.problem(8, 32)
     sparse, mu, l2 = pruned(dense), 0.1, 0.01
     scale = h.diagonal().sqrt()
     unit = (h / scale / scale[:, None]).double()
@@ -50,14 +49,14 @@ def test_the_objective_has_no_lower_point_nearby(l1):
 
 
 def test_l1_makes_zeros():
-    dense, h = problem()
+    dense, h = reference.problem()
     few = (redensify(pruned(dense), dense, h, 0.1, 0.02, 0.01) == 0).sum()
     many = (redensify(pruned(dense), dense, h, 0.1, 0.2, 0.01) == 0).sum()
     assert few < many
 
 
 def test_sgd_on_second_moments_takes_the_steps_of_sgd_on_activations():
-    dense, _ = problem(8, 32)
+    dense, _ = reference.problem(8, 32)
     x = 0.1 * reference.correlated(40, 32).reshape(2, 20, 32)
     grams = torch.stack([b.T @ b / len(b) for b in x])
     ours = redensify_by_sgd(pruned(dense), dense, grams, lr=0.05)
@@ -72,7 +71,7 @@ def test_sgd_on_second_moments_takes_the_steps_of_sgd_on_activations():
 
 
 def test_sgd_does_not_diverge_on_huge_activations():
-    dense, _ = problem(8, 32)
+    dense, _ = reference.problem(8, 32)
     x = reference.correlated(40, 32)
     x[:, 3] *= 100
     gram = x.T @ x / len(x)
@@ -82,17 +81,17 @@ def test_sgd_does_not_diverge_on_huge_activations():
 
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
 def test_adjusting_lowers_the_error_and_keeps_the_pattern(pattern):
-    dense, h = problem()
+    dense, h = reference.problem()
     pattern = Pattern.parse(pattern)
     mask = choose(dense.abs(), pattern, 0.5)
     new, adjusted = adjust(dense * mask, dense, h, pattern, 0.5)
     assert not new[~adjusted].any()
-    assert_exact(adjusted, pattern, 0.5)
+    reference.assert_exact(adjusted, pattern, 0.5)
     assert reference.error(new, dense, h) < reference.error(dense * mask, dense, h)
 
 
 def test_adjusting_stays_inside_an_earlier_mask():
-    dense, h = problem()
+    dense, h = reference.problem()
     earlier = choose(dense.abs(), Pattern("row"), 0.25)
     mask = choose(dense.abs(), Pattern("row"), 0.5, earlier)
     new, adjusted = adjust(dense * mask, dense, h, Pattern("row"), 0.5, earlier)
@@ -102,7 +101,7 @@ def test_adjusting_stays_inside_an_earlier_mask():
 
 def test_the_largest_eigenvalue_is_bounded_from_above():
     for seed in range(5):
-        _, h = problem(seed=seed)
+        _, h = reference.problem(seed=seed)
         exact = torch.linalg.eigvalsh(h.double())[-1]
         assert exact <= largest_eigenvalue(h) <= 1.05 * exact
 
