@@ -219,9 +219,9 @@ def _add_means(results: list[Result]) -> None:
                 if not all(scores):
                     continue
                 facts = {"tasks": ", ".join(part), "of": len(tasks), "limit": limit}
-                for key in ("shots", *LIBRARIES, "calibration"):
+                for key in ("shots", "computed in", *LIBRARIES, "calibration"):
                     facts[key] = scores[0].facts.get(key)
-                each = ("items", "task version", "text", "shots", *LIBRARIES)
+                each = ("items", "task version", "text", "shots", "computed in", *LIBRARIES)
                 scored = str([[s.facts.get(key) for key in each] for s in scores])
                 facts["scored"] = hashlib.sha256(scored.encode()).hexdigest()[:8]
                 mean = statistics.mean(s.value for s in scores)
@@ -245,7 +245,7 @@ def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
             if result.stage in ("dense", "oneshot", "start") or target is None:
                 continue
             first = result.before
-            while first and first.before:
+            while first and first.stage != "oneshot" and first.before:
                 first = first.before
             for came in everything if not first else ():  # pruned, nobody says by what
                 first = came if (came.run, came.stage) == (result.run, "start") else first
