@@ -315,6 +315,8 @@ def _label(kind: str, name: str, facts: dict) -> list[str]:
     if kind in ("task", "word"):
         label = [name] + ["word_perplexity"] * (kind == "word")
         return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
+    if kind.endswith(" memory"):
+        return [kind, "a rank"]
     return ["tokens", "trained"] if kind == "trained" else kind.split(" ", 1)
 
 
