@@ -279,10 +279,20 @@ def by_seed(pattern: str, key: str, *arms: str) -> list[tuple[float, ...]]:
     return [tuple(c[key] for c in row) for row in cells if all(key in c for c in row)]
 
 
-def percent(pattern: str, formula: Callable[..., float], *arms: str) -> str:
+def percent(pattern: str, formula: Callable[..., float], *arms: str, form: str = ".1f") -> str:
     """A share of the WikiText-2 perplexities (first windows) of some arms, paired by seed."""
     shares = [100 * formula(*ppls) for ppls in by_seed(pattern, "wikitext2", *arms)]
-    return f"{spread(shares, '.1f')} %" if shares else ""
+    return f"{spread(shares, form)} %" if shares else ""
+
+
+def relative_to(pattern: str, arm: str, other: str) -> str:
+    """How far an arm's perplexity lies from another one's."""
+    return percent(pattern, lambda a, b: a / b - 1, arm, other, form="+.1f")
+
+
+def gap_closed(pattern: str, arm: str, base: str) -> str:
+    """How much of the gap between an arm's start and the dense model it closes."""
+    return percent(pattern, lambda a, b, d: (b - a) / (b - d), arm, base, "dense")
 
 
 def against_controls(pattern: str, key: str, sds: str) -> str:
@@ -327,48 +337,46 @@ def summary() -> list[str]:
 
 
 def details(pattern: str) -> list[str]:
-    """A pattern's table, and what its stages kept; nothing before it has a score."""
+    """A pattern's table, and what its stages kept; no lines before there is a score."""
     keys = {"wikitext2": f"WikiText-2, first {FIRST}", "c4": f"C4, first {FIRST}"}
-    keys["whole"] = "WikiText-2, whole"
-    head = [*keys.values(), "to SparseGPT", "gap closed", "layer error", "seconds", "GiB"]
-    rows, notes = [], []
+    keys |= {"whole": "WikiText-2, whole"} if pattern in SEVERAL else {}
+    others = ["to SparseGPT", "gap closed", "layer error", "seconds", "GiB"]
+    empty, rows, notes = [""] * len(others), [], []
     for arm in ARMS:
         scores = [spread([x for (x,) in by_seed(pattern, key, arm)]) for key in keys]
-        first = results().get(name_of((arm, pattern, 0)))
         if not any(scores):
             continue
-        beside = [
-            percent(pattern, lambda a, base: a / base - 1, arm, "SparseGPT"),
-            percent(
-                pattern,
-                lambda a, base, dense: (base - a) / (base - dense),
-                arm,
-                "SparseGPT",
-                "dense",
-            ),
-        ]
-        costs = ["", "", ""]
-        if first:
-            error, gib = first.get("layer_error"), first["peak_memory_bytes"] / 2**30
-            costs = [
-                "" if error is None else f"{error:.4f}",
-                f"{first['seconds']:.0f}",
-                f"{gib:.1f}",
-            ]
-            notes += _notes(arm, pattern, first)
-        rows.append([arm, *scores, *beside, *costs])
+        beside = [relative_to(pattern, arm, "SparseGPT"), gap_closed(pattern, arm, "SparseGPT")]
+        first = results().get(name_of((arm, pattern, 0)))
+        rows.append([arm, *scores, *beside, *_costs(first)])
+        notes += _kept(arm, pattern, first or {})
         if arm in CONTROLS:
             differences = [against_controls(pattern, key, arm) for key in keys]
-            rows.append(["– less its best control", *differences, *[""] * 5])
+            rows.append(["– less its best control", *differences, *empty])
     if not rows:
         return []
     dense = [spread([x for (x,) in by_seed(pattern, key, "dense")][:1]) for key in keys]
-    table = markdown([pattern, *head], [["dense", *dense, *[""] * 5], *rows])
+    rows.insert(0, ["dense", *dense, *empty])
+    both = relative_to(pattern, "ALPS + reconstruction", "SparseGPT + reconstruction")
+    if both:
+        alone = relative_to(pattern, "ALPS", "SparseGPT")
+        notes.append(
+            f"- ALPS to SparseGPT: {alone}; reconstruction of one to that of the other: {both}"
+        )
+    table = markdown([pattern, *keys.values(), *others], rows)
     return [f"## {pattern}", "", *table, "", *notes, *[""] * bool(notes)]
 
 
-def _notes(arm: str, pattern: str, cell: dict) -> list[str]:
-    """What a later stage kept, and what that is worth."""
+def _costs(cell: dict | None) -> list[str]:
+    """Layer error, seconds and GiB of a cell."""
+    if not cell:
+        return ["", "", ""]
+    error = f"{cell['layer_error']:.4f}" if "layer_error" in cell else ""
+    return [error, f"{cell['seconds']:.0f}", f"{cell['peak_memory_bytes'] / 2**30:.1f}"]
+
+
+def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
+    """What a later stage kept, and what reconstruction is worth beside its own start."""
     if "kept" in cell:
         kept = ", ".join(f"{name} {n}" for name, n in cell["kept"].items())
         return [f"- {arm}: weights kept, by matrix: {kept}"]
@@ -376,10 +384,8 @@ def _notes(arm: str, pattern: str, cell: dict) -> list[str]:
         counts = sorted(collections.Counter(cell["epochs"]).items())
         epochs = ", ".join(f"{epoch} in {n} blocks" for epoch, n in counts)
         base = LATER[arm][0]
-        closed = percent(pattern, lambda a, b, d: (b - a) / (b - d), arm, base, "dense")
-        return [
-            f"- {arm}: closes {closed or '?'} of what {base} leaves; epochs that paid: {epochs}"
-        ]
+        closed = gap_closed(pattern, arm, base) or "?"
+        return [f"- {arm}: closes {closed} of what {base} leaves; epochs that paid: {epochs}"]
     return []
 
 
@@ -426,7 +432,8 @@ def figure(path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     there = results()
-    axes = plt.figure(figsize=(7, 4.5), layout="constrained").gca()
+    page = plt.figure(figsize=(8.5, 4.5), layout="constrained")
+    axes = page.gca()
     arms = [a for a in ARMS if a != "magnitude" and a not in ONCE and not a.startswith("C2")]
     colours = plt.get_cmap("tab20").colors
     for arm, marker, colour in zip(arms, "osDd^v<>PX*", colours, strict=False):
@@ -439,8 +446,10 @@ def figure(path: Path) -> bool:
         if "wikitext2" in there.get("dense", {}):
             axes.axhline(there["dense"]["wikitext2"], color="black", ls="--", lw=1, label="dense")
         axes.set(xlabel="zeros, %", ylabel=f"WikiText-2 ppl_token@2048, first {FIRST} windows")
-        axes.set_yscale("log")
-        axes.legend(fontsize=8)
+        axes.set(yscale="log", xticks=[int(p[:2]) for p in PATTERNS if "%" in p])
+        for numbers in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            numbers("{x:.0f}")
+        page.legend(fontsize=8, loc="outside right upper")
         plt.savefig(path, dpi=120)
     plt.close()
     return drawn
