@@ -102,7 +102,7 @@ SCORES = {  # what is scored together: its keys in the results, options
     ),
     "whole": ({"whole": "wikitext2@2048"}, ["--evaluate.corpora", "[wikitext2]"]),
 }
-STOPPED = (130, 143)  # exit codes after SIGINT and SIGTERM
+STOPPED = (130, 143, -2, -15)  # exit codes after SIGINT and SIGTERM; caught, or too early for that
 
 
 def main() -> int:
@@ -122,8 +122,8 @@ def main() -> int:
             title = f"\n[{n}/{len(cells)}] {name_of(cell)}, {', '.join(keys.values())}"
             console.say(title, style="bold")
             code = run(cell, model, args.work, options)
-            if code in STOPPED:
-                return code
+            if code in STOPPED or (code and cell == cells[0]):
+                return code  # where the dense model cannot be scored, nothing can
             if code:
                 failed.append(f"{name_of(cell)}: exit code {code}")
                 break

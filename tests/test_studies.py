@@ -104,8 +104,11 @@ def test_one_failing_cell_ends_nothing_and_a_stop_ends_all(tmp_path, known, monk
     assert study.main() == 1
     assert tried == ["dense", "dense", *arms]
     assert "failed: Wanda, 60 %, seed 0: exit code 1" in capsys.readouterr().out
-    codes["Wanda"] = 143
+    codes |= {"Wanda": 143}
     assert study.main() == 143 and tried[-1] == "Wanda"
+    study.RESULTS.unlink()
+    codes["dense"] = 2
+    assert study.main() == 2 and tried[-1] == "dense"
 
 
 @pytest.mark.parametrize(
