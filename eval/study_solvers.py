@@ -352,17 +352,16 @@ def details(pattern: str) -> list[str]:
         notes += _kept(arm, pattern, first or {})
         if arm in CONTROLS:
             differences = [against_controls(pattern, key, arm) for key in keys]
-            rows.append(["– less its best control", *differences, *empty])
+            if any(differences):
+                rows.append(["– less its best control", *differences, *empty])
     if not rows:
         return []
     dense = [spread([x for (x,) in by_seed(pattern, key, "dense")][:1]) for key in keys]
     rows.insert(0, ["dense", *dense, *empty])
+    alone = relative_to(pattern, "ALPS", "SparseGPT")
     both = relative_to(pattern, "ALPS + reconstruction", "SparseGPT + reconstruction")
-    if both:
-        alone = relative_to(pattern, "ALPS", "SparseGPT")
-        notes.append(
-            f"- ALPS to SparseGPT: {alone}; reconstruction of one to that of the other: {both}"
-        )
+    if alone and both:
+        notes.append(f"- ALPS to SparseGPT: {alone}; the one reconstructed to the other: {both}")
     table = markdown([pattern, *keys.values(), *others], rows)
     return [f"## {pattern}", "", *table, "", *notes, *[""] * bool(notes)]
 
@@ -384,8 +383,9 @@ def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
         counts = sorted(collections.Counter(cell["epochs"]).items())
         epochs = ", ".join(f"{epoch} in {n} blocks" for epoch, n in counts)
         base = LATER[arm][0]
-        closed = gap_closed(pattern, arm, base) or "?"
-        return [f"- {arm}: closes {closed} of what {base} leaves; epochs that paid: {epochs}"]
+        closed = gap_closed(pattern, arm, base)
+        worth = f"closes {closed} of the gap that {base} leaves; " if closed else ""
+        return [f"- {arm}: {worth}epochs that paid: {epochs}"]
     return []
 
 
