@@ -59,7 +59,7 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     if work.done:
         return work.folder
     work.begin(pruned, texts, config, dtype=torch.float32)
-    masks = start_masks(pruned, run.world)
+    masks = start_masks(pruned, run)
     settings, world = config.reconstruct, run.world
     in_turn = settings.inputs == "dense"
     team = World.alone(world.device) if in_turn else world
