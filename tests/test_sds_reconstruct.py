@@ -137,7 +137,7 @@ def test_reconstruction_brings_a_trained_model_closer_to_the_dense_one(
     assert distance("reconstruct") < 0.95 * distance("oneshot")
 
 
-def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, tmp_path):
+def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, capsys):
     dense = tiny("llama")
     folder, code = entry(dense, "--stages", "[oneshot]", out="first")
     assert code == 0
@@ -145,8 +145,11 @@ def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, tmp_
     (pruned / "masks.safetensors").unlink()  # the zeros say it too
     (pruned / "sparsity.json").unlink()
     more = ("--stages", "[reconstruct]", "--model.dense", dense)
+    capsys.readouterr()
     folder, code = entry(pruned, *more, out="second")
     assert code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the zeros of 14 matrices are taken as theirs, 50.0 % of the weights" in said
     rows = read_json(folder / "reconstruct" / "sparsity.json")["rows"]
     assert {r["pattern"] for r in rows} == {"as found"}
     before, after = weights(pruned), weights(folder / "reconstruct")
@@ -169,6 +172,7 @@ def test_halves_train_the_attention_first_and_the_rest_after(tiny, entry):
     "stage, more",
     [
         ("sds", ["--sds.data", "redense"]),
+        ("sds", ["--sds.mode", "paper", "--oneshot.pattern", "row"]),
         ("reconstruct", ["--reconstruct.inputs", "student"]),
         ("reconstruct", []),
     ],
@@ -226,6 +230,67 @@ def test_two_ranks_equal_one(tiny, text_file, tmp_path, inputs):
         if inputs == "dense":
             assert torch.equal(a[key], b[key])
         assert (a[key] - b[key]).norm() <= 0.02 * a[key].norm()
+
+
+@pytest.mark.parametrize(
+    "pruned_to, asked, words",
+    [
+        (["--oneshot.pattern", "2:4"], [], ["to 2:4", "--oneshot.pattern 2:4"]),
+        ([], ["--oneshot.pattern", "2:4"], ["--oneshot.pattern unstructured"]),
+        (["--oneshot.sparsity", "0.3"], [], ["30.0 % zeros", "--oneshot.sparsity 0.3"]),
+    ],
+)
+def test_sds_refuses_to_prune_again_to_another_pattern(
+    tiny, entry, capsys, pruned_to, asked, words
+):
+    dense = tiny("llama")
+    folder, _ = entry(dense, "--stages", "[oneshot]", *pruned_to, out="first")
+    start = ("--stages", "[sds]", "--model.dense", dense)
+    capsys.readouterr()
+    again, code = entry(folder / "oneshot", *start, *asked, out="second")
+    assert code == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert not list(again.glob("sds/*"))
+    _, code = entry(folder / "oneshot", *start, *pruned_to, out="second")  # the remedy it names
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    "pruned_to, asked",
+    [
+        (["--oneshot.pattern", "row"], []),  # Wanda's unstructured is by row, too
+        (["--oneshot.layers", '{"*.down_proj": 0.25, "*.q_proj": 0}'], []),
+        (["--oneshot.sparsity", "0.3333"], ["--oneshot.sparsity", "0.333"]),
+    ],
+)
+def test_sds_takes_a_start_of_its_own_pattern_and_any_uneven_budget(tiny, entry, pruned_to, asked):
+    dense, wanda = tiny("llama"), ("--oneshot.method", "wanda")
+    first, _ = entry(dense, "--stages", "[oneshot]", *wanda, *pruned_to, out="first")
+    start = ("--stages", "[sds]", "--model.dense", dense, *wanda)
+    second, code = entry(first / "oneshot", *start, *asked, out="second")
+    assert code == 0
+    before, after = (
+        {r["name"]: r["masked"] for r in read_json(place / "sparsity.json")["rows"]}
+        for place in (first / "oneshot", second / "sds")
+    )
+    assert before == after
+
+
+def test_sds_stays_inside_an_earlier_mask(tiny, entry):
+    """The dense model of the second run is itself pruned, as on a ladder."""
+    earlier, _ = entry(tiny("llama"), "--stages", "[oneshot]", "--oneshot.sparsity", 0.3, out="a")
+    more = ("--stages", "[oneshot, sds]", "--oneshot.sparsity", 0.6)
+    folder, code = entry(earlier / "oneshot", *more, out="b")
+    assert code == 0
+    files = [MaskFile(f / "masks.safetensors") for f in (earlier / "oneshot", folder / "sds")]
+    stored, kept = weights(folder / "sds"), read_json(folder / "sds" / "sparsity.json")["rows"]
+    assert {row["kept"] for row in kept} - {"first"}
+    for name in files[0].columns:
+        allowed, mask = (file.read(name) for file in files)
+        assert not (mask & ~allowed).any() and not stored[name][~mask].any()
+        assert int((~mask).sum()) == round(0.6 * mask.numel())
 
 
 @pytest.mark.parametrize(
