@@ -40,7 +40,7 @@ def sparsegpt(
         The weight and its mask, both [R, C].
     """
     n_rows, n_columns = weight.shape
-    upper = factor.inverse
+    upper = factor.upper
     quota = _Quota(pattern, sparsity, weight.shape, allowed)
     tile = TILE
     if pattern.m:
