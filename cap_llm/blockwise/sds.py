@@ -2,10 +2,10 @@
 
 The first prune is what the stage starts from (`oneshot`, or a model pruned elsewhere). Each pruned
 matrix is made dense again, from its pruned weights towards the dense ones; pruned again by
-`oneshot`'s method; and adjusted with a soft mask. Two streams of calibration text go side by side:
-one shows re-densification its inputs (`sds.data`), the other is the result so far, which the second
-prune sees. Of the first prune's weights, the second's and the adjusted ones, a matrix takes those
-with the least error against the dense weights on held-out text.
+`oneshot`'s method; and adjusted with a soft mask. Two streams of text go side by side: one shows
+re-densification its inputs (`sds.data`), the other, which carries the held-out text too, is the
+result so far, which the second prune sees. Of the first prune's weights, the second's and the
+adjusted ones, a matrix takes those with the least error against the dense weights on held-out text.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def _plan(pruned: Path, dense: BlockModel, config: Config) -> dict[str, float]:
     if settings.method == "wanda" and not Pattern.parse(settings.pattern).m:
         same = {"unstructured", "row"}  # Wanda compares the weights of an output row either way
     if not same.issuperset(recorded):
-        remedy = f"give --oneshot.pattern {recorded[0]}" if len(recorded) == 1 else "it takes one"
+        remedy = f"give --oneshot.pattern {recorded[0]}"
+        if len(recorded) > 1:
+            remedy = "it takes a model of one pattern"
         raise UserError(
             f"{pruned} is pruned to {' and '.join(recorded)}, and sds would prune it again to "
             f"oneshot.pattern {settings.pattern}: {remedy}"
@@ -119,12 +121,15 @@ def _plan(pruned: Path, dense: BlockModel, config: Config) -> dict[str, float]:
         return plan | found
     rounding = 1e-3 + 1 / min(row["shape"][1] for row in rows)
     even = max(found.values()) - min(found.values()) <= rounding  # an uneven budget stays as it is
-    if even and any(abs(share - plan.get(name, 0)) > rounding for name, share in found.items()):
-        share = sum(found.values()) / len(found)
-        raise UserError(
-            f"{pruned} is pruned to {100 * share:.1f} % zeros, and sds would prune it again to "
-            f"{100 * settings.amount:g} %: give --oneshot.sparsity {round(share, 3):g}"
-        )
+    for name, share in found.items():
+        asked = plan.get(name, 0)
+        if even and abs(share - asked) > rounding:
+            without = " and no oneshot.layers" if settings.layers else ""
+            raise UserError(
+                f"{name} in {pruned} is pruned to {100 * share:.1f} % zeros, and sds would prune "
+                f"it again to {100 * asked:g} %: give --oneshot.sparsity {round(share, 3):g}"
+                f"{without}"
+            )
     return plan | found
 
 
@@ -156,10 +161,10 @@ class _Step:
         batch = BATCH if self.settings.mode == "paper" else len(texts.calibration)
         self.batch_of = [n // batch for n in mine]  # of each calibration sequence
         memory = activation_bytes(config, parts=2 if self.settings.redensify else 1)
-        self.seen = dense_model if self.settings.data == "dense" else self.model
         self.first = None
         if self.settings.redensify:
-            self.first = Walk(self.seen, calibration, memory, scratch)
+            seen = dense_model if self.settings.data == "dense" else self.model
+            self.first = Walk(seen, calibration, memory, scratch)
         self.final = Walk(self.model, torch.cat([calibration, held_out]), memory, scratch)
         self.free: dict[str, torch.Tensor] = {}  # re-densified weights of the block at hand
         self.model.drop_outside()
