@@ -3,7 +3,8 @@
 All weights that the mask leaves, biases and norms of a block are trained together (Shin et al.
 2024, "BR + GP"; Guo et al. 2024, EBFT). With the dense model's activations as input the blocks are
 independent: as many blocks as there are ranks make a round, in which the ranks share the sequences
-on their way through the dense blocks, and then each trains one block on all of them. With the
+on their way through the dense blocks, and then each trains one block on all of them; what keeps W
+ranks from being W times as fast is that a round lasts as long as its slowest block. With the
 student's own activations a block must wait for the one before it, and the ranks share the sequences
 of each step instead.
 
@@ -130,16 +131,11 @@ class _Trainer:
         world: World,
         scratch: Path,
     ):
-        self.settings, self.student, self.dense, self.masks = (
-            config.reconstruct,
-            student,
-            dense,
-            masks,
-        )
+        self.student, self.dense, self.masks = student, dense, masks
+        self.settings, self.patterns = config.reconstruct, patterns(masks.folder)
         device, alone = world.device, World.alone(world.device)
         own_inputs = self.settings.inputs == "student"
         self.team, self.pool = (world, alone) if own_inputs else (alone, world)
-        self.patterns = patterns(masks.folder)
         dtype = self.settings.dtype
         low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
@@ -166,7 +162,7 @@ class _Trainer:
         x, pool, n = self.given.hidden, self.pool, len(self.given.ids)
         if keep:
             self.inputs = x
-        busy = (self.inputs, self.outputs)
+        busy = (self.inputs, self.outputs)  # until they are trained on; else in place
         y = x if x not in busy else next(s for s in self.stores if s is not x and s not in busy)
         with self.dense.block(i) as block, self.autocast():
             for first in range(0, n, pool.size):
