@@ -408,6 +408,25 @@ def test_a_start_that_nobody_pruned_is_refused(tiny, entry, capsys, stage):
     assert not list(folder.glob("*/model*.safetensors"))
 
 
+def test_zeros_that_4_bit_rounding_makes_are_no_mask(tiny, entry, capsys, tmp_path):
+    """Q4_0: a scale for 32 weights, of which the largest becomes -8."""
+    dense = tiny("llama", hidden_size=64)
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    zeros = []
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            groups = module.weight.data.view(-1, 32)
+            scale = groups.gather(1, groups.abs().argmax(1, keepdim=True)) / -8
+            groups.copy_((groups / scale).round().clamp(-8, 7) * scale)
+            zeros.append((groups == 0).float().mean().item())
+    assert min(zeros) > 0.08
+    model.save_pretrained(tmp_path / "rounded")
+    transformers.AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "rounded")
+    more = ("--stages", "[reconstruct]", "--model.dense", dense)
+    assert entry(tmp_path / "rounded", *more)[1] == 2
+    assert "none of its matrices has a mask or 20% of zeros" in capsys.readouterr().err
+
+
 def test_the_error_after_reconstruction_is_that_of_the_stored_weights(tiny, entry):
     """Steps that are smaller than bfloat16 tells apart change nothing."""
     more = ("--stages", "[oneshot, reconstruct]", "--reconstruct.lr", "1e-9")
