@@ -36,13 +36,13 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from cap_llm.models.blocks import find_blocks, match_names, model_class, skeleton  # noqa: E402
 from cap_llm.models.checkpoint import Checkpoint  # noqa: E402
+from cap_llm.models.masks import PRUNED  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 from cap_llm.runtime.files import write_json  # noqa: E402
 from cap_llm.sparsity.masks import pack, unpack  # noqa: E402
 
 BATCHES = (1, 64)
 DENSE = "dense bf16"
-PRUNED = 0.05  # share of zeros from which on a matrix counts as pruned
 SAME = 0.05  # ratios this near to 1 are called the same
 Product = Callable[[torch.Tensor], torch.Tensor]  # [B, C] -> [B, R]
 
@@ -157,7 +157,7 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
 
 
 def _pruned(model) -> dict[str, torch.nn.Module]:
-    """The linears inside the blocks that have more zeros than chance makes."""
+    """The linears inside the blocks with so many zeros that somebody pruned them."""
     prefix, _ = find_blocks(model)
     return {
         name: module
