@@ -371,7 +371,9 @@ def _costs(cell: dict | None) -> list[str]:
     if not cell:
         return ["", "", ""]
     error = f"{cell['layer_error']:.4f}" if "layer_error" in cell else ""
-    return [error, f"{cell['seconds']:.0f}", f"{cell['peak_memory_bytes'] / 2**30:.1f}"]
+    seconds = f"{cell['seconds']:.0f}" if "seconds" in cell else ""
+    memory = f"{cell['peak_memory_bytes'] / 2**30:.1f}" if "peak_memory_bytes" in cell else ""
+    return [error, seconds, memory]
 
 
 def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
