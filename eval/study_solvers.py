@@ -346,7 +346,9 @@ def details(pattern: str) -> list[str]:
         scores = [spread([x for (x,) in by_seed(pattern, key, arm)]) for key in keys]
         if not any(scores):
             continue
-        beside = [relative_to(pattern, arm, "SparseGPT"), gap_closed(pattern, arm, "SparseGPT")]
+        closed = gap_closed(pattern, arm, "SparseGPT").removeprefix("-0.0 %")
+        worse = closed.startswith("-")
+        beside = [relative_to(pattern, arm, "SparseGPT"), "" if worse else closed]
         first = results().get(name_of((arm, pattern, 0)))
         rows.append([arm, *scores, *beside, *_costs(first)])
         notes += _kept(arm, pattern, first or {})
