@@ -312,7 +312,8 @@ class RecoverConfig:
     length: int = 1024
     """Tokens a sequence."""
     sequences: int | None = None
-    """Distinct sequences to train on. Default: as many as one rung's tokens fill."""
+    """Distinct sequences to train on. Default: as many as the tokens of all rungs fill; a rung goes
+    on in the text where the one before it ended."""
     held_out: int = 16
     """Sequences of other documents of the corpus, never trained on, for the gate and the curve."""
     tokens: int = 2_000_000
@@ -428,7 +429,7 @@ class RecoverConfig:
     @property
     def n_sequences(self) -> int:
         """Distinct sequences that are asked for."""
-        return self.sequences or self.steps * self.batch
+        return self.sequences or self.steps * self.batch * max(1, len(self.rungs))
 
     @property
     def contrasts(self) -> bool:

@@ -84,9 +84,9 @@ def spoil_loss(stage: str, step: int):
     """The last rank's loss is no number."""
     losses = training._losses
 
-    def patched(engine, job, mine, everyone, at, *rest):
-        loss, parts = losses(engine, job, mine, everyone, at, *rest)
-        if job.stage == stage and at + 1 == step and RANK == SIZE - 1:
+    def patched(engine, job, mine, everyone, place, *rest):
+        loss, parts = losses(engine, job, mine, everyone, place, *rest)
+        if job.stage == stage and place - job.before + 1 == step and RANK == SIZE - 1:
             loss = loss * torch.nan
             parts = parts | {"loss": loss}
         return loss, parts

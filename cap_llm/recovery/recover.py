@@ -197,7 +197,7 @@ class _Recovery:
         if not masks:
             run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
         teacher = self._open_teacher()
-        contrasts = self._contrasts(teacher)
+        contrasts = self._contrasts(teacher, n)
         job = Job(
             pruned,
             masks.in_parameter_shape(),
@@ -208,6 +208,7 @@ class _Recovery:
             self._recipe(n),
             title,
             STAGE if not of else f"{STAGE}/{n}",
+            (n - 1) * settings.steps,
             self.began,
         )
         if not self._online:
@@ -282,12 +283,14 @@ class _Recovery:
             self._teacher = None
             gc.collect()
 
-    def _contrasts(self, teacher) -> Contrasts:
-        """The contrasts that are on, with their banks filled as far as they must be."""
+    def _contrasts(self, teacher, n: int) -> Contrasts:
+        """The contrasts of rung `n` that are on, their banks filled as far as it needs them."""
         settings, o = self.settings, self.settings.objective
         if not settings.contrasts:
             return Contrasts(None, settings.contrast, settings.batch, self.world)
-        contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world)
+        a_rung = settings.steps * settings.batch
+        share = self.text.draws((n - 1) * a_rung, n * a_rung, settings.seed).unique()
+        contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world, share)
         if o.prc:
             bank = self._bank("pretrained", self.dense)
             self._fill(contrasts, bank, teacher, "PrC", everything=not self._online)
@@ -334,19 +337,18 @@ class _Recovery:
 
     def _fill(self, contrasts: Contrasts, bank: Bank, engine, title: str, everything: bool) -> None:
         """Fills a bank from an open engine; without `everything` only measures its centre."""
-        ids = torch.arange(len(self.text.ids) if everything else 0)
         contrasts.fill(
             bank,
             lambda tokens: engine(tokens, False)[0],
-            ids,
+            contrasts.share if everything else contrasts.share[:0],
             self.settings.micro_batch,
             f"{title}: banking",
             self.run.console,
         )
 
     def _fill_from(self, contrasts: Contrasts, bank: Bank, model: Path, title: str) -> None:
-        """Fills a bank by one pass of the model of a directory."""
-        complete = bool(bank.has(torch.arange(len(self.text.ids))).all())
+        """Fills a bank by a pass of the model of a directory."""
+        complete = bool(bank.has(contrasts.share).all())
         if self.world.gather(complete)[0]:
             return
         engine = engines.load_teacher(model, self.teacher_ds, self.settings, self.world)
@@ -382,6 +384,7 @@ class _Recovery:
             self._recipe("finetuned"),
             "fine-tuning",
             f"{STAGE}/finetuned",
+            0,
             self.began,
         )
         engine, _ = train(job, only_ce, run)

@@ -2,7 +2,8 @@
 
 All losses of a step come from one forward of the student and one of the teacher. The order of the
 data, the banks' draws and the learning rate follow from the step alone, so that any number of ranks
-sees the same batches and a resumed training goes on as if it had never stopped.
+sees the same batches and a resumed training goes on as if it had never stopped. A rung goes on in
+the text where the one before it ended.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Job:
         recipe: that a checkpoint must have been made with.
         title: of the bar.
         stage: name of the metrics.
+        before: steps that the rungs before this one have taken from the text.
         began: when the stage began, on `time.monotonic`'s clock; moved back by a resume, so that
             the time of earlier jobs counts.
     """
@@ -56,6 +58,7 @@ class Job:
     recipe: dict
     title: str
     stage: str
+    before: int = 0
     began: float = 0.0
     held_out: dict[int, float] = field(default_factory=dict)
 
@@ -85,19 +88,19 @@ def train(job: Job, config: RecoverConfig, run: Run):
         job.began = time.monotonic() - found.state["stage_seconds"]
         job.held_out = {int(k): v for k, v in found.state["held_out"].items()}
         run.console.say(f"{job.title}: going on at step {first + 1} of {config.steps}")
-        for term in job.contrasts.terms:
-            if term.online:  # rows of the steps before, where the bank has been removed
-                job.contrasts.fill(
-                    term.banks[0],
-                    lambda ids: job.teacher(ids, False)[0],
-                    job.contrasts.seen(first),
-                    config.micro_batch,
-                    f"{term.name}: banking again",
-                    run.console,
-                )
     else:
         job.held_out[0] = held_out_perplexity(engine, job.text, config, run)
         _report(run, job, 0, config.steps, {}, 0.0)
+    for term in job.contrasts.terms:
+        if term.online:  # rows of the steps before, where the bank has been removed
+            job.contrasts.fill(
+                term.banks[0],
+                lambda ids: job.teacher(ids, False)[0],
+                job.contrasts.seen(job.before + first),
+                config.micro_batch,
+                f"{term.name}: banking again",
+                run.console,
+            )
     stage = engines.stage_of(settings)
     seconds, tokens = 0.0, 0
     longest = slowest = 0.0  # seconds of a step and of a checkpoint
@@ -162,7 +165,8 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
         off), and the norm of the gradient before clipping.
     """
     world, text = run.world, job.text
-    batch = text.batch(step, config.batch, config.seed)
+    place = job.before + step  # in the text
+    batch = text.batch(place, config.batch, config.seed)
     each = world.size * config.micro_batch
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -173,7 +177,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
         everyone = batch[micro * each : (micro + 1) * each]
         at = world.rank * config.micro_batch
         mine = everyone[at : at + config.micro_batch]
-        loss, parts = _losses(engine, job, mine, everyone, step, micro, config, world)
+        loss, parts = _losses(engine, job, mine, everyone, place, micro, config, world)
         values = torch.stack([parts[name].detach().double().cpu() for name in PARTS])
         total += world.sum(values.to(world.device)).cpu() / world.size
         if not math.isfinite(total[0]):
@@ -200,7 +204,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
     return dict(zip(PARTS, (total / n_micro).tolist(), strict=True)) | {"grad_norm": float(norm)}
 
 
-def _losses(engine, job: Job, mine, everyone, step, micro, config: RecoverConfig, world):
+def _losses(engine, job: Job, mine, everyone, place, micro, config: RecoverConfig, world):
     ids = job.text.ids[mine].to(world.device)
     objective = config.objective
     teacher_out = head = None
@@ -226,7 +230,7 @@ def _losses(engine, job: Job, mine, everyone, step, micro, config: RecoverConfig
     if objective.feature and teacher_out is not None:
         parts["feature"] = feature
     contrasts = job.contrasts.losses(
-        states, teacher_out[0] if teacher_out else None, mine, everyone, step, micro
+        states, teacher_out[0] if teacher_out else None, mine, everyone, place, micro
     )
     for term in job.contrasts.terms:
         parts[term.name] = contrasts[term.name]
