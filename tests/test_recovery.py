@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from cap_llm import train
 from cap_llm.command_line import read_config
 from cap_llm.config import RecoverConfig
+from cap_llm.recovery import checkpoints as checkpoints_module
 from cap_llm.recovery import engines
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.world import World
@@ -37,6 +38,7 @@ from cap_llm.text.packing import pack
 from cap_llm.text.tokenizers import load_tokenizer
 
 WORKER = Path(__file__).with_name("worker.py")
+CPU = torch.device("cpu")
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 STEPS, BATCH, LENGTH, HELD_OUT = 8, 6, 64, 6
 LOSSES = ("loss", "ce", "kl", "prc", "snc", "fic", "feature", "held_out_ppl", "grad_norm")
@@ -477,6 +479,9 @@ def add_resumes(cases: Cases) -> None:
         step = f"step-{step:06d}"
         return cases.out(name) / "recover" / "checkpoints" / "1" / step / "complete.json"
 
+    ended = cases.add("stopped at the end", ("stop", "recover", STEPS))
+    again = ("copy", ended, cases.out("at the end, resumed"))
+    cases.add("at the end, resumed", edits=[again])
     gone = [copied("incomplete"), ("remove", complete("incomplete", 5))]
     seldom = {"recover.checkpoint_steps": 100}
     cases.add("incomplete", ("stop", "recover", 7), edits=gone, **seldom)
@@ -506,6 +511,29 @@ def add_resumes(cases: Cases) -> None:
 
 def test_old_checkpoints_are_removed(one):
     assert checkpoints(one.stopped("stopped")) == ["step-000004", "step-000005"]
+
+
+def test_the_converted_form_of_a_checkpoint_goes_with_it(tmp_path):
+    class Engine:
+        def save_checkpoint(self, folder, tag, save_latest):
+            (Path(folder) / tag).mkdir()
+
+    def save(step):
+        checkpoints_module.save(Engine(), tmp_path, step, {}, {}, 2, 1, World.alone(CPU))
+
+    save(1)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / "universal-step-000001")
+    save(2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_signal_in_the_last_step_stops_too_and_nothing_is_left_to_train(one):
+    run = one.stopped("stopped at the end")
+    assert checkpoints(run)[-1] == f"step-{STEPS:06d}"
+    assert not list((run / "recover").glob("*.safetensors"))
+    run = one.finished("at the end, resumed")
+    assert record(run)["resumed_at_step"] == STEPS
+    assert losses(run) == losses(one.finished("plain"))
 
 
 def test_an_incomplete_checkpoint_does_not_count_and_is_removed(one):
@@ -695,6 +723,7 @@ def test_a_rung_that_loses_too_much_ends_the_ladder(one):
     assert sparsity(trained) == pytest.approx(0.7, abs=0.01)
     assert "rung 1/2 (0.7) ends with" in one.refused("gate, again")
     assert not (one.out("gate") / "recover" / "rungs" / "2").exists()
+    assert not (one.out("gate") / "recover" / "checkpoints" / "1").exists()  # needed no more
     assert sparsity(one.finished("gate, raised") / "recover") == pytest.approx(0.8, abs=0.01)
 
 

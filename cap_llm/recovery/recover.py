@@ -19,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.blockwise.stage import activation_bytes
@@ -232,6 +230,7 @@ class _Recovery:
         } | summary
         if self.world.first:
             write_json(record_file, record)
+            shutil.rmtree(job.folder, ignore_errors=True)  # its checkpoints
         self.world.barrier()
         self.records.append(record)
         self._hold_gate(title, target, record)
@@ -393,6 +392,8 @@ class _Recovery:
         engine.destroy()
         gc.collect()
         run.finish_stage(folder, {"held_out_ppl": job.held_out[settings.steps]})
+        if self.world.first:
+            shutil.rmtree(job.folder, ignore_errors=True)
         return folder
 
     def _verify(self, folder: Path, expected: float) -> None:

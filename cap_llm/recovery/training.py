@@ -135,9 +135,9 @@ def train(job: Job, config: RecoverConfig, run: Run):
                 # A time limit must leave room for a last step and checkpoint.
                 slowest = max(slowest, time.monotonic() - saving)
                 stop_before_limit(60.0 + 2 * (slowest + longest))
-            if stop and not last:
-                run.console.say(f"{job.title}: checkpoint at step {step + 1} of {config.steps}")
-                raise Stopped(stop)
+                if stop := max(world.gather(request.number)):  # also since the step
+                    run.console.say(f"{job.title}: checkpoint at step {step + 1} of {config.steps}")
+                    raise Stopped(stop)
     keeper.remove()
     summary = {
         "steps": config.steps,
