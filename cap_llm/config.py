@@ -226,7 +226,8 @@ class ObjectiveConfig:
     prc: float = 0.1
     """Contrast with the pre-trained (dense) model."""
     snc: float = 0.1
-    """Contrast with the student's own snapshots of earlier rungs."""
+    """Contrast with the student's own snapshots of earlier rungs; each of R snapshots weighs a
+    part in R."""
     fic: float = 0.1
     """Contrast with a fine-tuned model (recover.finetuned); off without one."""
 
@@ -332,7 +333,8 @@ class RecoverConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     warmup: float = 0.03
-    """Share of a rung's steps until it is reached; then it falls to a tenth by a cosine."""
+    """Share of a rung's steps until it is reached, and at least 5 of them (a quarter where there
+    are fewer than 20), unless 0; then it falls to a tenth by a cosine."""
     weight_decay: float = 0.0
     """AdamW's."""
     clip: float = 1.0
@@ -344,7 +346,8 @@ class RecoverConfig:
     seed: int = 0
     """Seed of packing, order, positions and draws."""
     deepspeed: str = "zero2"
-    """zero0, zero1, zero2, zero3, zero3_offload, or a DeepSpeed JSON file."""
+    """zero0, zero1, zero2, zero3, zero3_offload, cpu (ZeRO-2 in small buckets, for ranks on CPUs),
+    or a DeepSpeed JSON file."""
     teacher_deepspeed: str = "auto"
     """The teacher's: auto (sharded if the student is), teacher, teacher_zero3,
     teacher_zero3_offload, or a file."""
@@ -433,9 +436,9 @@ class RecoverConfig:
 
     @property
     def contrasts(self) -> bool:
-        """Whether any contrast is on."""
+        """Whether any contrast is on, on some rung."""
         o = self.objective
-        return bool(o.prc or o.snc or (o.fic and self.finetuned))
+        return bool(o.prc or (o.snc and self.rungs) or (o.fic and self.finetuned))
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches of a step.
