@@ -761,7 +761,7 @@ def add_ablations(cases: Cases) -> None:
     for term in TERMS:
         cases.add(f"without {term}", **everything | {f"recover.objective.{term}": 0})
     cases.add("no contrast", **NO_CONTRAST)
-    worse = {"recover.finetuned": "train", "recover.lr": 0.1, "recover.tokens": 2 * BATCH * LENGTH}
+    worse = {"recover.finetuned": "train", "recover.lr": 1.0, "recover.tokens": 2 * BATCH * LENGTH}
     cases.add("fine-tuned, and worse", **worse)
     wide = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=3)}
     cases.add("wide teacher", **wide, **NO_CONTRAST)
