@@ -17,12 +17,15 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
 
 from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.blockwise.stage import activation_bytes
-from cap_llm.config import Config, ModelConfig, ObjectiveConfig, Rung
+from cap_llm.config import Config, ModelConfig, ObjectiveConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import config_dict, remove_weights
 from cap_llm.models.masks import Masks
@@ -207,39 +210,32 @@ class _Recovery:
             run.console.say(f"{title}: {self._measure}'s held-out ppl is {self._dense_ppl:.3f}")
         teacher = self._open_teacher()
         contrasts = self._contrasts(teacher, n)
-        job = Job(
-            pruned,
-            masks.in_parameter_shape(),
-            teacher if self._online else None,
-            contrasts,
-            self.text,
-            self.folder / "checkpoints" / str(n),
-            self._recipe(n, contrasts),
-            title,
-            STAGE if not of else f"{STAGE}/{n}",
-            (n - 1) * settings.steps,
-            self.began,
-        )
         if not self._online:
             self.close()
-        engine, summary = train(job, dataclasses.replace(settings, resume=self._resume), run)
+        held_out, summary = self._train(
+            rung=n,
+            student=pruned,
+            masks=masks,
+            teacher=teacher if self._online else None,
+            contrasts=contrasts,
+            title=title,
+            stage=STAGE if not of else f"{STAGE}/{n}",
+            before=(n - 1) * settings.steps,
+            config=dataclasses.replace(settings, resume=self._resume),
+            target=target,
+        )
         if self._resume is not False:
             self._resume = "auto"  # what was asked for was meant for the first rung to train
-        self.began = job.began
-        export(engine, pruned, target, masks, self.world)
-        engine.destroy()
-        del engine
-        gc.collect()
-        self._verify(target, job.held_out[settings.steps])
+        self._verify(target, held_out[settings.steps])
         record = {
             "rung": str(rung) if rung else None,
-            "held_out_ppl": {str(k): round(v, 4) for k, v in job.held_out.items()},
+            "held_out_ppl": {str(k): round(v, 4) for k, v in held_out.items()},
             "dense_held_out_ppl": self._dense_ppl,
             "stage_seconds": round(time.monotonic() - self.began, 2),
         } | summary
         if self.world.first:
             write_json(record_file, record)
-            shutil.rmtree(job.folder, ignore_errors=True)  # its checkpoints
+        self._remove_checkpoints(n)
         self.world.barrier()
         self.records.append(record)
         self._hold_gate(title, target, record)
@@ -256,6 +252,53 @@ class _Recovery:
                 f"model is {target}: raise the gate, or start anew with more recover.tokens or "
                 "smaller rungs"
             )
+
+    def _train(
+        self,
+        *,
+        rung: int | str,
+        student: Path,
+        masks: Mapping[str, torch.Tensor],
+        teacher: Callable | None,
+        contrasts: Contrasts,
+        title: str,
+        stage: str,
+        before: int,
+        config: RecoverConfig,
+        target: Path,
+    ) -> tuple[dict[int, float], dict]:
+        """Trains a model and writes it to `target`: held-out perplexities by step, and a summary.
+
+        See `Job` for the arguments.
+        """
+        job = Job(
+            student=student,
+            masks=masks.in_parameter_shape() if masks else (),
+            teacher=teacher,
+            contrasts=contrasts,
+            text=self.text,
+            folder=self._checkpoints(rung),
+            recipe=self._recipe(rung, contrasts),
+            title=title,
+            stage=stage,
+            before=before,
+            began=self.began,
+        )
+        engine, summary = train(job, config, self.run)
+        self.began = job.began
+        export(engine, student, target, masks, self.world)
+        engine.destroy()
+        del engine
+        gc.collect()
+        return job.held_out, summary
+
+    def _checkpoints(self, rung: int | str) -> Path:
+        return self.folder / "checkpoints" / str(rung)
+
+    def _remove_checkpoints(self, rung: int | str) -> None:
+        """What is written needs them no more."""
+        if self.world.first:
+            shutil.rmtree(self._checkpoints(rung), ignore_errors=True)
 
     def _recipe(self, rung: int | str, contrasts: Contrasts) -> dict:
         """What a checkpoint must have been made with."""
@@ -382,26 +425,19 @@ class _Recovery:
             ladder="",
             resume="auto" if settings.resume is not False else False,
         )
-        contrasts = Contrasts(None, settings.contrast, settings.batch, self.world)
-        job = Job(
-            self.dense,
-            (),
-            None,
-            contrasts,
-            self.text,
-            self.folder / "checkpoints" / "finetuned",
-            self._recipe("finetuned", contrasts),
-            "fine-tuning",
-            f"{STAGE}/finetuned",
-            0,
-            self.began,
+        held_out, _ = self._train(
+            rung="finetuned",
+            student=self.dense,
+            masks={},
+            teacher=None,
+            contrasts=Contrasts(None, settings.contrast, settings.batch, self.world),
+            title="fine-tuning",
+            stage=f"{STAGE}/finetuned",
+            before=0,
+            config=only_ce,
+            target=folder,
         )
-        engine, _ = train(job, only_ce, run)
-        self.began = job.began
-        export(engine, self.dense, folder, {}, self.world)
-        engine.destroy()
-        gc.collect()
-        before, after = job.held_out[0], job.held_out[settings.steps]
+        before, after = held_out[0], held_out[settings.steps]
         if after > before:
             run.console.say(
                 f"FiC: the fine-tuned model's held-out ppl is {after:.3f}, worse than the dense "
@@ -410,8 +446,7 @@ class _Recovery:
                 style="yellow",
             )
         run.finish_stage(folder, {"held_out_ppl": after})
-        if self.world.first:
-            shutil.rmtree(job.folder, ignore_errors=True)
+        self._remove_checkpoints("finetuned")
         return folder
 
     def _held_out_perplexity(self, folder: Path) -> float:
