@@ -1162,6 +1162,7 @@ def test_recover_is_a_job_of_its_own_after_oneshot_and_zero3_ends_with_0(assets,
     settings |= {"recover.deepspeed": "zero3"}
     training = launched([*torchrun, "--nproc_per_node", "2"], settings)
     assert training.returncode == 0, training.stdout
+    assert "FutureWarning" not in training.stdout
     assert_zeros(tmp_path / "run" / "recover", tmp_path / "run" / "oneshot")
     for path in ("ds_config.json", "ds_config_teacher.json"):
         used = json.loads((tmp_path / "run" / path).read_text())
