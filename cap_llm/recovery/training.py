@@ -26,8 +26,6 @@ from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.text.packing import PackedText
 
-_SHOWN = ("loss", *ObjectiveConfig.TERMS, "grad_norm")
-
 
 @dataclass
 class Job:
@@ -116,7 +114,9 @@ def train(job: Job, config: RecoverConfig, run: Run):
                 figures["cuda_bytes"] = torch.cuda.max_memory_allocated()
             run.metric(job.stage, step, figures)
             judged = max(job.held_out)
-            bar.phase(f"ppl {job.held_out[judged]:.2f} at step {judged}  {_line(figures)}")
+            held_out = f"ppl {job.held_out[judged]:.2f} at step {judged}"
+            zeros = f"{keeper.n_masked:,} zeros"
+            bar.phase(f"{held_out}  {_line(figures)}  {zeros}")
             bar.advance()
             stop = max(world.gather(request.number))
             last = step == config.steps
@@ -290,6 +290,8 @@ def _line(figures: dict[str, float]) -> str:
     """A step's figures as the bar and the log show them; nothing before the first step."""
     if not figures:
         return ""
-    shown = [f"{name} {figures[name]:.4f}" for name in figures if name in _SHOWN]
-    shown += [f"lr {figures['lr']:.1e}", f"{figures['tokens_a_second']:,.0f} tokens/s"]
-    return "  ".join([*shown, size(figures["memory_bytes"])])
+    shown = [f"loss {figures['loss']:.4f}", f"{figures['tokens_a_second']:,.0f} tokens/s"]
+    shown += [f"lr {figures['lr']:.1e}", f"norm {figures['grad_norm']:.3f}"]
+    shown += [size(figures.get("cuda_bytes", figures["memory_bytes"]))]
+    parts = [f"{name} {figures[name]:.4f}" for name in ObjectiveConfig.TERMS if name in figures]
+    return "  ".join(shown + parts)
