@@ -535,7 +535,8 @@ class RuntimeConfig:
     """Memory for activations, in GiB (2^30 bytes) a rank; what does not fit is computed again or
     goes to disk. Default: half of what is free when the work starts."""
     keep_intermediate: bool = True
-    """Keep the weights of a stage when the next one is done. Off, a pipeline holds one model."""
+    """Keep the weights of a stage when the next one is done. Off, they are scored and dropped then,
+    so that a pipeline never holds more than two pruned models."""
 
     def __post_init__(self):
         if self.activation_gib is not None and self.activation_gib < 0:

@@ -48,7 +48,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.evaluation.evaluate import evaluate
     from cap_llm.evaluation.report import collect, write_report
     from cap_llm.evaluation.tasks import find_tasks
-    from cap_llm.models.checkpoint import remove_weights
+    from cap_llm.models.checkpoint import has_weights, remove_weights
     from cap_llm.models.source import locate, prepare, start_of
     from cap_llm.runtime.rundir import Run
     from cap_llm.runtime.world import World
@@ -74,33 +74,48 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         if source != located:
             check_everything(source, config, console, world)
         texts = texts or read_texts(config, source)
-        models = {}
-        if config.evaluate.dense or config.stages == ["evaluate"]:
+        models: dict[str, Path] = {}
+
+        def finished(stage: str, folder: Path) -> None:
+            """Books a model; unless all are kept, scores and drops the one that it came from."""
+            for earlier in [s for s in models if s != "dense"]:
+                if not config.runtime.keep_intermediate:
+                    path = models.pop(earlier)
+                    if "evaluate" in config.stages and has_weights(path):
+                        evaluate({earlier: path}, texts, tasks, config, run)
+                    drop(path)
+            models[stage] = folder
+
+        def drop(path: Path) -> None:
+            world.barrier()
+            if world.first:
+                remove_weights(path)
+            world.barrier()
+
+        if has_weights(source) and (config.evaluate.dense or config.stages == ["evaluate"]):
             models["dense"] = source
         if "oneshot" in config.stages:
-            models["oneshot"] = oneshot(source, texts, config, run)
+            finished("oneshot", oneshot(source, texts, config, run))
         if "sds" in config.stages:
-            models["sds"] = sds(*start_of("sds", source, config, run), texts, config, run)
+            start = start_of("sds", source, config, run)
+            finished("sds", sds(*start, texts, config, run))
         if "reconstruct" in config.stages:
             start = start_of("reconstruct", source, config, run)
-            models["reconstruct"] = reconstruct(*start, texts, config, run)
+            finished("reconstruct", reconstruct(*start, texts, config, run))
         if "recover" in config.stages:
             from cap_llm.recovery.recover import recover
 
             start = start_of("recover", source, config, run)
-            models["recover"] = recover(*start, texts, config, run)
+            finished("recover", recover(*start, texts, config, run))
         if "evaluate" in config.stages:
             for stage in MODELS:  # of earlier jobs, too
                 folder, done = run.stage(stage, config.recipe(stage))
-                models |= {stage: folder} if done else {}
+                models |= {stage: folder} if done and has_weights(folder) else {}
             evaluate(models, texts, tasks, config, run)
+        if source != located and set(models) - {"dense"} and not config.runtime.keep_intermediate:
+            drop(source)
         world.barrier()
         if world.first:
-            made = [stage for stage in MODELS if stage in models]
-            if made and not config.runtime.keep_intermediate:
-                for path in [source, *(models[stage] for stage in made[:-1])]:
-                    if path != located:
-                        remove_weights(path)
             page = write_report(collect(run.path), run.path, title, console)
             console.say(f"report: {page}")
     except BaseException as error:
@@ -119,10 +134,15 @@ def dry_run(config: Config, console: Console) -> None:
     from cap_llm.blockwise.plan import check_everything
     from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.source import locate
+    from cap_llm.runtime.rundir import refuse_other, refuse_strangers
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
+    folder = Path(config.output_dir)
+    refuse_strangers(folder)
+    for stage in ("dense", *config.stages):
+        refuse_other(folder / stage, config.recipe(stage))
     located = locate(config.model, download=False)
     check_everything(located, config, console, world, predict=True)
     if located and located.is_dir() and "recover" in config.stages:

@@ -172,7 +172,7 @@ OPTIONS = {
     "sparsity 1": (["--oneshot.sparsity", "1"], ["oneshot.sparsity is 1;", "(0, 1)"]),
     "sparsity 1.5": (["--oneshot.sparsity", "1.5"], ["oneshot.sparsity is 1.5;", "(0, 1)"]),
     "sparsity -1": (["--oneshot.sparsity", "-1"], ["oneshot.sparsity is -1;", "(0, 1)"]),
-    "sparsity NaN": (["--oneshot.sparsity", ".nan"], ["oneshot.sparsity is nan;", "(0, 1)"]),
+    "sparsity NaN": (["--oneshot.sparsity", ".nan"], ["oneshot.sparsity is nan;", "finite number"]),
     "unknown pattern": (["--oneshot.pattern", "random"], ["'random'", "unstructured, row or N:M"]),
     "three numbers": (["--oneshot.pattern", "2:4:8"], ["'2:4:8'", "unstructured, row or N:M"]),
     "empty pattern": (["--oneshot.pattern", ""], ["pattern ''", "unstructured, row or N:M"]),
@@ -658,6 +658,28 @@ def test_a_changed_text_of_the_same_name_is_scored_anew(accept, out, scored, tmp
     assert figures[0] != figures[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "trouble"),
+    [("corpus.csv", "of an unknown kind: give .txt"), ("corpus.json", "line 1: not a JSON object")],
+)
+def test_a_file_that_is_no_text_is_not_read_as_one(refuse, tmp_path, name, trouble):
+    path = tmp_path / name
+    path.write_text('["a list", "of texts"]\n' * 2000)
+    assert trouble in refuse("--calibration.corpus", path)
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_number_that_is_none_is_refused(refuse, value):
+    assert "runtime.activation_gib is" in refuse("--runtime.activation_gib", value)
+
+
+@pytest.mark.parametrize(
+    ("share", "which"), [("1e-9", "no weight"), ("0.999999999", "every weight")]
+)
+def test_a_sparsity_of_nothing_or_all_is_refused(refuse, share, which):
+    assert f"removes {which} of" in refuse("--oneshot.sparsity", share)
+
+
 # the run directory
 
 
@@ -672,8 +694,15 @@ def test_a_directory_of_other_files_is_refused(refuse, out):
 
 def test_a_file_as_the_run_directory_is_refused(refuse, out):
     out.write_text("a file")
-    assert f"output_dir {out} cannot be made" in refuse(started=True)
+    assert f"output_dir {out} is a file" in refuse(started=True)
+    assert f"output_dir {out} is a file" in refuse("--dry-run", started=True)
     assert out.read_text() == "a file"
+
+
+def test_a_dry_run_refuses_the_directory_of_another_run(accept, refuse, out):
+    accept()
+    message = refuse("--oneshot.sparsity", "0.6", "--dry-run", started=True)
+    assert "oneshot.sparsity was 0.5 there and is 0.6 now" in message
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The real entry on small models: files, numbers, resuming, ranks."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,10 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, ROOT, environment, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cap_llm.blockwise.perplexity import perplexity
-from cap_llm.sparsity.masks import MaskFile
+from cap_llm.sparsity.masks import MaskFile, save_masks
 from cap_llm.train import main
 
 
@@ -179,6 +180,59 @@ def test_an_intermediate_conversion_can_be_dropped(tiny, entry, tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(folder / "oneshot")
     again, code = entry(old, "--runtime.keep_intermediate", "false")
     assert code == 0
+
+
+def test_models_between_stages_are_scored_and_dropped(tiny, entry):
+    more = (
+        "--stages",
+        "[oneshot, sds, reconstruct, evaluate]",
+        "--runtime.keep_intermediate",
+        False,
+    )
+    model = tiny("llama")
+    for _ in range(2):  # the second time there is nothing to do
+        folder, code = entry(model, *more)
+        assert code == 0
+        for stage in ("oneshot", "sds"):
+            assert not list((folder / stage).glob("model*.safetensors"))
+            assert json.loads((folder / stage / "perplexity.json").read_text())["corpora"]
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "reconstruct")
+
+
+def test_a_mask_of_another_model_is_refused(tiny, entry, capsys):
+    first, code = entry(tiny("llama"), out="first")
+    assert code == 0
+    masks = load_file(first / "oneshot" / "masks.safetensors")
+    name = next(iter(masks))
+    save_masks({name: torch.ones(3, 8, dtype=torch.bool)}, first / "oneshot" / "masks.safetensors")
+    _, code = entry(first / "oneshot", "--oneshot.sparsity", 0.7, out="second")
+    assert code == 2
+    assert f"the mask of {name}" in capsys.readouterr().err
+
+
+def test_fewer_zeros_than_there_are_is_refused_before_any_block(tiny, entry, capsys):
+    first, _ = entry(tiny("llama"), "--oneshot.sparsity", 0.6, out="first")
+    folder, code = entry(first / "oneshot", "--oneshot.sparsity", 0.5, out="second")
+    assert code == 2
+    assert "60.0 % zeros already and 50 % are asked for" in capsys.readouterr().err
+    assert not list(folder.glob("oneshot/*.safetensors"))
+    left = ("--oneshot.sparsity", 0.7, "--oneshot.layers", '{"*.mlp.*": 0}')
+    assert entry(first / "oneshot", *left, out="third")[1] == 0  # what stays as it is may be sparse
+
+
+def test_stored_buffers_are_no_weights(tiny, entry, tmp_path):
+    """Older GPT-2 files hold a triangle of ones in each block."""
+    source = Path(shutil.copytree(tiny("gpt2"), tmp_path / "old"))
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    n_weights = sum(t.numel() for t in tensors.values())
+    key = next(k for k in tensors if k.endswith("attn.c_attn.weight"))
+    tensors[key.replace("c_attn.weight", "bias")] = torch.ones(1, 1, 64, 64).tril()
+    save_file(tensors, file, metadata={"format": "pt"})
+    folder, code = entry(source)
+    assert code == 0
+    whole = json.loads((folder / "oneshot" / "sparsity.json").read_text())["whole_model"]
+    assert whole["weights"] == n_weights
 
 
 def arguments(model, text_file, out, *options) -> list[str]:

@@ -341,6 +341,32 @@ def test_a_model_of_another_run_keeps_its_history(copy):
     assert rows["a method + reconstruction"][labels.index("gap closed, %")] == "75.0"
 
 
+def test_a_chain_of_runs_is_named_and_measured_by_its_last_pruning(copy):
+    """30 %, then 50 % inside that mask in a second run, then reconstruction in a third."""
+    ppl = {"dense": 20.0, "oneshot": 22.0}
+    first = copy("a", {f"{s}/perplexity.json": scored(ppl_token=p) for s, p in ppl.items()})
+    dense = yaml.safe_load((first / "config.yaml").read_text())["model"]["path"]
+    runs = [first]
+    for name, figure, recipe in (
+        ("b", 40.0, {"oneshot": {"method": "alps", "pattern": "unstructured", "sparsity": 0.5}}),
+        ("c", 30.0, {"reconstruct": {"lr": 1}}),
+    ):
+        run = copy(name, {"oneshot/perplexity.json": scored(ppl_token=figure)})
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        model = {"path": str(runs[-1] / "oneshot"), "dense": dense}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"model": model, "name": ""}))
+        (stage,) = recipe
+        if stage != "oneshot":
+            (run / "oneshot").rename(run / stage)
+        (run / stage / "recipe.json").write_text(json.dumps({"model": model} | recipe))
+        runs.append(run)
+    assert [r.name for r in collect(runs[1])][-1] == "ALPS 50 %"
+    last = collect(runs[2])[-1]
+    assert (last.name, last.amount) == ("ALPS 50 % + reconstruction", "50 %")
+    labels, rows, _ = quality(*runs)
+    assert rows[last.name][labels.index("gap closed, %")] == "50.0"
+
+
 def test_types_of_computation_do_not_share_a_column(copy):
     half = copy("b", named("b") | {"oneshot/perplexity.json": scored(computed_in="bfloat16")})
     _, _, notes = quality(copy("a", named("a")), half)

@@ -1,5 +1,7 @@
 """The walk gives what the model gives, however little memory it has."""
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -86,6 +88,32 @@ def test_pruning_in_memory_gives_the_exact_sparsity(tiny, method, pattern, refit
             assert (mask.sum(1) == mask.shape[1] - round(0.6 * mask.shape[1])).all()
         else:
             assert int((~mask).sum()) == round(0.6 * mask.numel())
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "opt350"])
+def test_waiting_micro_batches_hold_no_more_than_is_planned(tiny, tmp_path, family):
+    model = BlockModel(transformers.AutoModelForCausalLM.from_pretrained(tiny(family)), CPU)
+    windows = torch.randint(0, 500, (5, 250), generator=torch.Generator().manual_seed(0))
+    walk = Walk(model, windows, 2**30, tmp_path, micro_tokens=250)
+    planned = walk._held_bytes(model.blocks[0], model.groups(0, walk.calls[0][0], walk.hidden[0]))
+    held = []
+
+    def look(group, inputs):
+        for x in inputs:
+            del x
+        held.append(live_bytes() - before)
+
+    with model.block(0) as block:
+        before = live_bytes()
+        walk.visit(0, block, look)
+    assert len(held) > 2 and max(held) <= len(windows) * planned
+
+
+def live_bytes() -> int:
+    """Of all tensors that are alive."""
+    gc.collect()
+    tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor)
+    return sum({s._cdata: s.nbytes() for t in tensors if (s := t.untyped_storage())}.values())
 
 
 def test_conv1d_is_pruned_along_its_inputs(tiny):

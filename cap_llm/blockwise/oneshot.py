@@ -6,6 +6,7 @@ the same activations bit for bit.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -179,10 +180,27 @@ def _proxy_nll(
 def earlier_mask(
     source: Path, settings: OneshotConfig, plan: dict[str, float]
 ) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
-    """Where the earlier mask of a weight comes from."""
+    """Where the earlier mask of a weight comes from.
+
+    Raises:
+        UserError: a matrix has more zeros than `plan` asks for; at once where `sparsity.json` says
+            so, else when its turn comes.
+    """
     file = source / mask_files.FILE
     masks = mask_files.MaskFile(file) if settings.earlier_mask == "auto" and file.exists() else None
     pattern = Pattern.parse(settings.pattern)
+
+    def refuse_more(name: str, zeros: float) -> None:
+        asked = plan.get(name) or 1  # what is left as it is may be sparse
+        if not pattern.m and round(zeros, 6) > asked + 1e-3:
+            raise UserError(
+                f"{name} is {100 * zeros:.1f} % zeros already and {100 * asked:g} % are asked "
+                "for; masks only grow: ask for more, or set --oneshot.earlier_mask ignore"
+            )
+
+    if masks and (source / "sparsity.json").exists():
+        for row in read_json(source / "sparsity.json")["rows"]:
+            refuse_more(row["name"], row["masked"] / math.prod(row["shape"]))
 
     def earlier(name: str, weight: torch.Tensor) -> torch.Tensor | None:
         if settings.earlier_mask == "zeros":
@@ -196,12 +214,7 @@ def earlier_mask(
                 )
         else:
             return None
-        zeros = 1 - inside.float().mean().item()
-        if not pattern.m and round(zeros, 6) > plan[name] + 1e-3:
-            raise UserError(
-                f"{name} is {100 * zeros:.1f} % zeros already and {100 * plan[name]:g} % are asked "
-                "for; masks only grow: ask for more, or set --oneshot.earlier_mask ignore"
-            )
+        refuse_more(name, 1 - inside.float().mean().item())
         return inside
 
     return earlier

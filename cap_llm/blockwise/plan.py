@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import free_memory
 from cap_llm.blockwise.prune import matrix, plan_sparsities
-from cap_llm.config import Config
+from cap_llm.config import MODELS, Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, config_dict
 from cap_llm.models.source import needs_conversion
@@ -22,6 +24,7 @@ from cap_llm.runtime.world import World
 from cap_llm.text.corpora import corpus_file
 
 BLOCKWISE = ("oneshot", "sds", "reconstruct")  # stages that rewrite a model block by block
+EFFICIENCY = 0.6  # of the rate of bare matrix products; SparseGPT of SmolLM2-135M reached 0.65
 RESERVE = 2**28  # bytes of disk for logs, masks' parts and file systems' own needs
 
 
@@ -82,7 +85,8 @@ def check_everything(
     if estimate["activations"]:
         text += f", of the memory {size(estimate['activations'])} for activations"
     if predict:
-        text += f", time {duration(estimate['flops'] / matrix_rate(world.device) / world.size)}"
+        rate = EFFICIENCY * matrix_rate(world.device) * world.size
+        text += f", time {duration(estimate['flops'] / rate)}"
         if "evaluate" in config.stages and config.evaluate.tasks:
             text += " and the zero-shot tasks"
     console.say(f"estimate: {text}")
@@ -154,8 +158,9 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
     work = 0  # bytes beside the weights
     tokens = []
     if made:
+        n_kept = len(made) if config.runtime.keep_intermediate else min(len(made), 2)
         # the masks twice, once in parts
-        estimate["disk"] += len(made) * (checkpoint.n_bytes() + sum(block_weights) // 4)
+        estimate["disk"] += n_kept * (checkpoint.n_bytes() + sum(block_weights) // 4)
         largest = max((r * c for shapes in linears for r, c in shapes), default=0)
         work = 4 * 4 * largest
         if config.uses_calibration:
@@ -163,26 +168,25 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
             work = max(work, 3 * 4 * columns**2 + 4 * 4 * largest)
             n = config.calibration.sequences * config.calibration.length
             tokens.append(n)
-            # forwards of the text: one for oneshot, two streams for sds, and for an epoch of
-            # reconstruction, whose backward counts twice, three
-            forwards = 1 + 2 * ("sds" in made)
-            if "reconstruct" in made:
+            # walks of the text: one for oneshot, three more for OWL and its guard, two for sds
+            walks = ("oneshot" in made) * (4 if config.oneshot.budget == "owl" else 1)
+            walks += 2 * ("sds" in made)
+            forwards = walks
+            if "reconstruct" in made:  # a backward counts twice
                 forwards += 1 + 3 * config.reconstruct.epochs
                 # gradients, Adam's two moments, the weights as trained and as best, the masks
                 work += 6 * 4 * max(block_weights)
-            estimate["flops"] += forwards * n * 2 * sum(block_weights)
-            estimate["flops"] += (
-                (1 + 2 * ("sds" in made))
-                * n
-                * sum(c * c for shapes in linears for c in {c: c for _, c in shapes})
-            )
+            attention = 2 * config.calibration.length * hidden * len(model)
+            estimate["flops"] += forwards * n * 2 * (sum(block_weights) + attention)
+            estimate["flops"] += walks * n * 2 * sum(map(_second_moments, model.blocks))
             estimate["flops"] += sum(r * c * c * 2 for shapes in linears for r, c in shapes)
             if config.oneshot.refit or config.oneshot.method == "alps" or "sds" in made:
                 estimate["flops"] += sum(r * c * c * 100 for shapes in linears for r, c in shapes)
     if "evaluate" in config.stages and config.evaluate.corpora:
         windows = config.evaluate.max_windows or 160
         n = windows * config.evaluate.window * len(config.evaluate.corpora)
-        n_models = 1 + ("oneshot" in config.stages and config.evaluate.dense)
+        n_models = len(set(config.stages) & set(MODELS)) + config.evaluate.dense
+        n_models = n_models or 1
         estimate["flops"] += n_models * n * 2 * n_weights
         tokens.append(windows * config.evaluate.window)
         work = max(work, 2 * 4 * config.evaluate.window * model.model.config.vocab_size)
@@ -203,6 +207,20 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
     if "evaluate" in config.stages and config.evaluate.tasks:
         estimate["memory"] = max(estimate["memory"], width * n_weights)  # the whole model at once
     return estimate
+
+
+def _second_moments(block: nn.Module) -> int:
+    """Multiplications of one token's second moments, of a block's linears.
+
+    Of the linears of one module the last one reads what the others made, which share their input:
+    q, k and v one, o its own; gate and up one, down its own.
+    """
+    columns: dict[tuple, int] = {}
+    for parent in block.modules():
+        linears = [m for m in parent.children() if isinstance(m, nn.Linear | Conv1D)]
+        for m in linears:
+            columns[parent, m is linears[-1]] = matrix(m).shape[1]
+    return sum(c * c for c in columns.values())
 
 
 def matrix_rate(device: torch.device) -> float:

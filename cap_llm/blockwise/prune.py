@@ -176,7 +176,7 @@ def _check_shapes(model: BlockModel, plan: dict[str, float], settings: OneshotCo
             if not pattern.m and round(share * shape.numel()) in (0, shape.numel()):
                 which = "no weight" if share < 0.5 else "every weight"
                 raise UserError(
-                    f"a sparsity of {share:g} removes {which} of {name} {list(shape)}; choose one "
+                    f"a sparsity of {share} removes {which} of {name} {list(shape)}; choose one "
                     "between, or leave the matrix dense by --oneshot.layers"
                 )
 

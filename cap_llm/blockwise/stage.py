@@ -357,7 +357,8 @@ def verify(folder: Path, rows: list[Row]) -> tuple[int, int]:
     masks = mask_files.MaskFile(folder / mask_files.FILE)
     by_key = {keys[r.name]: r for r in rows}
     total = n_weights = 0
-    for key in {keys[name] for name, _ in model.named_parameters()}:
+    parameters = dict(model.named_parameters())
+    for key in {key for name, key in keys.items() if name in parameters}:
         (tensor,) = checkpoint.read([key]).values()
         zeros = int((tensor == 0).sum())
         total += zeros

@@ -111,13 +111,21 @@ class Walk:
         return output
 
     def _held_bytes(self, block: nn.Module, groups: list[Group]) -> int:
-        """Upper bound of what one waiting micro-batch holds: all inputs and outputs of linears."""
-        example = self.hidden[0]
+        """Upper bound of what one waiting micro-batch holds: all inputs and outputs of linears.
+
+        Attention in plain PyTorch ("eager": BLOOM has no other) also keeps the scores of all
+        pairs of tokens in its frame, and two tensors that it makes of them.
+        """
+        example, config = self.hidden[0], self.model.model.config
         outputs = sum(
             _out_features(block.get_submodule(name)) for group in groups for name in group.names
         )
         a_token = 2 * example.shape[-1] + sum(g.columns for g in groups) + outputs
-        return a_token * self.ids[0].numel() * example.element_size()
+        n_bytes = a_token * self.ids[0].numel() * example.element_size()
+        if config._attn_implementation == "eager":
+            pairs = self.ids[0].numel() * self.ids[0].shape[1]
+            n_bytes += 3 * config.num_attention_heads * pairs * 4  # the softmax is float32
+        return n_bytes
 
 
 class _Lane:

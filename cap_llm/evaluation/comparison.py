@@ -219,9 +219,9 @@ def _add_means(results: list[Result]) -> None:
                 if not all(scores):
                     continue
                 facts = {"tasks": ", ".join(part), "of": len(tasks), "limit": limit}
-                for key in ("shots", *LIBRARIES, "calibration"):
+                for key in ("shots", "computed in", *LIBRARIES, "calibration"):
                     facts[key] = scores[0].facts.get(key)
-                each = ("items", "task version", "text", "shots", *LIBRARIES)
+                each = ("items", "task version", "text", "shots", "computed in", *LIBRARIES)
                 scored = str([[s.facts.get(key) for key in each] for s in scores])
                 facts["scored"] = hashlib.sha256(scored.encode()).hexdigest()[:8]
                 mean = statistics.mean(s.value for s in scores)
@@ -245,7 +245,7 @@ def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
             if result.stage in ("dense", "oneshot", "start") or target is None:
                 continue
             first = result.before
-            while first and first.before:
+            while first and first.stage != "oneshot" and first.before:
                 first = first.before
             for came in everything if not first else ():  # pruned, nobody says by what
                 first = came if (came.run, came.stage) == (result.run, "start") else first
@@ -315,6 +315,8 @@ def _label(kind: str, name: str, facts: dict) -> list[str]:
     if kind in ("task", "word"):
         label = [name] + ["word_perplexity"] * (kind == "word")
         return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
+    if kind.endswith(" memory"):
+        return [kind, "a rank"]
     return ["tokens", "trained"] if kind == "trained" else kind.split(" ", 1)
 
 

@@ -133,6 +133,27 @@ def collect(folder: Path) -> list[Result]:
     troubles: list[str] = []
     facts = _part(folder / "environment.json", dict, troubles) or {}
     settings = _settings(folder / "config.yaml")
+    made = _models(folder, facts, settings)
+    results = list(made.values())
+    if results and not results[-1].figures_of(*SCORES):
+        results[-1].status.append("not scored")
+    title = facts.get("run") or folder.name
+    later = [r for stage, r in made.items() if stage != "dense"]
+    asked = [s for s in settings.get("stages") or [] if s not in (*made, "evaluate")]
+    last = (later or results or [Result(title, "none", folder, _dense({}, settings))])[-1]
+    last.environment = last.environment or facts
+    if asked:
+        last.status.append(f"{asked[0]} not begun")
+    last.status += troubles
+    version = (facts.get("versions") or {}).get("cap_llm")
+    for result in results or [last]:
+        if version and version != cap_llm.__version__:
+            result.status.append(f"of cap_llm {version}")
+    return results or [last]
+
+
+def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
+    """The models of a run by the names of their folders, in the order of the pipeline."""
     marks = ("recipe.json", "perplexity.json", "done.json")
     stages = [p.name for p in folder.iterdir() if any((p / mark).exists() for mark in marks)]
     stages = [s for s in stages if s != "source"]  # a conversion of the dense model
@@ -151,21 +172,7 @@ def collect(folder: Path) -> list[Result]:
             result.dense = _dense(settings, settings)
         elif stage != "dense" and stage == stages[-1] and settings.get("name") != "":
             result.name = title  # one that nobody named is called by what was done
-    results = list(made.values())
-    if results and not results[-1].figures_of(*SCORES):
-        results[-1].status.append("not scored")
-    later = [r for stage, r in made.items() if stage != "dense"]
-    asked = [s for s in settings.get("stages") or [] if s not in (*stages, "evaluate")]
-    last = (later or results or [Result(title, "none", folder, _dense({}, settings))])[-1]
-    last.environment = last.environment or facts
-    if asked:
-        last.status.append(f"{asked[0]} not begun")
-    last.status += troubles
-    version = (facts.get("versions") or {}).get("cap_llm")
-    for result in results or [last]:
-        if version and version != cap_llm.__version__:
-            result.status.append(f"of cap_llm {version}")
-    return results or [last]
+    return made
 
 
 def _is_run(path: Path) -> bool:
@@ -184,8 +191,9 @@ def _given(settings: dict, folder: Path) -> Result | None:
     place = Path(path).resolve() if isinstance(path, str) and path else None
     if not place or place.parent == folder.resolve() or not _is_run(place.parent):
         return None
-    stages = (r for r in collect(place.parent) if r.stage == place.name != "dense")
-    return next(stages, None)
+    facts = _part(place.parent / "environment.json", dict, []) or {}
+    made = _models(place.parent, facts, _settings(place.parent / "config.yaml"))
+    return made.get(place.name) if place.name != "dense" else None
 
 
 def _result(
@@ -271,7 +279,8 @@ def _dense(recipe: dict, settings: dict) -> str:
 def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     """Method, amount and a name from the recipe."""
     oneshot = recipe.get("oneshot")
-    if oneshot:
+    method, amount = (before.method, before.amount) if before else ("given model", "")
+    if oneshot and (result.stage in ("oneshot", "recover") or not before):
         method = _METHODS.get(oneshot.get("method"), str(oneshot.get("method")))
         if oneshot.get("pattern") == "row" and oneshot.get("method") != "wanda":
             method += " by row"  # as Wanda always chooses
@@ -280,11 +289,9 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
         method += " by layer" * bool(oneshot.get("layers"))
         pattern, share = str(oneshot.get("pattern")), oneshot.get("sparsity")
         amount = pattern if ":" in pattern else f"{100 * share:g} %" if share else ""
-    else:
-        method = before.method if before else "given model"
-        amount = before.amount if before else ""
-    name = before.name if before else f"{method} {amount}".strip()
+    name = f"{method} {amount}".strip()
     if result.stage != "oneshot":
+        name = before.name if before else name
         added = _ADDED.get(result.stage, result.stage)
         method, name = f"{method} + {added}", f"{name} + {added}"
     ladder = (recipe.get("recover") or {}).get("ladder")

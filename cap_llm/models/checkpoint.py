@@ -163,6 +163,11 @@ class ShardWriter:
         )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a model directory's weights are there: `remove_weights` leaves none."""
+    return any(folder.glob("model*.safetensors"))
+
+
 def remove_weights(folder: Path) -> None:
     """Deletes a model directory's weights, keeping its records; the index goes first."""
     (folder / INDEX).unlink(missing_ok=True)

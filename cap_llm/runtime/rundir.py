@@ -52,15 +52,12 @@ class Run:
     def _open(self) -> UserError | None:
         """Makes the directory and takes its lock; the first rank's part."""
         try:
+            refuse_strangers(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+        except UserError as error:
+            return error
         except OSError as error:
             return UserError(f"output_dir {self.path} cannot be made: {error.strerror}")
-        strangers = [path.name for path in self.path.iterdir()]
-        if strangers and LOCK_FILE not in strangers:
-            return UserError(
-                f"output_dir {self.path} holds other files ({strangers[0]}, ...); choose a new "
-                "directory"
-            )
         try:
             self._lock = Lock(self.path, self.console)
             self.console.log_to(self.path / "log.txt")
@@ -109,14 +106,7 @@ class Run:
             UserError: the folder holds this stage with other settings.
         """
         folder = self.path / name
-        if (folder / "recipe.json").exists():
-            earlier = read_json(folder / "recipe.json")
-            if changed := difference(earlier, recipe):
-                field, was, now = changed
-                raise UserError(
-                    f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
-                    "choose another output_dir or remove that folder"
-                )
+        refuse_other(folder, recipe)
         done = read_json(folder / "done.json") if (folder / "done.json").exists() else None
         # The first rank's view counts: a shared file system may show ranks different things. All
         # have read, too, before the first one writes.
@@ -168,6 +158,37 @@ class Run:
         for file in (*self._trackers, self._metrics, self._lock):
             if file:
                 file.close()
+
+
+def refuse_strangers(path: Path) -> None:
+    """Refuses to work in a directory that is no run directory, unless it is empty or not there.
+
+    Raises:
+        UserError: it holds other files, or is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output_dir {path} is a file; choose a new directory")
+    strangers = [inside.name for inside in path.iterdir()] if path.exists() else []
+    if strangers and LOCK_FILE not in strangers:
+        raise UserError(
+            f"output_dir {path} holds other files ({strangers[0]}, ...); choose a new directory"
+        )
+
+
+def refuse_other(folder: Path, recipe: dict) -> None:
+    """Refuses to go on in a stage's folder that was begun with other settings.
+
+    Raises:
+        UserError: names the first one that differs.
+    """
+    if not (folder / "recipe.json").exists():
+        return
+    if changed := difference(read_json(folder / "recipe.json"), recipe):
+        field, was, now = changed
+        raise UserError(
+            f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
+            "choose another output_dir or remove that folder"
+        )
 
 
 def environment(world: World) -> dict:
