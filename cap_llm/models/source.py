@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
 from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import INDEX, SINGLE, Checkpoint, config_dict
+from cap_llm.models.checkpoint import INDEX, SINGLE, Checkpoint, config_dict, has_weights
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import Run
 from cap_llm.text.corpora import offline
@@ -85,7 +85,7 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
 
     The first is what the stage before it made in this run directory, now or in an earlier job;
     without one, the run's model. The second is then `model.dense`, or the run's model where the
-    first was made of it here. Else recover takes its teacher for the dense model or, without one,
+    first was made of it here (and is kept). Else recover takes its teacher for it or, without one,
     the run's model where that climbs a ladder and has no masks yet.
 
     Raises:
@@ -97,7 +97,7 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
         model = ModelConfig(path=config.model.dense)
         return start, prepare(locate(model), model, run, "dense-source")
     recovers = stage == "recover"
-    if start is source and recovers and config.recover.teacher:
+    if recovers and config.recover.teacher and (start is source or not has_weights(source)):
         return start, teacher_of(config, run)
     pruned = (source / "masks.safetensors").exists()
     climbs = recovers and bool(config.recover.ladder)
