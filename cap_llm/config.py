@@ -226,8 +226,7 @@ class ObjectiveConfig:
     prc: float = 0.1
     """Contrast with the pre-trained (dense) model."""
     snc: float = 0.1
-    """Contrast with the student's own snapshots of earlier rungs; each of R snapshots weighs a
-    part in R."""
+    """Contrast with the student's own snapshots of earlier rungs; divided by their number."""
     fic: float = 0.1
     """Contrast with a fine-tuned model (recover.finetuned); off without one."""
 
