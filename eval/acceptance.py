@@ -5,12 +5,15 @@
 Each row is a run of the real entry with the recipe `opt-125m-acceptance`. The model, C4, WikiText-2
 and PTB come from the Hugging Face hub (or from `--model DIRECTORY` and CAP_LLM_DATA). Finished runs
 are not repeated, and one that was stopped goes on. Ends with measured, published, difference, and
-within or outside the range; the exit code is 0 if all are within, else 1.
+within or outside the range; the exit code is 0 if all are within, else 1. Beside SDS stand its
+controls from the same first prune, which have no range. The paper's perplexity of the re-densified
+model alone (27.94 from 2:4) is not held against anything: the stage keeps no such model.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -26,18 +29,28 @@ from cap_llm.evaluation.report import collect, write_report  # noqa: E402
 from cap_llm.evaluation.runs import Result  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 
+TWO_OF_FOUR = ["--oneshot.pattern", "2:4", "--oneshot.sparsity", "null"]
+WANDA = ["--oneshot.method", "wanda"]
+SDS = [*TWO_OF_FOUR, "--stages", "[oneshot, sds, evaluate]"]
 RUNS = {
     "dense": ["--stages", "[evaluate]", "--evaluate.dense", "true"],
     "magnitude 50 %": ["--oneshot.method", "magnitude"],
     "SparseGPT 50 %": [],
-    "Wanda 50 %": ["--oneshot.method", "wanda"],
-    "SparseGPT 2:4": ["--oneshot.pattern", "2:4", "--oneshot.sparsity", "null"],
-    "Wanda 2:4": [
-        *("--oneshot.method", "wanda", "--oneshot.pattern", "2:4", "--oneshot.sparsity", "null"),
+    "Wanda 50 %": WANDA,
+    "ALPS 50 %": ["--oneshot.method", "alps"],
+    "Wanda + reconstruction 50 %": [  # as many epochs as published
+        *(*WANDA, "--stages", "[oneshot, reconstruct, evaluate]", "--reconstruct.epochs", "10"),
     ],
+    "SparseGPT 2:4": TWO_OF_FOUR,
+    "Wanda 2:4": [*WANDA, *TWO_OF_FOUR],
+    "SparseGPT + SDS 2:4": SDS,
+    "SparseGPT + refit 2:4": [*TWO_OF_FOUR, "--oneshot.refit", "true"],
+    "SparseGPT + adjustment 2:4": [*SDS, "--sds.redensify", "false"],
 }
+CONTROLS = ("SparseGPT + refit 2:4", "SparseGPT + adjustment 2:4")  # of SDS
+BELOW = {"ALPS 50 %": "SparseGPT 50 %"}  # run -> the run that it must beat; no paper has its figure
 # (run, corpus): published, lowest and highest that is accepted. Where papers disagree, or drew
-# another calibration sample, the range spans what they print.
+# another calibration sample, the range spans what they print. 0: only the highest counts.
 TARGETS = {
     ("dense", "wikitext2"): ("27.66", 27.64, 27.68),
     ("dense", "ptb"): ("38.99", 38.97, 39.01),
@@ -47,6 +60,8 @@ TARGETS = {
     ("Wanda 50 %", "wikitext2"): ("39.00", 38.8, 39.4),
     ("SparseGPT 2:4", "wikitext2"): ("60.43", 60.0, 61.0),
     ("Wanda 2:4", "wikitext2"): ("82.47", 81.0, 83.0),
+    ("Wanda + reconstruction 50 %", "wikitext2"): ("31.18", 31.0, 31.6),
+    ("SparseGPT + SDS 2:4", "wikitext2"): ("51.30", 0.0, 51.3),
 }
 
 
@@ -60,7 +75,8 @@ def main() -> int:
     results = {}
     for n, (name, settings) in enumerate(RUNS.items(), 1):
         console.say(f"\n[{n}/{len(RUNS)}] {name}", style="bold")
-        folder = options.out / name.lower().replace(" %", "").replace(" ", "-").replace(":", "of")
+        folder = name.lower().replace(" %", "").replace(" + ", "-").replace(":", "of")
+        folder = options.out / folder.replace(" ", "-")
         command = [sys.executable, str(ROOT / "cap_llm/train.py"), "--output_dir", str(folder)]
         command += ["--config", "opt-125m-acceptance", "--name", name]
         command += ["--model.path", options.model, *settings]
@@ -76,25 +92,37 @@ def main() -> int:
     rows, n_outside = verdicts(results)
     columns = ["run", "corpus", "measured", "published", "difference", "range", ""]
     console.table("Acceptance", columns, rows)
-    console.say(f"{len(rows) - n_outside} of {len(rows)} within their range; report: {page}")
+    n = len(TARGETS) + len(BELOW)
+    console.say(f"{n - n_outside} of {n} within their range; report: {page}")
     return 1 if n_outside else 0
 
 
 def verdicts(results: dict[str, Result]) -> tuple[list[list[str]], int]:
-    """A row for each target, and how many figures lie outside or are missing."""
+    """A row for each target and control, and how many targets are missed or not measured."""
+
+    def measured(name: str, corpus: str) -> float | None:
+        figures = results[name].figures_of("ppl")
+        return next((f.value for f in figures if f.name == corpus), None)
+
+    goals = {  # (run, corpus): published, range in words, lowest, highest
+        key: (published, f"{low:g} to {high:g}" if low else f"at most {high:g}", low, high)
+        for key, (published, low, high) in TARGETS.items()
+    }
+    for name, other in BELOW.items():
+        limit = measured(other, "wikitext2") or 0.0
+        goals[name, "wikitext2"] = (None, f"below {other}", 0.0, limit)
+    goals |= {(name, "wikitext2"): (None, "-", 0.0, math.inf) for name in CONTROLS}
     rows, n_outside = [], 0
-    for (name, corpus), (published, low, high) in TARGETS.items():
-        figures = results[name].figures
-        found = [f.value for f in figures if (f.kind, f.name) == ("ppl", corpus)]
-        row, accepted = [name, corpus], f"{low:g} to {high:g}"
-        if found:
-            within = low <= found[0] <= high
-            row += [f"{found[0]:.2f}", published, f"{found[0] - float(published):+.2f}", accepted]
+    for (name, corpus), (published, accepted, low, high) in goals.items():
+        ppl = measured(name, corpus)
+        within = ppl is not None and low <= ppl <= high
+        row = [name, corpus, "-" if ppl is None else f"{ppl:.2f}", published or "-"]
+        row += [f"{ppl - float(published):+.2f}" if ppl and published else "-", accepted]
+        if name in CONTROLS:
+            rows.append([*row, "control"])
         else:
-            within = False
-            row += ["-", published, "-", accepted]
-        rows.append([*row, "within" if within else "OUTSIDE"])
-        n_outside += not within
+            rows.append([*row, "within" if within else "OUTSIDE"])
+            n_outside += not within
     return rows, n_outside
 
 

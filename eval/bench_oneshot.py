@@ -2,7 +2,6 @@
 
     python eval/bench_oneshot.py --model /data/smollm2-135m --make-peer /tmp/peer --out bench.json
     python eval/bench_oneshot.py --model /data/smollm2-135m --peer-python /tmp/peer/v/bin/python
-    python eval/bench_oneshot.py --model /data/smollm2-135m --solvers --sequences 64
     python eval/bench_oneshot.py --random-shape opt-1.3b
 
 The calibration ids are drawn once and handed to every contender; each runs in a process of its own,
@@ -15,10 +14,8 @@ The machine must be idle: two threads that wait for each other beside a stranger
 long, and not every contender equally. So what other processes burn during a run is measured, the
 least disturbed rounds count, and no ratio is printed of a run that was disturbed.
 
-`--solvers` times cap_llm's other solvers and block-wise stages beside its SparseGPT instead, as the
-entry runs them: seconds are those of `done.json`.
-
-The corpora are found as `cap_llm` finds them (`CAP_LLM_DATA` or the hub).
+The corpora are found as `cap_llm` finds them (`CAP_LLM_DATA` or the hub). `bench_solvers.py`
+times cap_llm's other solvers and stages.
 """
 
 from __future__ import annotations
@@ -49,15 +46,6 @@ TITLES = {
     "plain": "published algorithm, plain",
     "peer": f"llmcompressor {PEER[1].rpartition('=')[2]}",
 }
-SOLVERS = {  # stages after oneshot, options
-    "SparseGPT": ([], []),
-    "SparseGPT + refit": ([], ["--oneshot.refit", "true"]),
-    "ADMM-grad": ([], ["--oneshot.method", "admm_grad"]),
-    "ALPS": ([], ["--oneshot.method", "alps"]),
-    "SDS on SparseGPT": (["sds"], []),
-    "SparseGPT + reconstruction, 1 epoch": (["reconstruct"], ["--reconstruct.epochs", "1"]),
-    "SparseGPT + reconstruction, 2 epochs": (["reconstruct"], ["--reconstruct.epochs", "2"]),
-}
 PHASES = ("load", "forward", "hessian", "solve", "propagate")
 SPARSITY, DAMPING, BLOCK_SIZE = 0.5, 0.01, 128
 GIB = 2**30
@@ -78,8 +66,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         if args.random_shape:
             report = measure_shape(args, Path(scratch))
-        elif args.solvers:
-            report = compare_solvers(args, Path(scratch))
         else:
             report = compare(args, Path(scratch))
     if args.out:
@@ -104,7 +90,6 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=os.cpu_count(), help="of every contender")
     add("--peer-python", type=Path, help="python of an environment that has llmcompressor")
     add("--make-peer", type=Path, metavar="DIR", help="make that environment in DIR, if not there")
-    add("--solvers", action="store_true", help="cap_llm's solvers and stages beside each other")
     add("--random-shape", choices=SHAPES, help="only cap_llm, on random weights of this shape")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "cap_llm_bench", help="scratch")
     add("--out", type=Path, metavar="FILE.json", help="also write all figures here")
@@ -165,38 +150,6 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict:
     return report
 
 
-def compare_solvers(args: argparse.Namespace, scratch: Path) -> dict:
-    """Seconds of other solvers and stages as a multiple of SparseGPT's, in one run."""
-    model = truncate(args.model, args.blocks, scratch) if args.blocks else args.model
-    rows: dict[str, dict] = {}
-    for name, (stages, options) in SOLVERS.items():
-        out, stages = scratch / f"solver-{len(rows)}", ["oneshot", *stages]
-        command = [sys.executable, HERE.parent / "cap_llm" / "train.py", "--output_dir", out]
-        command += ["--model.path", model, "--stages", f"[{', '.join(stages)}]", *options]
-        command += ["--calibration.corpus", args.corpus, "--calibration.length", args.length]
-        command += ["--calibration.sequences", args.sequences, "--calibration.seed", args.seed]
-        others = alone(name, command, args.work / "solver.log", args)
-        done = [json.loads((out / stage / "done.json").read_text()) for stage in stages]
-        rows[name] = {
-            "seconds": sum(d["seconds"] for d in done),
-            "last_stage": done[-1]["seconds"],
-            "peak_bytes": max(d["peak_memory_bytes"] for d in done),
-            "others": others,
-        }
-        say(f"{name}: {rows[name]['seconds']:.1f} s, others used {rows[name]['others']:.2f} cores")
-        shutil.rmtree(out)
-    own = rows["SparseGPT"]["seconds"]
-    print(f"\n{args.sequences} x {args.length} tokens, {args.threads} threads\n")
-    print("| | seconds | x SparseGPT | its last stage alone | others, cores | peak, GiB |")
-    print("|---" * 6 + "|")
-    for name, row in rows.items():
-        ratios = [row["seconds"] / own, row["last_stage"] / own]
-        cells = [f"{row['seconds']:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
-        cells += [f"{row['others']:.2f}" + (" (disturbed)" if row["others"] > IDLE else "")]
-        print(f"| {name} | {' | '.join(cells)} | {row['peak_bytes'] / GIB:.2f} |")
-    return {"model": str(args.model), "tokens": [args.sequences, args.length], "solvers": rows}
-
-
 def measure_shape(args: argparse.Namespace, scratch: Path) -> dict:
     """Memory and seconds of cap_llm on random weights of a published shape."""
     from safetensors.torch import save_file
@@ -245,13 +198,13 @@ def measure(name: str, model: Path, args: argparse.Namespace, scratch: Path) -> 
         command = [args.peer_python, HERE / "peer_llmcompressor.py", job]
     else:
         command = [sys.executable, Path(__file__).resolve(), "--child", job]
-    others = alone(TITLES[name], command, args.work / f"{name}.log", args)
+    others = alone(TITLES[name], command, args.work / f"{name}.log", args.threads)
     return json.loads(result.read_text()) | {"others": others}
 
 
-def alone(title: str, command: list, log: Path, args: argparse.Namespace) -> float:
+def alone(title: str, command: list, log: Path, threads: int) -> float:
     """Runs a command; returns how many cores others than this process's family used meanwhile."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     before = busy_seconds()
     with open(log, "w") as file:
         ended = subprocess.run(

@@ -13,6 +13,7 @@ Nothing here is tuned: it is what PyTorch's own kernels give.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import warnings
@@ -33,15 +34,15 @@ import torch  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from cap_llm.models.blocks import find_blocks, model_class  # noqa: E402
+from cap_llm.models.blocks import find_blocks, match_names, model_class, skeleton  # noqa: E402
 from cap_llm.models.checkpoint import Checkpoint  # noqa: E402
+from cap_llm.models.masks import PRUNED  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 from cap_llm.runtime.files import write_json  # noqa: E402
 from cap_llm.sparsity.masks import pack, unpack  # noqa: E402
 
 BATCHES = (1, 64)
 DENSE = "dense bf16"
-PRUNED = 0.05  # share of zeros from which on a matrix counts as pruned
 SAME = 0.05  # ratios this near to 1 are called the same
 Product = Callable[[torch.Tensor], torch.Tensor]  # [B, C] -> [B, R]
 
@@ -106,6 +107,10 @@ def main() -> int:
     try:
         if options.repeats < 1:
             raise UserError(f"--repeats is {options.repeats}; it must be at least 1")
+        if out := options.out:
+            parent = out.absolute().parent
+            if out.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise UserError(f"--out {out} is no file in a directory that can be written to")
         result = bench(options.model, options.repeats, console)
         if options.out:
             write_json(options.out, result)
@@ -120,17 +125,18 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
     """Measures a pruned model directory and prints what was found.
 
     Raises:
-        UserError: it is no model directory, or nothing in it is pruned.
+        UserError: it is no model directory, lacks weights, or nothing in it is pruned.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model directory: it has no config.json")
+    match_names(skeleton(folder), Checkpoint(folder))  # all weights are there
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model_class(folder).from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     modules = _pruned(model)
     if not modules:
         raise UserError(
             f"{folder} is not pruned: no matrix of its blocks has {PRUNED:.0%} of zeros; give "
-            " a stage's folder such as RUN/oneshot"
+            "a stage's folder such as RUN/oneshot"
         )
     weights = {name: _weight(module) for name, module in modules.items()}
     made, absent = _formats(weights, device, console)
@@ -151,7 +157,7 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
 
 
 def _pruned(model) -> dict[str, torch.nn.Module]:
-    """The linears inside the blocks that have more zeros than chance makes."""
+    """The linears inside the blocks with so many zeros that somebody pruned them."""
     prefix, _ = find_blocks(model)
     return {
         name: module

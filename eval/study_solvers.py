@@ -5,21 +5,31 @@
 Each cell is a run of the real entry on SmolLM2-135M: calibration on 128 x 512 tokens of C4; scored
 on the first 32 windows (2048 tokens) of WikiText-2 and of held-out C4. At 50 % and 2:4 there are
 three seeds of the calibration text, and the first one is scored on the whole of WikiText-2 as well.
+What decides most comes first: the main arms at 2:4 and 50 %, first seed.
+
+All of it is 125 cells. By the count of their operations at 200 Gflop/s, as two cores give, that is
+about 35 hours on a machine that does nothing else: 13 of scoring, 19 of pruning and 3 for SDS in
+mode `paper`, which comes last. `make study` stops at the one-shot arms of the first seed.
+
 Finished scores are kept in `eval/results/study_solvers.json` and not repeated; a stopped cell goes
-on from its run in WORK_DIR. The tables are written beside it. All of it takes many hours on two
-cores, a cell 3 to 30 minutes; `make study` stops at the one-shot arms of the first seed.
+on from its run in WORK_DIR. A cell that fails is named at the end (exit code 1), the others go on.
+Weights go once they are scored and no cell of this call starts from them, so that WORK_DIR holds at
+most seven models (4 GB). The tables are written beside the results.
 
 The controls of Sparse-Dense-Sparse (SDS), all from the same first prune: C1, a refit on its mask,
 is "+ refit"; C2 is the adjustment alone, without the dense step; C3 is the dense step without
-regularisers and without adjustment, which must give the first prune again.
+regularisers and without adjustment, which must give the first prune again. Reconstruction starts
+from ALPS and, as its control, from SparseGPT: what it gains may not be the solver's merit.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,9 +41,14 @@ quiet_libraries()
 
 import assets  # noqa: E402
 
+from cap_llm.models.checkpoint import INDEX, remove_weights  # noqa: E402
 from cap_llm.runtime.files import atomic, read_json, write_json  # noqa: E402
+from cap_llm.sparsity import masks  # noqa: E402
 
 RESULTS = ROOT / "eval" / "results" / "study_solvers.json"
+SEEDS = range(3)
+Cell = tuple[str, str, int]  # arm, pattern, seed
+
 WANDA = ["--oneshot.method", "wanda"]
 NOTHING = ["--sds.mu", "0", "--sds.l1", "0", "--sds.l2", "0", "--sds.adjust", "false"]
 ONESHOT = {  # arm -> options
@@ -51,6 +66,8 @@ LATER = {  # arm -> the arm whose model it starts from, stage, options
     "SDS on SparseGPT": ("SparseGPT", "sds", []),
     "C2 on SparseGPT": ("SparseGPT", "sds", ["--sds.redensify", "false"]),
     "C3 on SparseGPT": ("SparseGPT", "sds", [*NOTHING, "--calibration.held_out", "0"]),
+    "SDS (paper) on SparseGPT": ("SparseGPT", "sds", ["--sds.mode", "paper"]),
+    "SparseGPT + reconstruction": ("SparseGPT", "reconstruct", []),
     "ALPS + reconstruction": ("ALPS", "reconstruct", []),
     "ALPS + reconstruction, student": (
         "ALPS",
@@ -59,14 +76,24 @@ LATER = {  # arm -> the arm whose model it starts from, stage, options
     ),
 }
 ARMS = (*ONESHOT, *LATER)
+CONTROLS = {  # C1 and C2 of each SDS
+    "SDS on Wanda": ("Wanda + refit", "C2 on Wanda"),
+    "SDS on SparseGPT": ("SparseGPT + refit", "C2 on SparseGPT"),
+    "SDS (paper) on SparseGPT": ("SparseGPT + refit", "C2 on SparseGPT"),
+}
+MAIN = (  # arms that come first
+    *("SparseGPT", "SparseGPT + refit", "ALPS", "SDS on SparseGPT", "C2 on SparseGPT"),
+    *("Wanda", "SDS on Wanda", "ALPS + reconstruction"),
+)
+ONCE = ("C3 on SparseGPT", "SDS (paper) on SparseGPT")  # an identity check; hours
 PATTERNS = {
-    "50 %": ["--oneshot.sparsity", "0.5"],
     "2:4": ["--oneshot.pattern", "2:4"],
+    "50 %": ["--oneshot.sparsity", "0.5"],
     "60 %": ["--oneshot.sparsity", "0.6"],
     "70 %": ["--oneshot.sparsity", "0.7"],
     "4:8": ["--oneshot.pattern", "4:8"],
 }
-SEVERAL = ("50 %", "2:4")  # three seeds, and the whole test set for the first
+SEVERAL = ("2:4", "50 %")  # three seeds, and the whole test set for the first
 FIRST = 32  # windows
 SCORES = {  # what is scored together: its keys in the results, options
     "first": (
@@ -75,6 +102,7 @@ SCORES = {  # what is scored together: its keys in the results, options
     ),
     "whole": ({"whole": "wikitext2@2048"}, ["--evaluate.corpora", "[wikitext2]"]),
 }
+STOPPED = (130, 143, -2, -15)  # exit codes after SIGINT and SIGTERM; caught, or too early for that
 
 
 def main() -> int:
@@ -83,75 +111,136 @@ def main() -> int:
     parser.add_argument("work", nargs="?", type=Path, default=Path("runs/study-solvers"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--seeds", nargs="+", type=int, choices=range(3), default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     args = parser.parse_args()
     console = Console()
     model = assets.smollm2(console.say)
-    cells = [("dense", "", 0, "first"), ("dense", "", 0, "whole")]
-    cells += [
-        (arm, pattern, seed, scores)
-        for seed in args.seeds
-        for scores in SCORES
-        for pattern in args.patterns
-        for arm in args.arms
-        if pattern in SEVERAL or (seed == 0 and scores == "first")
-        if seed == 0 or scores == "first"
-    ]
-    for n, (arm, pattern, seed, scores) in enumerate(cells, 1):
-        name = name_of(arm, pattern, seed)
-        keys, options = SCORES[scores]
-        if all(key in results().get(name, {}) for key in keys):
-            continue
-        console.say(f"\n[{n}/{len(cells)}] {name}, {', '.join(keys.values())}", style="bold")
-        if code := run(arm, pattern, seed, model, args.work, options):
-            return code
-        RESULTS.parent.mkdir(exist_ok=True)
-        known = results()
-        known[name] = known.get(name, {}) | measured(arm, pattern, seed, args.work, keys)
-        write_json(RESULTS, known)
-        write_tables()
-        console.say("\n".join(summary()))
+    cells, failed = plan(args.arms, args.patterns, args.seeds), []
+    for n, cell in enumerate(cells, 1):
+        for scores in missing(cell):
+            keys, options = SCORES[scores]
+            title = f"\n[{n}/{len(cells)}] {name_of(cell)}, {', '.join(keys.values())}"
+            console.say(title, style="bold")
+            code = run(cell, model, args.work, options)
+            if code in STOPPED or (code and cell == cells[0]):
+                return code  # where the dense model cannot be scored, nothing can
+            if code:
+                failed.append(f"{name_of(cell)}: exit code {code}")
+                break
+            RESULTS.parent.mkdir(exist_ok=True)
+            known = results()
+            name = name_of(cell)
+            write_json(
+                RESULTS, known | {name: known.get(name, {}) | measured(cell, args.work, keys)}
+            )
+            write_tables()
+            console.say("\n".join(summary()))
+        else:
+            clear(cell, [c for c in cells[n:] if missing(c)], args.work)
     write_tables()
-    console.say("\n".join(summary()))
-    return 0
+    console.say("\n".join([*summary(), *(f"failed: {line}" for line in failed)]))
+    return 1 if failed else 0
 
 
-def name_of(arm: str, pattern: str, seed: int) -> str:
+# The cells
+
+
+def plan(arms: list[str], patterns: list[str], seeds: list[int]) -> list[Cell]:
+    """The cells of these arms, patterns and seeds, in the order in which they are run."""
+
+    def wanted(arm: str, pattern: str, seed: int) -> bool:
+        if arm in ONCE:
+            return (pattern, seed) == ("2:4", 0)
+        return seed == 0 or (pattern in SEVERAL and arm != "magnitude")  # it reads no text
+
+    def place(cell: Cell) -> tuple:
+        arm, pattern, seed = cell
+        if arm in MAIN and pattern in SEVERAL and seed == 0:
+            return 0, SEVERAL.index(pattern), MAIN.index(arm)
+        return (2,) if arm == ONCE[-1] else (1, seed)
+
+    every = ((a, p, s) for s in SEEDS for p in PATTERNS for a in ARMS if wanted(a, p, s))
+    chosen = [(a, p, s) for a, p, s in every if a in arms and p in patterns and s in seeds]
+    return [("dense", "", 0), *sorted(chosen, key=place)]
+
+
+def missing(cell: Cell) -> list[str]:
+    """What of SCORES is still to be measured of a cell."""
+    arm, pattern, seed = cell
+    known = results().get(name_of(cell), {})
+    whole = seed == 0 and (arm == "dense" or pattern in SEVERAL)
+    asked = ["first", "whole"] if whole else ["first"]
+    return [scores for scores in asked if not known.keys() >= SCORES[scores][0].keys()]
+
+
+def name_of(cell: Cell) -> str:
     """A cell's key in the results."""
+    arm, pattern, seed = cell
     return arm if arm == "dense" else f"{arm}, {pattern}, seed {seed}"
 
 
-def folder_of(arm: str, pattern: str, seed: int, work: Path) -> Path:
+def folder_of(cell: Cell, work: Path) -> Path:
     """A cell's run directory."""
-    name = name_of(arm, pattern, seed).lower().replace(":", "of").replace(" %", "")
-    return work / name.replace(",", "").replace(" + ", "-").replace(" ", "-")
+    name = name_of(cell).lower().replace(":", "of").replace(" %", "")
+    for taken in ",()":
+        name = name.replace(taken, "")
+    return work / name.replace(" + ", "-").replace(" ", "-")
 
 
-def run(arm: str, pattern: str, seed: int, model: Path, work: Path, scores: list[str]) -> int:
+def model_of(cell: Cell, work: Path) -> Path:
+    """Where a cell's model lies."""
+    arm = cell[0]
+    stage = "oneshot" if arm in ONESHOT else LATER[arm][1] if arm in LATER else "dense"
+    return folder_of(cell, work) / stage
+
+
+def base_of(cell: Cell) -> Cell:
+    """The cell whose model a cell starts from; itself if it starts from the dense one."""
+    arm, pattern, seed = cell
+    return (LATER[arm][0] if arm in LATER else arm), pattern, seed
+
+
+def run(cell: Cell, model: Path, work: Path, scores: list[str]) -> int:
     """Runs the entry for one cell, after the one that it starts from; the exit code."""
+    arm, pattern, seed = cell
     options = ["--calibration.length", "512", "--calibration.seed", str(seed)]
     options += PATTERNS.get(pattern, [])
-    stages, start = ["oneshot"], model
-    if arm == "dense":
-        stages = []
-    elif arm in ONESHOT:
-        options += ONESHOT[arm]
-    else:
-        base, stage, more = LATER[arm]
-        if code := run(base, pattern, seed, model, work, []):
+    if "Wanda" in arm and "%" in pattern:
+        # as Wanda chooses by either name; and the adjustment shall keep to the same budget
+        options += ["--oneshot.pattern", "row"]
+    stages, start, made = [], model, model_of(cell, work)
+    if arm in ONESHOT:
+        stages, options = ["oneshot"], [*options, *ONESHOT[arm]]
+    elif arm in LATER:
+        _, stage, more = LATER[arm]
+        base = base_of(cell)
+        start = model_of(base, work)
+        there = (start / "done.json").exists() and (start / INDEX).exists()
+        if not there and (code := run(base, model, work, [])):
             return code
-        stages, start = [stage], folder_of(base, pattern, seed, work) / "oneshot"
-        options += [*more, "--model.dense", str(model)]
+        stages, options = [stage], [*options, *more, "--model.dense", str(model)]
+    if not (made / INDEX).exists():  # its weights were removed: make them again
+        (made / "done.json").unlink(missing_ok=True)
     if scores:
         stages = [*stages, "evaluate"]
         options += ["--evaluate.window", "2048", *scores]
         options += ["--evaluate.dense", "true" if arm == "dense" else "false"]
     command = [
         *(sys.executable, str(ROOT / "cap_llm/train.py"), "--model.path", str(start)),
-        *("--output_dir", str(folder_of(arm, pattern, seed, work))),
+        *("--output_dir", str(folder_of(cell, work)), "--name", f"{arm} {pattern}".strip()),
         *("--stages", f"[{', '.join(stages)}]", *options),
     ]
     return subprocess.run(command, check=False).returncode
+
+
+def clear(cell: Cell, left: list[Cell], work: Path) -> None:
+    """Removes the weights of a scored cell and of its base if no cell of `left` needs them."""
+    for made in {cell, base_of(cell)} - {base_of(c) for c in left}:
+        remove_weights(model_of(made, work))
+        (model_of(made, work) / masks.FILE).unlink(missing_ok=True)
+
+
+# The results
 
 
 def results() -> dict:
@@ -159,68 +248,147 @@ def results() -> dict:
     return read_json(RESULTS) if RESULTS.exists() else {}
 
 
-def measured(arm: str, pattern: str, seed: int, work: Path, keys: dict[str, str]) -> dict:
+def measured(cell: Cell, work: Path, keys: dict[str, str]) -> dict:
     """What a finished cell measured, with what a reader needs to compare it."""
-    folder = folder_of(arm, pattern, seed, work)
-    if arm == "dense":
-        made, last = [], folder / "dense"
-    elif arm in ONESHOT:
-        made = [last := folder / "oneshot"]
-    else:
-        base, stage, _ = LATER[arm]
-        made = [folder_of(base, pattern, seed, work) / "oneshot", last := folder / stage]
+    last = model_of(cell, work)
     corpora = read_json(last / "perplexity.json")["corpora"]
     result = {name: corpora[key]["ppl_token"] for name, key in keys.items()}
-    if made:
+    if cell[0] != "dense":
+        made = dict.fromkeys((model_of(base_of(cell), work), last))
         done = [read_json(stage / "done.json") for stage in made]
         result["seconds"] = round(sum(d["seconds"] for d in done), 1)
         result["peak_memory_bytes"] = max(d["peak_memory_bytes"] for d in done)
         result["calibration"] = done[-1]["calibration"]
         counts = read_json(last / "sparsity.json")
         result["sparsity"] = counts["pruned_matrices"]["sparsity"]
+        errors = [row["error"] for row in counts["rows"] if row["error"] is not None]
+        if errors:
+            result["layer_error"] = statistics.mean(errors)
         kept = [row["kept"] for row in counts["rows"] if row.get("kept")]
         if kept:
-            result["kept"] = {k: kept.count(k) for k in dict.fromkeys(kept)}
+            result["kept"] = collections.Counter(kept)
         if "blocks" in counts:
             result["epochs"] = [block["epoch"] for block in counts["blocks"]]
-    return result | assets.provenance(folder)
+    return result | assets.provenance(folder_of(cell, work))
+
+
+def by_seed(pattern: str, key: str, *arms: str) -> list[tuple[float, ...]]:
+    """A score of some arms, a tuple for each seed that all of them have; `dense` has every one."""
+    there = results()
+    cells = ([there.get(name_of((a, pattern, s)), {}) for a in arms] for s in SEEDS)
+    return [tuple(c[key] for c in row) for row in cells if all(key in c for c in row)]
+
+
+def percent(pattern: str, formula: Callable[..., float], *arms: str, form: str = ".1f") -> str:
+    """A share of the WikiText-2 perplexities (first windows) of some arms, paired by seed."""
+    shares = [100 * formula(*ppls) for ppls in by_seed(pattern, "wikitext2", *arms)]
+    return f"{spread(shares, form)} %" if shares else ""
+
+
+def relative_to(pattern: str, arm: str, other: str) -> str:
+    """How far an arm's perplexity lies from another one's."""
+    return percent(pattern, lambda a, b: a / b - 1, arm, other, form="+.1f")
+
+
+def gap_closed(pattern: str, arm: str, base: str) -> str:
+    """How much of the gap between an arm's start and the dense model it closes."""
+    return percent(pattern, lambda a, b, d: (b - a) / (b - d), arm, base, "dense")
+
+
+def against_controls(pattern: str, key: str, sds: str) -> str:
+    """What SDS gives less the better one of its controls C1 and C2, paired by seed; a verdict."""
+    rows = by_seed(pattern, key, sds, *CONTROLS[sds])
+    if not rows:
+        return ""
+    own, *controls = zip(*rows, strict=True)
+    means = [statistics.mean(control) for control in controls]
+    best = means.index(min(means))
+    differences = [a - b for a, b in zip(own, controls[best], strict=True)]
+    mean = statistics.mean(differences)
+    if len(rows) > 1 and abs(mean) <= statistics.stdev(differences):
+        verdict = "within the spread"
+    else:
+        verdict = "better" if mean < 0 else "no better"
+    return f"{spread(differences, '+.2f')} (C{best + 1}, {verdict})"
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """Mean ± standard deviation, where there are several values."""
+    if len(values) < 2:
+        return f"{values[0]:{form}}" if values else ""
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.strip('+')}}"
+
+
+# The page
 
 
 def summary() -> list[str]:
     """One table, arms by patterns, of the first seed: WikiText-2, as much as was scored."""
     there = results()
-    wholly = {p: p in SEVERAL for p in PATTERNS}
-    head = [f"{p} ({'whole' if w else f'first {FIRST}'})" for p, w in wholly.items()]
+    keys = {p: "whole" if p in SEVERAL else "wikitext2" for p in PATTERNS}
+    head = [f"{p} ({'whole' if k == 'whole' else f'first {FIRST}'})" for p, k in keys.items()]
 
-    def cells(arm: str) -> list[str]:
-        found = [there.get(name_of(arm, p, 0), {}) for p in PATTERNS]
-        keys = ["whole" if w else "wikitext2" for w in wholly.values()]
-        return [f"{r[k]:.2f}" if k in r else "" for r, k in zip(found, keys, strict=True)]
+    def row(arm: str) -> list[str]:
+        found = [(there.get(name_of((arm, p, 0)), {}), k) for p, k in keys.items()]
+        return [arm, *(f"{cell[k]:.2f}" if k in cell else "" for cell, k in found)]
 
-    rows = [[arm, *cells(arm)] for arm in ("dense", *ARMS)]
+    rows = [row(arm) for arm in ("dense", *ARMS)]
     return markdown(["WikiText-2, ppl_token@2048", *head], [r for r in rows if any(r[1:])])
 
 
-def details() -> list[str]:
-    """One table a pattern: scores with their spread over seeds, seconds and memory."""
-    there, lines = results(), []
-    head = [f"WikiText-2, first {FIRST}", f"C4, first {FIRST}", "WikiText-2, whole"]
+def details(pattern: str) -> list[str]:
+    """A pattern's table, and what its stages kept; no lines before there is a score."""
+    keys = {"wikitext2": f"WikiText-2, first {FIRST}", "c4": f"C4, first {FIRST}"}
+    keys |= {"whole": "WikiText-2, whole"} if pattern in SEVERAL else {}
+    others = ["to SparseGPT", "gap closed", "layer error", "seconds", "GiB"]
+    empty, rows, notes = [""] * len(others), [], []
+    for arm in ARMS:
+        scores = [spread([x for (x,) in by_seed(pattern, key, arm)]) for key in keys]
+        if not any(scores):
+            continue
+        beside = [relative_to(pattern, arm, "SparseGPT"), gap_closed(pattern, arm, "SparseGPT")]
+        first = results().get(name_of((arm, pattern, 0)))
+        rows.append([arm, *scores, *beside, *_costs(first)])
+        notes += _kept(arm, pattern, first or {})
+        if arm in CONTROLS:
+            differences = [against_controls(pattern, key, arm) for key in keys]
+            if any(differences):
+                rows.append(["– less its best control", *differences, *empty])
+    if not rows:
+        return []
+    dense = [spread([x for (x,) in by_seed(pattern, key, "dense")][:1]) for key in keys]
+    rows.insert(0, ["dense", *dense, *empty])
+    alone = relative_to(pattern, "ALPS", "SparseGPT")
+    both = relative_to(pattern, "ALPS + reconstruction", "SparseGPT + reconstruction")
+    if alone and both:
+        notes.append(f"- ALPS to SparseGPT: {alone}; the one reconstructed to the other: {both}")
+    table = markdown([pattern, *keys.values(), *others], rows)
+    return [f"## {pattern}", "", *table, "", *notes, *[""] * bool(notes)]
 
-    def scores(cells: list[dict]) -> list[str]:
-        keys = ("wikitext2", "c4", "whole")
-        return [_spread([cell[key] for cell in cells if key in cell]) for key in keys]
 
-    for pattern in PATTERNS:
-        rows = []
-        for arm in ARMS:
-            seeds = [r for s in range(3) if (r := there.get(name_of(arm, pattern, s)))]
-            if seeds:
-                gib = seeds[0]["peak_memory_bytes"] / 2**30
-                rows.append([arm, *scores(seeds), f"{seeds[0]['seconds']:.0f}", f"{gib:.1f}"])
-        if rows:
-            rows.insert(0, ["dense", *scores([there["dense"]]), "", ""])
-            lines += [*markdown([pattern, *head, "seconds", "GiB"], rows), ""]
-    return lines
+def _costs(cell: dict | None) -> list[str]:
+    """Layer error, seconds and GiB of a cell."""
+    if not cell:
+        return ["", "", ""]
+    error = f"{cell['layer_error']:.4f}" if "layer_error" in cell else ""
+    seconds = f"{cell['seconds']:.0f}" if "seconds" in cell else ""
+    memory = f"{cell['peak_memory_bytes'] / 2**30:.1f}" if "peak_memory_bytes" in cell else ""
+    return [error, seconds, memory]
+
+
+def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
+    """What a later stage kept, and what reconstruction is worth beside its own start."""
+    if "kept" in cell:
+        kept = ", ".join(f"{name} {n}" for name, n in cell["kept"].items())
+        return [f"- {arm}: weights kept, by matrix: {kept}"]
+    if "epochs" in cell:
+        counts = sorted(collections.Counter(cell["epochs"]).items())
+        epochs = ", ".join(f"{epoch} in {n} blocks" for epoch, n in counts)
+        base = LATER[arm][0]
+        closed = gap_closed(pattern, arm, base)
+        worth = f"closes {closed} of the gap that {base} leaves; " if closed else ""
+        return [f"- {arm}: {worth}epochs that paid: {epochs}"]
+    return []
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -229,49 +397,61 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.2f}" if values else ""
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
 def write_tables() -> None:
     """Writes `study_solvers.md` and, where two sparsities can be joined, `study_solvers.png`."""
-    page = ["# Training-free methods on SmolLM2-135M", "", *_note(), "", *details()]
+    page = ["# Training-free methods on SmolLM2-135M", "", *NOTE, "", *summary(), ""]
+    for pattern in PATTERNS:
+        page += details(pattern)
     drawn = figure(RESULTS.with_suffix(".png"))
     page += [f"![perplexity over sparsity]({RESULTS.stem}.png)"] if drawn else []
     with atomic(RESULTS.with_suffix(".md")) as temporary:
         temporary.write_text("\n".join(page).rstrip() + "\n")
 
 
-def _note() -> list[str]:
-    return [
-        f"Made by `python eval/study_solvers.py` of {assets.MODEL_NAME}:",
-        "calibration on 128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard",
-        "deviation where there are several seeds. Seconds and memory are those of all its pruning,",
-        "for the first seed, on two cores; other work may have run beside it.",
-    ]
+NOTE = f"""\
+Made by `python eval/study_solvers.py` of {assets.MODEL_NAME}:
+calibration on 128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard deviation
+where there are several seeds. SDS and reconstruction see 16 more sequences, of other documents, by
+which they judge what they made; the one-shot methods do not.
+
+"To SparseGPT" and "gap closed" (of the gap between SparseGPT and the dense model) are of
+WikiText-2's first {FIRST} windows, paired by seed. Under SDS stands what it gives less the better
+of its controls from the same first prune, also paired by seed: C1 is the refit, C2 the adjustment
+without the dense step, and "within the spread" means a mean that is no larger than its standard
+deviation. The layer error is the mean, over matrices, of the relative squared error that the last
+stage left on its calibration text. It, seconds and memory are of the first seed; seconds and memory
+those of all its pruning on two cores; other work may have run beside it.""".split("\n")
 
 
 def figure(path: Path) -> bool:
-    """Draws perplexity over sparsity (unstructured, seed 0, first windows); whether it did."""
+    """Draws perplexity over sparsity (unstructured, seed 0, first windows); whether it did.
+
+    Magnitude is left out, whose thousands would press all others into one band, and the controls.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     there = results()
-    axes = plt.figure(figsize=(7, 4.5), layout="constrained").gca()
-    for arm in ARMS:
-        cells = {int(p.split()[0]): there.get(name_of(arm, p, 0), {}) for p in PATTERNS if "%" in p}
+    page = plt.figure(figsize=(8.5, 4.5), layout="constrained")
+    axes = page.gca()
+    arms = [a for a in ARMS if a != "magnitude" and a not in ONCE and not a.startswith("C2")]
+    colours = plt.get_cmap("tab20").colors
+    for arm, marker, colour in zip(arms, "osDd^v<>PX*", colours, strict=False):
+        cells = {int(p[:2]): there.get(name_of((arm, p, 0)), {}) for p in PATTERNS if "%" in p}
         points = sorted((s, cell["wikitext2"]) for s, cell in cells.items() if "wikitext2" in cell)
         if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), marker="o", label=arm)
+            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=arm)
     drawn = bool(axes.lines)
     if drawn:
+        if "wikitext2" in there.get("dense", {}):
+            axes.axhline(there["dense"]["wikitext2"], color="black", ls="--", lw=1, label="dense")
         axes.set(xlabel="zeros, %", ylabel=f"WikiText-2 ppl_token@2048, first {FIRST} windows")
-        axes.set_yscale("log")
-        axes.legend(fontsize=8)
+        axes.set(yscale="log", xticks=[int(p[:2]) for p in PATTERNS if "%" in p])
+        for numbers in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            numbers("{x:.0f}")
+        page.legend(fontsize=8, loc="outside right upper")
         plt.savefig(path, dpi=120)
     plt.close()
     return drawn

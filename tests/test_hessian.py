@@ -130,10 +130,12 @@ def test_the_factor_is_upper_triangular_and_gives_the_inverse(columns):
     factor = factorise(h.clone(), 0.01, "w")
     expected = reference.damped(h)
     assert_close(factor.hessian, expected, 1e-6)
-    assert torch.equal(factor.inverse, factor.inverse.triu())
-    assert bool((factor.inverse.diagonal() > 0).all())
-    u = factor.inverse.double()
+    assert torch.equal(factor.upper, factor.upper.triu())
+    assert bool((factor.upper.diagonal() > 0).all())
+    u = factor.upper.double()
     assert_close(u.T @ u @ expected, torch.eye(columns, dtype=torch.float64), 1e-3)
+    for one in (factor, factorise(h.clone(), 0.01, "w")):  # with U at hand, and without
+        assert_close(one.inverse.double() @ expected, torch.eye(columns, dtype=torch.float64), 1e-3)
     assert factor.damping == 0.01
     assert not factor.dead.any()
 
@@ -145,7 +147,7 @@ def test_dead_inputs_are_found_and_do_no_harm():
     factor = factorise(moments(x, []).finish("w").hessian, 0.01, "w")
     assert factor.dead.nonzero().flatten().tolist() == dead
     alive = ~factor.dead
-    u = factor.inverse.double()
+    u = factor.upper.double()
     h = reference.damped(reference.second_moment(x))
     assert_close((u.T @ u)[alive][:, alive], torch.linalg.inv(h[alive][:, alive]), 1e-3)
     assert not (u.T @ u)[alive][:, dead].any()
@@ -154,7 +156,7 @@ def test_dead_inputs_are_found_and_do_no_harm():
 def test_inputs_that_are_all_dead_are_factorised():
     factor = factorise(torch.zeros(5, 5), 0.01, "w")
     assert factor.dead.all()
-    assert torch.equal(factor.inverse, torch.eye(5))
+    assert torch.equal(factor.upper, torch.eye(5))
 
 
 def with_lowest_eigenvalue(low: float) -> torch.Tensor:
@@ -172,7 +174,7 @@ def test_damping_is_raised_tenfold_until_it_suffices(low, damping):
     assert factor.damping == pytest.approx(damping)
     expected = h.double() + damping * torch.eye(8, dtype=torch.float64)
     assert_close(factor.hessian, expected, 1e-5)
-    u = factor.inverse.double()
+    u = factor.upper.double()
     assert_close(u.T @ u, torch.linalg.inv(expected), 1e-3)
 
 
@@ -186,5 +188,5 @@ def test_fewer_tokens_than_columns_are_factorised_with_damping():
     x[:, 32:] = x[:, :32]  # and every feature twice
     h = reference.second_moment(x)
     factor = factorise(h.float(), 0.01, "w")
-    u = factor.inverse.double()
+    u = factor.upper.double()
     assert_close(u.T @ u @ reference.damped(h), torch.eye(64, dtype=torch.float64), 1e-3)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.sparsity.patterns import Pattern, choose
+from cap_llm.sparsity.patterns import Pattern, choose, drop_lowest
 
 N_OF_M = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "5:8", "3:5", "1:16", "31:32"]
 SPARSITIES = [0.001, 0.1, 1 / 3, 0.5, 0.7, 0.99, 0.9999]
@@ -97,6 +97,21 @@ def test_pruning_in_steps_equals_pruning_at_once():
         pattern = Pattern.parse(text)
         half = choose(score, pattern, 0.5)
         assert torch.equal(choose(score, pattern, 0.8, half), choose(score, pattern, 0.8))
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("counts", ["one", "one a row"])
+@pytest.mark.parametrize("inside", [None, torch.rand(24, 160) > 0.3])
+def test_the_lowest_go_as_a_sort_says(kind, counts, inside):
+    score = SCORES[kind]
+    allowed = torch.ones(24, 160, dtype=torch.bool) if inside is None else inside
+    most = int(allowed.sum(1).min())
+    for first in (0, 1, most // 2, most):
+        n_drop = torch.tensor([first]) if counts == "one" else (first + torch.arange(24)) % most
+        mask = drop_lowest(score, n_drop, inside)
+        for r, n in enumerate(n_drop.expand(24).tolist()):
+            kept = reference.keep_highest(score[r].tolist(), n, allowed[r].tolist())
+            assert mask[r].tolist() == kept
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (2, 2)])

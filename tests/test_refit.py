@@ -144,9 +144,8 @@ class Real:
     mask: torch.Tensor
 
     def refit(self, start: torch.Tensor, mask: torch.Tensor, rows: slice) -> torch.Tensor:
-        inverse = self.factor.inverse.T @ self.factor.inverse
-        weight = self.layer.weight[rows]
-        return refit(start[rows], mask[rows], weight, self.factor.hessian, inverse)
+        hessian, inverse = self.factor.hessian, self.factor.inverse
+        return refit(start[rows], mask[rows], self.layer.weight[rows], hessian, inverse)
 
 
 @pytest.fixture(scope="module", params=reference.REAL_LAYERS)

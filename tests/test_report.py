@@ -599,7 +599,8 @@ def test_the_acceptance_runs_are_valid_and_aim_at_published_figures():
         )
         config.check()
     for (name, corpus), (figure, low, high) in acceptance.TARGETS.items():
-        method, _, amount = name.partition(" ")
+        method, amount = re.fullmatch(r"(.+?)(?: (\S+(?: %)?))?", name).groups("")
+        method = method.replace("reconstruction", "BR + GP")  # the paper's name for it
         known = [
             p.ppl
             for p in papers.published()
@@ -614,6 +615,8 @@ def test_the_verdict_is_within_or_outside_the_range(tmp_path):
     scores = {"dense": {"wikitext2": 27.66, "ptb": 38.99, "c4": 26.56}}
     scores |= {"magnitude 50 %": {"wikitext2": 193.4}, "SparseGPT 50 %": {"wikitext2": 36.5}}
     scores |= {"Wanda 50 %": {"wikitext2": 39.5}, "SparseGPT 2:4": {"wikitext2": 60.5}}
+    scores |= {"Wanda + reconstruction 50 %": {"wikitext2": 31.2}}
+    scores |= {"ALPS 50 %": {"wikitext2": 36.6}, "SparseGPT + SDS 2:4": {"wikitext2": 50.0}}
     results = {}
     for name in acceptance.RUNS:
         figures = [Figure("ppl", corpus, ppl) for corpus, ppl in scores.get(name, {}).items()]
@@ -623,7 +626,10 @@ def test_the_verdict_is_within_or_outside_the_range(tmp_path):
     assert said["SparseGPT 50 %", "wikitext2"] == ("-0.35", "within")
     assert said["Wanda 50 %", "wikitext2"] == ("+0.50", "OUTSIDE")
     assert said["Wanda 2:4", "wikitext2"] == ("-", "OUTSIDE")  # not measured
-    assert n_outside == 2
+    assert said["ALPS 50 %", "wikitext2"] == ("-", "OUTSIDE")  # above SparseGPT
+    assert said["SparseGPT + SDS 2:4", "wikitext2"] == ("-1.30", "within")
+    assert said["SparseGPT + refit 2:4", "wikitext2"] == ("-", "control")
+    assert n_outside == 3
 
 
 @pytest.mark.parametrize("columns", [64, 37])
@@ -665,8 +671,16 @@ def test_the_benchmark_runs_and_says_what_is_slower(real, tmp_path):
 
 
 def test_the_benchmark_refuses_what_is_not_pruned_in_one_line(tiny, tmp_path):
-    for folder, words in ((tmp_path, "no model directory"), (tiny("llama"), "is not pruned")):
-        result = script("bench_sparse.py", folder)
+    whole, bare = tiny("llama"), tmp_path / "bare"
+    bare.mkdir()
+    shutil.copyfile(whole / "config.json", bare / "config.json")
+    for args, words in (
+        ([tmp_path], "no model directory"),
+        ([whole], "is not pruned"),
+        ([bare], "bare/model.safetensors does not exist"),
+        ([whole, "--out", tmp_path / "missing" / "file"], "missing/file is no file in a directory"),
+    ):
+        result = script("bench_sparse.py", *args)
         assert result.returncode == 2 and words in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1
 

@@ -1,5 +1,6 @@
 """The stages `sds` and `reconstruct` through the real entry: files, numbers, resuming, ranks."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import transformers
 from conftest import ROOT, environment, weights
 from safetensors.torch import load_file
 
+import cap_llm.blockwise.reconstruct as reconstruct_module
 from cap_llm.blockwise.perplexity import perplexity
 from cap_llm.runtime.files import read_json
 from cap_llm.sparsity.masks import MaskFile
@@ -26,6 +28,15 @@ def options(model, text_file, folder, *more) -> list[str]:
     words += ["--calibration.sequences", 20, "--calibration.length", 48]
     words += ["--calibration.held_out", 6, "--reconstruct.lr", 0.002, "--runtime.device", "cpu"]
     return [str(w) for w in [*words, *more]]
+
+
+def run_entry(words: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
+    """Runs the entry in processes of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*(launcher if ranks > 1 else []), str(ROOT / "cap_llm/train.py"), *words]
+    return subprocess.run(
+        [sys.executable, *command], env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture
@@ -137,7 +148,7 @@ def test_reconstruction_brings_a_trained_model_closer_to_the_dense_one(
     assert distance("reconstruct") < 0.95 * distance("oneshot")
 
 
-def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, tmp_path):
+def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, capsys):
     dense = tiny("llama")
     folder, code = entry(dense, "--stages", "[oneshot]", out="first")
     assert code == 0
@@ -145,8 +156,11 @@ def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, tmp_
     (pruned / "masks.safetensors").unlink()  # the zeros say it too
     (pruned / "sparsity.json").unlink()
     more = ("--stages", "[reconstruct]", "--model.dense", dense)
+    capsys.readouterr()
     folder, code = entry(pruned, *more, out="second")
     assert code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the zeros of 14 matrices are taken as theirs, 50.0 % of the weights" in said
     rows = read_json(folder / "reconstruct" / "sparsity.json")["rows"]
     assert {r["pattern"] for r in rows} == {"as found"}
     before, after = weights(pruned), weights(folder / "reconstruct")
@@ -154,21 +168,67 @@ def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, tmp_
         assert torch.equal(before[row["name"]] == 0, after[row["name"]] == 0)
 
 
+def blocks_of(folder) -> list[dict]:
+    return read_json(folder / "reconstruct" / "sparsity.json")["blocks"]
+
+
 def test_halves_train_the_attention_first_and_the_rest_after(tiny, entry):
-    model = tiny("llama")
-    folder, code = entry(
-        model, "--stages", "[oneshot, reconstruct]", "--reconstruct.halves", "true"
-    )
+    model, stages = tiny("llama"), ("--stages", "[oneshot, reconstruct]")
+    whole, _ = entry(model, *stages, out="whole")
+    folder, code = entry(model, *stages, "--reconstruct.halves", "true", out="halves")
     assert code == 0
-    for block in read_json(folder / "reconstruct" / "sparsity.json")["blocks"]:
+    for block, other in zip(blocks_of(folder), blocks_of(whole), strict=True):
         (attention,) = block["sections"]
         assert attention["after"] <= attention["before"]
+        assert block["before"] == other["before"]  # the pruned block's, before any half of it
+        assert block["after"] < block["before"]
+
+
+def test_a_block_that_its_halves_make_worse_stays_as_it_was_pruned(tiny, entry, monkeypatch):
+    train = reconstruct_module._Section.train
+
+    def spoil(section, phase):
+        error = train(section, phase)
+        if section.module:  # an attention that is better by itself and worse for its block
+            for p in section.parameters:
+                p.data.mul_(2)
+        return error
+
+    monkeypatch.setattr(reconstruct_module._Section, "train", spoil)
+    more = ("--reconstruct.halves", "true", "--reconstruct.lr", "1e-7")
+    folder, code = entry(tiny("llama"), "--stages", "[oneshot, reconstruct]", *more)
+    assert code == 0
+    assert all(b["after"] == b["before"] and b["epoch"] == 0 for b in blocks_of(folder))
+    before, after = weights(folder / "oneshot"), weights(folder / "reconstruct")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_stages_compose_up_to_recovery(tiny, text_file, tmp_path):
+    more = ["--stages", "[oneshot, sds, reconstruct, recover]", "--recover.corpus", text_file]
+    more += ["--recover.length", 48, "--recover.tokens", 6 * 4 * 48, "--recover.batch", 4]
+    more += ["--recover.held_out", 2, "--recover.contrast.segments", 4, "--recover.lr", 0.003]
+    more += ["--recover.contrast.token_positions", 8, "--recover.contrast.frequent_ids", 5]
+    command = options(tiny("llama"), text_file, tmp_path / "run", *more)
+    done = run_entry(command)
+    assert done.returncode == 0, done.stderr
+    stages = [tmp_path / "run" / s for s in ("oneshot", "sds", "reconstruct", "recover")]
+    masks = [MaskFile(folder / "masks.safetensors") for folder in stages]
+    stored = [weights(folder) for folder in stages]
+    for n, (earlier, later) in enumerate(itertools.pairwise(stages)):
+        assert read_json(later / "recipe.json")["start"] == earlier.name
+        before, after = stored[n : n + 2]
+        assert not all(torch.equal(before[key], after[key]) for key in before)
+    for name in masks[0].columns:
+        made = [file.read(name) for file in masks]
+        assert torch.equal(made[1], made[2]) and torch.equal(made[1], made[3])
+        assert all(not w[name][~mask].any() for w, mask in zip(stored, made, strict=True))
 
 
 @pytest.mark.parametrize(
     "stage, more",
     [
         ("sds", ["--sds.data", "redense"]),
+        ("sds", ["--sds.mode", "paper", "--oneshot.pattern", "row"]),
         ("reconstruct", ["--reconstruct.inputs", "student"]),
         ("reconstruct", []),
     ],
@@ -192,9 +252,10 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     assert not (tmp_path / "killed" / stage / "done.json").exists()
-    for name in ("killed", "whole"):
-        command = options(model, text_file, tmp_path / name, *more)
-        subprocess.run([*train, *command], env=environment(), check=True, capture_output=True)
+    # blocks that are independent may go on on other ranks than they were begun on
+    for name, ranks in (("killed", 2 if len(more) == 2 else 1), ("whole", 1)):
+        done = run_entry(options(model, text_file, tmp_path / name, *more), ranks)
+        assert done.returncode == 0, done.stderr
     a, b = (tmp_path / name / stage for name in ("killed", "whole"))
     assert json.loads((a / "done.json").read_text())["resumed_at_block"] >= 3
     for path in [*b.glob("model*.safetensors"), b / "masks.safetensors"]:
@@ -205,18 +266,14 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
 def test_two_ranks_equal_one(tiny, text_file, tmp_path, inputs):
     """From one start; blocks in turn are equal bit for bit, shared sequences up to summation."""
     model = tiny("llama", num_hidden_layers=3)
-    train = str(ROOT / "cap_llm/train.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    first = options(model, text_file, tmp_path / "start", "--stages", "[oneshot]")
-    start = [[train, *first]]
-    more = ["--model.dense", model, "--reconstruct.inputs", inputs]
+    start = options(model, text_file, tmp_path / "start", "--stages", "[oneshot]")
+    more = ["--calibration.held_out", 5]  # no multiple of the ranks
+    more += ["--model.dense", model, "--reconstruct.inputs", inputs]
     more += ["--stages", "[sds, reconstruct]" if inputs == "student" else "[reconstruct]"]
     pruned = tmp_path / "start" / "oneshot"
-    runs = [options(pruned, text_file, tmp_path / n, *more) for n in ("one", "two")]
-    for command in (*start, [train, *runs[0]], [*launcher, train, *runs[1]]):
-        done = subprocess.run(
-            [sys.executable, *command], env=environment(), capture_output=True, text=True
-        )
+    one, two = (options(pruned, text_file, tmp_path / n, *more) for n in ("one", "two"))
+    for command, ranks in ((start, 1), (one, 1), (two, 2)):
+        done = run_entry(command, ranks)
         assert done.returncode == 0, done.stderr
     if inputs == "student":
         a, b = weights(tmp_path / "one" / "sds"), weights(tmp_path / "two" / "sds")
@@ -226,6 +283,67 @@ def test_two_ranks_equal_one(tiny, text_file, tmp_path, inputs):
         if inputs == "dense":
             assert torch.equal(a[key], b[key])
         assert (a[key] - b[key]).norm() <= 0.02 * a[key].norm()
+
+
+@pytest.mark.parametrize(
+    "pruned_to, asked, words",
+    [
+        (["--oneshot.pattern", "2:4"], [], ["to 2:4", "--oneshot.pattern 2:4"]),
+        ([], ["--oneshot.pattern", "2:4"], ["--oneshot.pattern unstructured"]),
+        (["--oneshot.sparsity", "0.3"], [], ["30.0 % zeros", "--oneshot.sparsity 0.3"]),
+    ],
+)
+def test_sds_refuses_to_prune_again_to_another_pattern(
+    tiny, entry, capsys, pruned_to, asked, words
+):
+    dense = tiny("llama")
+    folder, _ = entry(dense, "--stages", "[oneshot]", *pruned_to, out="first")
+    start = ("--stages", "[sds]", "--model.dense", dense)
+    capsys.readouterr()
+    again, code = entry(folder / "oneshot", *start, *asked, out="second")
+    assert code == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert not list(again.glob("sds/*"))
+    _, code = entry(folder / "oneshot", *start, *pruned_to, out="second")  # the remedy it names
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    "pruned_to, asked",
+    [
+        (["--oneshot.pattern", "row"], []),  # Wanda's unstructured is by row, too
+        (["--oneshot.layers", '{"*.down_proj": 0.25, "*.q_proj": 0}'], []),
+        (["--oneshot.sparsity", "0.3333"], ["--oneshot.sparsity", "0.333"]),
+    ],
+)
+def test_sds_takes_a_start_of_its_own_pattern_and_any_uneven_budget(tiny, entry, pruned_to, asked):
+    dense, wanda = tiny("llama"), ("--oneshot.method", "wanda")
+    first, _ = entry(dense, "--stages", "[oneshot]", *wanda, *pruned_to, out="first")
+    start = ("--stages", "[sds]", "--model.dense", dense, *wanda)
+    second, code = entry(first / "oneshot", *start, *asked, out="second")
+    assert code == 0
+    before, after = (
+        {r["name"]: r["masked"] for r in read_json(place / "sparsity.json")["rows"]}
+        for place in (first / "oneshot", second / "sds")
+    )
+    assert before == after
+
+
+def test_sds_stays_inside_an_earlier_mask(tiny, entry):
+    """The dense model of the second run is itself pruned, as on a ladder."""
+    earlier, _ = entry(tiny("llama"), "--stages", "[oneshot]", "--oneshot.sparsity", 0.3, out="a")
+    more = ("--stages", "[oneshot, sds]", "--oneshot.sparsity", 0.6)
+    folder, code = entry(earlier / "oneshot", *more, out="b")
+    assert code == 0
+    files = [MaskFile(f / "masks.safetensors") for f in (earlier / "oneshot", folder / "sds")]
+    stored, kept = weights(folder / "sds"), read_json(folder / "sds" / "sparsity.json")["rows"]
+    assert {row["kept"] for row in kept} - {"first"}
+    for name in files[0].columns:
+        allowed, mask = (file.read(name) for file in files)
+        assert not (mask & ~allowed).any() and not stored[name][~mask].any()
+        assert int((~mask).sum()) == round(0.6 * mask.numel())
 
 
 @pytest.mark.parametrize(
@@ -288,6 +406,25 @@ def test_a_start_that_nobody_pruned_is_refused(tiny, entry, capsys, stage):
     assert code == 2
     assert "is not pruned" in capsys.readouterr().err
     assert not list(folder.glob("*/model*.safetensors"))
+
+
+def test_zeros_that_4_bit_rounding_makes_are_no_mask(tiny, entry, capsys, tmp_path):
+    """Q4_0: a scale for 32 weights, of which the largest becomes -8."""
+    dense = tiny("llama", hidden_size=64)
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    zeros = []
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            groups = module.weight.data.view(-1, 32)
+            scale = groups.gather(1, groups.abs().argmax(1, keepdim=True)) / -8
+            groups.copy_((groups / scale).round().clamp(-8, 7) * scale)
+            zeros.append((groups == 0).float().mean().item())
+    assert min(zeros) > 0.08
+    model.save_pretrained(tmp_path / "rounded")
+    transformers.AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "rounded")
+    more = ("--stages", "[reconstruct]", "--model.dense", dense)
+    assert entry(tmp_path / "rounded", *more)[1] == 2
+    assert "none of its matrices has a mask or 20% of zeros" in capsys.readouterr().err
 
 
 def test_the_error_after_reconstruction_is_that_of_the_stored_weights(tiny, entry):

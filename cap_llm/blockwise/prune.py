@@ -326,9 +326,6 @@ class Solver:
             self.mean_square = moments.diagonal.clone()
             self.factor = factorise(moments.hessian, config.damping, name)
             self.added = self.factor.hessian.diagonal() - self.mean_square
-            if refits:
-                upper = self.factor.inverse
-                self.inverse = upper.T @ upper
         elif moments:
             self.mean_square = moments.diagonal
 
@@ -368,7 +365,7 @@ class Solver:
 
     def refit(self, weight: torch.Tensor, mask: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The least-squares weights [R, C] on `mask` for the outputs of `target`."""
-        return refit(weight, mask, target, self.factor.hessian, self.inverse)
+        return refit(weight, mask, target, self.factor.hessian, self.factor.inverse)
 
     def error(self, dense: torch.Tensor, new: torch.Tensor) -> float | None:
         """Relative squared error of the outputs, without the ridge that damping added."""

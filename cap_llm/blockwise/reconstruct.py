@@ -2,21 +2,24 @@
 
 All weights that the mask leaves, biases and norms of a block are trained together (Shin et al.
 2024, "BR + GP"; Guo et al. 2024, EBFT). With the dense model's activations as input the blocks are
-independent: every rank walks the dense model, which costs one forward of a block where training it
-costs three an epoch, and trains the blocks that are its turn. With the student's own activations a
-block must wait for the one before it, and the ranks share the sequences of each step instead.
+independent: as many blocks as there are ranks make a round, in which the ranks share the sequences
+on their way through the dense blocks, and then each trains one block on all of them; what keeps W
+ranks from being W times as fast is that a round lasts as long as its slowest block. With the
+student's own activations a block must wait for the one before it, and the ranks share the sequences
+of each step instead.
 
 The error is relative, token by token, |y - y_dense|^2 / |y_dense|^2, without the first position:
 its activations are hundreds of times the others', and a plain mean would see nothing else. Text
 that is held out decides when to stop and which epoch's weights to keep; the pruned block itself
-counts as epoch 0, so that a block never gets worse on it.
+counts as epoch 0, so that a block never gets worse on it, trained whole or in halves.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,41 +62,45 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     if work.done:
         return work.folder
     work.begin(pruned, texts, config, dtype=torch.float32)
-    masks = start_masks(pruned, run.world)
-    settings, world = config.reconstruct, run.world
-    in_turn = settings.inputs == "dense"
-    team = World.alone(world.device) if in_turn else world
+    masks = start_masks(pruned, run)
+    world, in_turn = run.world, config.reconstruct.inputs == "dense"
     n_blocks = len(work.model)
     todo = len(work.finished) < n_blocks
+    size = world.size if in_turn else 1  # of a round, in blocks
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")
             dense_model = BlockModel.open(dense, world.device, torch.float32)
-            trainer = _Trainer(work.model, dense_model, masks, texts, config, team, scratch)
-        round_: dict[int, PrunedBlock] = {}
-        for i in range(n_blocks if todo else 0):
-            with trainer.dense.block(i) as dense_block, trainer.student.block(i) as block:
-                if i in work.finished:
-                    bar.phase("passing a finished block")
-                    work.load(i, block)
-                    trainer.forward(i, dense_block, block)
-                elif in_turn and i % world.size != world.rank:
-                    bar.phase("passing a block of another rank")
-                    trainer.forward(i, dense_block, block)
-                else:
-                    round_[i] = result = trainer.train(i, dense_block, block, bar.phase)
-                    bar.phase("writing")
-                    if in_turn or world.first:
-                        prefix = trainer.student.block_name(i) + "."
-                        work.write(i, {prefix + n: p for n, p in block.named_parameters()}, result)
-                    result.masks = {}
-            if (i + 1) % world.size == 0 or i + 1 == n_blocks or not in_turn:
-                # Everyone's blocks of this round are there; ranks that share one have the same.
-                everyone = {j: r for part in world.gather(round_) for j, r in part.items()}
-                for j in sorted(everyone):
-                    work.report(j, everyone[j])
-                round_ = {}
-            bar.advance()
+            trainer = _Trainer(work.model, dense_model, masks, texts, config, world, scratch)
+        for first in range(0, n_blocks if todo else 0, size):
+            round_ = range(first, min(first + size, n_blocks))
+            own = first + (world.rank if in_turn else 0)
+            trains = own in round_ and own not in work.finished
+            for i in round_:
+                bar.phase("dense outputs")
+                trainer.pass_dense(i, keep=trains and i == own)
+            results: dict[int, PrunedBlock] = {}
+            if trains or not in_turn:
+                with work.model.block(own) as block:
+                    if trains:
+                        results[own] = result = trainer.train(own, block, bar.phase)
+                        bar.phase("writing")
+                        if in_turn or world.first:
+                            prefix = work.model.block_name(own) + "."
+                            trained = {prefix + n: p for n, p in block.named_parameters()}
+                            work.write(own, trained, result)
+                        result.masks = {}
+                    else:
+                        bar.phase("passing a finished block")
+                        work.load(own, block)
+                    if not in_turn:
+                        trainer.pass_student(own, block)
+            # Everyone's blocks of this round are there; ranks that share one have the same.
+            everyone = {j: r for part in world.gather(results) for j, r in part.items()}
+            for j in sorted(everyone):
+                work.report(j, everyone[j])
+            for _ in round_:
+                bar.advance()
     return work.finish()
 
 
@@ -106,8 +113,12 @@ class _Trainer:
         masks: the student's.
         texts: with calibration and held-out ids.
         config: the run's settings.
-        team: the ranks that share the sequences of a block.
+        world: the ranks.
         scratch: a folder to spill activations to.
+
+    Attributes:
+        team: the ranks that train a block together, each on its share of the sequences.
+        pool: the ranks that each need all of the dense stream, and share the work of it.
     """
 
     def __init__(
@@ -117,43 +128,59 @@ class _Trainer:
         masks: Masks,
         texts: Texts,
         config: Config,
-        team: World,
+        world: World,
         scratch: Path,
     ):
-        self.settings, self.team = config.reconstruct, team
         self.student, self.dense, self.masks = student, dense, masks
-        self.patterns = patterns(masks.folder)
-        device = team.device
+        self.settings, self.patterns = config.reconstruct, patterns(masks.folder)
+        device, alone = world.device, World.alone(world.device)
+        own_inputs = self.settings.inputs == "student"
+        self.team, self.pool = (world, alone) if own_inputs else (alone, world)
         dtype = self.settings.dtype
         low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
         self.n = len(texts.calibration)
-        mine, held_out = team.share(self.n), team.share(len(texts.held_out))
+        mine, held_out = self.team.share(self.n), self.team.share(len(texts.held_out))
         self.place = {sequence: k for k, sequence in enumerate(mine)}  # of the ones to train on
         self.judges = range(len(mine), len(mine) + len(held_out))
         self.n_judges = len(texts.held_out)
         windows = torch.cat([texts.calibration[list(mine)], texts.held_out[list(held_out)]])
-        memory = activation_bytes(config, parts=3)
+        memory = activation_bytes(config, parts=4 if self.settings.halves else 3)
+        self.new_store = lambda: ActivationCache(device, memory, scratch)
         length = windows.shape[1]  # one sequence at a time, so that steps can mix them freely
-        self.given = Walk(self.dense, windows, memory, scratch, length)
-        self.seen = self.given
-        if self.settings.inputs == "student":
-            self.seen = Walk(self.student, windows, memory, scratch, length)
-        self.targets = ActivationCache(device, memory, scratch)
-        self.dense.drop_outside()
-        self.student.drop_outside()
+        self.given = Walk(dense, windows, memory, scratch, length)
+        self.seen = Walk(student, windows, memory, scratch, length) if own_inputs else None
+        # the dense stream, and of the block to be trained what goes in and what comes out
+        self.stores = [self.given.hidden, self.new_store(), self.new_store()]
+        self.inputs = self.outputs = None
+        dense.drop_outside()
+        student.drop_outside()
 
-    def forward(self, i: int, dense_block: nn.Module, block: nn.Module) -> None:
-        """Takes the text through block i as it stands."""
+    @torch.no_grad()
+    def pass_dense(self, i: int, keep: bool) -> None:
+        """Takes the dense stream through block i, and keeps both its ends for `train`."""
+        x, pool, n = self.given.hidden, self.pool, len(self.given.ids)
+        if keep:
+            self.inputs = x
+        busy = (self.inputs, self.outputs)  # until they are trained on; else in place
+        y = x if x not in busy else next(s for s in self.stores if s is not x and s not in busy)
+        with self.dense.block(i) as block, self.autocast():
+            for first in range(0, n, pool.size):
+                k = min(first + pool.rank, n - 1)
+                outputs = pool.concat(self.given.output(i, k, block).float())  # [W, T, H]
+                for j, output in enumerate(outputs.split(1)[: n - first]):
+                    y[first + j] = output
+        self.given.hidden = y
+        if keep:
+            self.outputs = y
+
+    def pass_student(self, i: int, block: nn.Module) -> None:
+        """Takes the student's stream through block i as it stands."""
         with self.autocast():
-            self.given.forward(i, dense_block)
-            if self.seen is not self.given:
-                self.seen.forward(i, block)
+            self.seen.forward(i, block)
 
-    def train(
-        self, i: int, dense_block: nn.Module, block: nn.Module, phase: Callable[[str], None]
-    ) -> PrunedBlock:
-        """Trains block i in place and takes the text through it.
+    def train(self, i: int, block: nn.Module, phase: Callable[[str], None]) -> PrunedBlock:
+        """Trains block i in place, between what `pass_dense` kept.
 
         Raises:
             UserError: an activation or an error is not finite.
@@ -163,23 +190,26 @@ class _Trainer:
         names = {n: self.student.weight_name(i, n) for n in linears}
         device = self.team.device
         masks = {n: self.masks[w].to(device) for n, w in names.items() if w in self.masks}
-        phase("dense outputs")
-        with torch.no_grad(), self.autocast():
-            for k in range(len(self.given.ids)):
-                self.targets[k] = self.given.output(i, k, dense_block)
         keep = {
             m.weight: masks[n] if isinstance(m, nn.Linear) else masks[n].T
             for n, m in linears.items()
             if n in masks
         }
-        errors = [
-            self._section(i, dense_block, block, section, parameters, keep, phase)
-            for section, parameters in _sections(block, self.settings.halves)
+        *halves, whole = [
+            _Section(self, i, block, module, parameters, keep)
+            for module, parameters in _sections(block, self.settings.halves)
         ]
-        self.given.hidden, self.targets = self.targets, self.given.hidden
-        if self.seen is not self.given:
-            with self.autocast():
-                self.seen.forward(i, block)
+        if halves:
+            everything = list(block.parameters())
+            pruned, before = _copies(everything), whole.judge()
+            sections = [half.train(phase) for half in halves]
+            error = whole.train(phase) | {"before": before, "sections": sections}
+            if error["after"] > before:  # a better attention has made a worse block
+                _put(everything, pruned)
+                error |= {"after": before, "epoch": 0}
+        else:
+            error = whole.train(phase)
+        self.inputs = self.outputs = None
         seconds = time.monotonic() - start
         rows = [
             Row(
@@ -194,122 +224,181 @@ class _Trainer:
             )
             for n, mask in masks.items()
         ]
-        error = errors[-1] | ({"sections": errors[:-1]} if errors[1:] else {})
         return PrunedBlock({names[n]: m.cpu() for n, m in masks.items()}, rows, seconds, error)
 
-    def _section(
+    @torch.no_grad()
+    def targets(self, i: int, module: str | None) -> ActivationCache:
+        """What dense block i, or a module of it, gives for each sequence."""
+        if module is None:
+            return self.outputs
+        targets = self.new_store()
+        with self.dense.block(i) as block, self.autocast():
+            for k in range(len(self.given.ids)):
+                call = self.given.calls[k][i]
+                targets[k] = _output(call, block, self.inputs[k], module)
+        return targets
+
+
+class _Section:
+    """Parameters that are trained together, for the output of their block or of a module of it.
+
+    They are fp32 while they are trained, but judged as they will be stored, and so they end.
+
+    Args:
+        trainer: has the text.
+        i: the block's number.
+        block: the student's.
+        module: the name in the block of the module whose output counts; None: the block's own.
+        parameters: to be trained.
+        keep: masks, in the shape of their parameters.
+    """
+
+    def __init__(
         self,
+        trainer: _Trainer,
         i: int,
-        dense_block: nn.Module,
         block: nn.Module,
-        section: str | None,
+        module: str | None,
         parameters: list[nn.Parameter],
         keep: dict[nn.Parameter, torch.Tensor],
-        phase: Callable[[str], None],
-    ) -> dict:
-        """Trains some parameters of block i for the output of its module `section`, None: its own.
+    ):
+        self.trainer, self.settings, self.team = trainer, trainer.settings, trainer.team
+        self.i, self.block, self.module, self.parameters = i, block, module, parameters
+        self.keep = {p: keep[p] for p in parameters if p in keep}
+        self.targets = trainer.targets(i, module)
+        seen = trainer.seen or trainer.given
+        self.calls = [calls[i] for calls in seen.calls]
+        self.inputs = trainer.seen.hidden if trainer.seen else trainer.inputs
+        self.name = trainer.student.block_name(i)
+        names = {p: f"{self.name}.{name}" for name, p in block.named_parameters()}
+        self.stored = {p: stored_dtype(trainer.student, names[p]) for p in parameters}
 
-        They end rounded to the type that they are stored in, and are judged so.
+    def train(self, phase: Callable[[str], None]) -> dict:
+        """Trains the parameters in place.
 
         Returns:
             The error on held-out text before and after, the epoch that is kept, and their number.
+
+        Raises:
+            UserError: an error is not finite.
         """
-        settings, team = self.settings, self.team
-
-        def error(k: int) -> torch.Tensor:
-            student = self.seen.calls[k][i], block, self.seen.hidden[k]
-            with self.autocast():
-                out = _output(*student, section)
-                if section is None:
-                    y = self.targets[k]
-                else:
-                    with torch.no_grad():
-                        given = self.given.calls[k][i], dense_block, self.given.hidden[k]
-                        y = _output(*given, section)
-            y, out = y[..., SKIP:, :].float(), out[..., SKIP:, :].float()
-            size = y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)
-            return ((out - y).square().sum(-1) / size).mean()
-
-        @torch.no_grad()
-        def judge() -> float:
-            own = self.judges if self.n_judges else self.place.values()
-            total = torch.zeros((), dtype=torch.float64, device=team.device)
-            for k in own:
-                total += error(k)
-            value = (team.sum(total) / (self.n_judges or self.n)).item()
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the error of {self.student.block_name(i)} is not finite while it is trained; "
-                    f"lower --reconstruct.lr (it is {settings.lr:g})"
-                )
-            return value
-
-        dtypes = {
-            p: stored_dtype(self.student, f"{self.student.block_name(i)}.{name}")
-            for name, p in block.named_parameters()
-        }
-        handles = []
-        for p in parameters:
-            p.requires_grad_(True)
-            if p in keep:  # zero gradients leave Adam's moments and the weights at zero
-                handles.append(p.register_hook(keep[p].mul))
-        optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=True)
-        n_steps = settings.epochs * -(-self.n // settings.batch)
+        settings = self.settings
+        optimizer = torch.optim.Adam(self.parameters, lr=settings.lr, fused=True)
+        n_steps = settings.epochs * -(-self.trainer.n // settings.batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / n_steps)
-        draw = torch.Generator().manual_seed(settings.seed * 100_003 + i)
+        draw = torch.Generator().manual_seed(settings.seed * 100_003 + self.i)
         phase("error before")
-        before = least = judge()
-        best, kept = [p.detach().clone() for p in parameters], 0
-        for epoch in range(1, settings.epochs + 1):
-            phase(f"epoch {epoch} of {settings.epochs}, error {least:.4f}")
-            for batch in torch.randperm(self.n, generator=draw).split(settings.batch):
-                optimizer.zero_grad()
-                for sequence in batch.tolist():
-                    if sequence in self.place:
-                        (error(self.place[sequence]) / len(batch)).backward()
-                for p in parameters if team.size > 1 else ():
-                    p.grad = team.sum(torch.zeros_like(p) if p.grad is None else p.grad)
-                optimizer.step()
-                schedule.step()
-            exact = [p.detach().clone() for p in parameters]
-            for p in parameters:
-                p.data.copy_(p.data.to(dtypes[p]))
-            now = judge()
-            if self.n_judges and now >= least:
-                break
-            least, kept = now, epoch
-            best = [p.detach().clone() for p in parameters]
-            for p, weight in zip(parameters, exact, strict=True):
-                p.data.copy_(weight)
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for p, weight in zip(parameters, best, strict=True):
-                p.requires_grad_(False).copy_(weight)
-                p.grad = None
+        before = least = self.judge()
+        best, kept = _copies(self.parameters), 0
+        with self._trainable():
+            for epoch in range(1, settings.epochs + 1):
+                phase(f"epoch {epoch} of {settings.epochs}, error {least:.4f}")
+                self._epoch(optimizer, schedule, draw)
+                with self._as_stored():
+                    now = self.judge()
+                    if self.trainer.n_judges and now >= least:
+                        break
+                    least, kept, best = now, epoch, _copies(self.parameters)
+        _put(self.parameters, best)
         return {"before": before, "after": least, "epoch": kept, "epochs": settings.epochs}
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """The mean error on held-out text, over all ranks; without any, on the text to train on.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        trainer = self.trainer
+        total = torch.zeros((), dtype=torch.float64, device=self.team.device)
+        for k in trainer.judges if trainer.n_judges else trainer.place.values():
+            total += self._error(k)
+        value = (self.team.sum(total) / (trainer.n_judges or trainer.n)).item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the error of {self.name} is not finite while it is trained; "
+                f"lower --reconstruct.lr (it is {self.settings.lr:g})"
+            )
+        return value
+
+    def _epoch(self, optimizer, schedule, draw: torch.Generator) -> None:
+        """One pass over the calibration text, in an order of its own."""
+        place = self.trainer.place
+        for batch in torch.randperm(self.trainer.n, generator=draw).split(self.settings.batch):
+            optimizer.zero_grad()
+            for sequence in batch.tolist():
+                if sequence in place:
+                    (self._error(place[sequence]) / len(batch)).backward()
+            for p in self.parameters if self.team.size > 1 else ():
+                p.grad = self.team.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+            optimizer.step()
+            schedule.step()
+
+    def _error(self, k: int) -> torch.Tensor:
+        """The mean relative error of sequence k's tokens."""
+        with self.trainer.autocast():
+            out = _output(self.calls[k], self.block, self.inputs[k], self.module)
+        y, out = self.targets[k][..., SKIP:, :].float(), out[..., SKIP:, :].float()
+        size = y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)
+        return ((out - y).square().sum(-1) / size).mean()
+
+    @contextmanager
+    def _trainable(self) -> Iterator[None]:
+        """Gradients for the parameters; zero ones, where a mask says so, leave Adam's moments and
+        the weights at zero."""
+        for p in self.parameters:
+            p.requires_grad_(True)
+        handles = [p.register_hook(mask.mul) for p, mask in self.keep.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p in self.parameters:
+                p.requires_grad_(False)
+                p.grad = None
+
+    @contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """The parameters rounded to the types that they are stored in, and exact again after."""
+        exact = {p: p.detach().clone() for p, dtype in self.stored.items() if dtype != p.dtype}
+        for p in exact:
+            p.data.copy_(p.data.to(self.stored[p]))
+        try:
+            yield
+        finally:
+            _put(exact, exact.values())
+
+
+def _copies(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in parameters]
+
+
+def _put(parameters: Iterable[nn.Parameter], values: Iterable[torch.Tensor]) -> None:
+    for p, value in zip(parameters, values, strict=True):
+        p.data.copy_(value)
 
 
 class _Reached(Exception):
     """Carries a module's output out of a forward that need not go on."""
 
 
-def _output(call: Call, block: nn.Module, hidden: torch.Tensor, section: str | None):
+def _output(call: Call, block: nn.Module, hidden: torch.Tensor, module: str | None):
     """What a block, or a module of it, gives for the hidden states [B, T, H]."""
-    if section is None:
+    if module is None:
         return call.run(block, hidden)
 
-    def stop(module, args, out):
+    def stop(_, args, out):
         raise _Reached(out[0] if isinstance(out, tuple) else out)
 
-    handle = block.get_submodule(section).register_forward_hook(stop)
+    handle = block.get_submodule(module).register_forward_hook(stop)
     try:
         call.run(block, hidden)
     except _Reached as reached:
         return reached.args[0]
     finally:
         handle.remove()
-    raise AssertionError(f"{section} did not run")
+    raise AssertionError(f"{module} did not run")
 
 
 def _sections(block: nn.Module, halves: bool) -> list[tuple[str | None, list[nn.Parameter]]]:

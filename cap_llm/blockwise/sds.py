@@ -2,10 +2,10 @@
 
 The first prune is what the stage starts from (`oneshot`, or a model pruned elsewhere). Each pruned
 matrix is made dense again, from its pruned weights towards the dense ones; pruned again by
-`oneshot`'s method; and adjusted with a soft mask. Two streams of calibration text go side by side:
-one shows re-densification its inputs (`sds.data`), the other is the result so far, which the second
-prune sees. Of the first prune's weights, the second's and the adjusted ones, a matrix takes those
-with the least error against the dense weights on held-out text.
+`oneshot`'s method; and adjusted with a soft mask. Two streams of text go side by side: one shows
+re-densification its inputs (`sds.data`), the other, which carries the held-out text too, is the
+result so far, which the second prune sees. Of the first prune's weights, the second's and the
+adjusted ones, a matrix takes those with the least error against the dense weights on held-out text.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from cap_llm.blockwise.stage import BlockStage, activation_bytes, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic, read_json
 from cap_llm.runtime.rundir import Run
 from cap_llm.solvers.hessian import Moments, factorise
@@ -63,13 +64,14 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run)
     if work.done:
         return work.folder
-    work.begin(pruned, texts, config)
     dense_model = BlockModel.open(dense, run.world.device)
+    plan = _plan(pruned, dense_model, config)
+    work.begin(pruned, texts, config)
     todo = len(work.finished) < len(work.model)
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")
-            step = _Step(work, dense_model, pruned, dense, texts, config, scratch)
+            step = _Step(work, dense_model, pruned, dense, plan, texts, config, scratch)
         for i in range(len(work.model) if todo else 0):
             with work.model.block(i) as block, dense_model.block(i) as dense_block:
                 if i in work.finished:
@@ -88,6 +90,49 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     return work.finish()
 
 
+def _plan(pruned: Path, dense: BlockModel, config: Config) -> dict[str, float]:
+    """The sparsity of every weight by name: as recorded with the first prune, or as asked for.
+
+    Raises:
+        UserError: a start of another run is recorded with another pattern or another sparsity than
+            `oneshot` asks for, so that the second prune would not be the first one's.
+    """
+    settings = config.oneshot
+    plan = plan_sparsities(dense, settings)
+    if not (pruned / "sparsity.json").exists():
+        return plan
+    rows = read_json(pruned / "sparsity.json")["rows"]
+    found = {row["name"]: row["masked"] / math.prod(row["shape"]) for row in rows}
+    if config.start(STAGE):  # this run's own, whose settings are held already
+        return plan | found
+    recorded = sorted({row["pattern"] for row in rows} - {"as found"})
+    same = {settings.pattern}
+    if settings.method == "wanda" and not Pattern.parse(settings.pattern).m:
+        same = {"unstructured", "row"}  # Wanda compares the weights of an output row either way
+    if not same.issuperset(recorded):
+        remedy = f"give --oneshot.pattern {recorded[0]}"
+        if len(recorded) > 1:
+            remedy = "it takes a model of one pattern"
+        raise UserError(
+            f"{pruned} is pruned to {' and '.join(recorded)}, and sds would prune it again to "
+            f"oneshot.pattern {settings.pattern}: {remedy}"
+        )
+    if Pattern.parse(settings.pattern).m or not found:
+        return plan | found
+    rounding = 1e-3 + 1 / min(row["shape"][1] for row in rows)
+    even = max(found.values()) - min(found.values()) <= rounding  # an uneven budget stays as it is
+    for name, share in found.items():
+        asked = plan.get(name, 0)
+        if even and abs(share - asked) > rounding:
+            without = " and no oneshot.layers" if settings.layers else ""
+            raise UserError(
+                f"{name} in {pruned} is pruned to {100 * share:.1f} % zeros, and sds would prune "
+                f"it again to {100 * asked:g} %: give --oneshot.sparsity {round(share, 3):g}"
+                f"{without}"
+            )
+    return plan | found
+
+
 class _Step:
     """The two streams, and what happens to a block between them."""
 
@@ -97,6 +142,7 @@ class _Step:
         dense_model: BlockModel,
         pruned: Path,
         dense: Path,
+        plan: dict[str, float],
         texts: Texts,
         config: Config,
         scratch: Path,
@@ -104,34 +150,33 @@ class _Step:
         self.work, self.model, self.world = work, work.model, work.run.world
         self.settings, self.oneshot = config.sds, config.oneshot
         self.pattern = Pattern.parse(config.oneshot.pattern)
-        self.masks = start_masks(pruned, self.world)
-        plan = plan_sparsities(dense_model, config.oneshot)
-        if (pruned / "sparsity.json").exists():  # as it is, where a budget was uneven
-            rows = read_json(pruned / "sparsity.json")["rows"]
-            plan |= {r["name"]: r["masked"] / math.prod(r["shape"]) for r in rows}
+        self.masks = start_masks(pruned, work.run)
         self.inside = earlier_mask(dense, config.oneshot, plan)
         mine = self.world.share(len(texts.calibration))
-        held_out = self.world.share(len(texts.held_out))
-        windows = torch.cat([texts.calibration[list(mine)], texts.held_out[list(held_out)]])
-        # which statistics a sequence counts for: a batch's (one for all in mode `gram`), or the
-        # held-out ones, which come last
+        calibration = texts.calibration[list(mine)]
+        held_out = texts.held_out[list(self.world.share(len(texts.held_out)))]
+        self.holds_out = len(texts.held_out) > 0
+        # a batch of SGD has statistics of its own; mode `gram` is one batch
         self.n_batches = -(-len(texts.calibration) // BATCH) if self.settings.mode == "paper" else 1
         batch = BATCH if self.settings.mode == "paper" else len(texts.calibration)
-        self.counts_for = [n // batch for n in mine] + [self.n_batches] * len(held_out)
-        memory = activation_bytes(config, parts=2)
-        seen = dense_model if self.settings.data == "dense" else self.model
-        self.first = Walk(seen, windows, memory, scratch)
-        self.final = Walk(self.model, windows, memory, scratch)
+        self.batch_of = [n // batch for n in mine]  # of each calibration sequence
+        memory = activation_bytes(config, parts=2 if self.settings.redensify else 1)
+        self.first = None
+        if self.settings.redensify:
+            seen = dense_model if self.settings.data == "dense" else self.model
+            self.first = Walk(seen, calibration, memory, scratch)
+        self.final = Walk(self.model, torch.cat([calibration, held_out]), memory, scratch)
         self.free: dict[str, torch.Tensor] = {}  # re-densified weights of the block at hand
         self.model.drop_outside()
         dense_model.drop_outside()
 
     def pass_finished(self, i: int, block: nn.Module, dense_block: nn.Module) -> None:
         """Takes both streams through a block that is done."""
-        if self.settings.data == "redense":
-            for name, weight in load_file(self._redense_file(i)).items():
-                matrix(block.get_submodule(name)).copy_(weight)
-        self.first.forward(i, dense_block if self.settings.data == "dense" else block)
+        if self.first:
+            if self.settings.data == "redense":
+                for name, weight in load_file(self._redense_file(i)).items():
+                    matrix(block.get_submodule(name)).copy_(weight)
+            self.first.forward(i, dense_block if self.settings.data == "dense" else block)
         self.work.load(i, block)
         self.final.forward(i, block)
 
@@ -151,12 +196,12 @@ class _Step:
         result = PrunedBlock({}, [], 0.0)
 
         def make_dense(group: Group, inputs: Iterator[torch.Tensor]) -> None:
-            names = [n for n in group.names if n in masks and self.settings.redensify]
+            names = [n for n in group.names if n in masks]
             phase(f"re-densifying {group.short}")
-            parts = self._statistics(self.first, group, inputs, bool(names))
             if not names:
-                return
-            for n, weight in self._redensify(names, prefix, sparse, target, parts[:-1]).items():
+                return _read(inputs)
+            batches, _ = self._statistics(self.first, group, inputs)
+            for n, weight in self._redensify(names, prefix, sparse, target, batches).items():
                 self.free[n] = weight
                 if self.settings.data == "redense":
                     linears[n].copy_(weight)
@@ -164,9 +209,9 @@ class _Step:
         def prune_again(group: Group, inputs: Iterator[torch.Tensor]) -> None:
             names = [n for n in group.names if n in masks]
             phase(f"pruning {group.short}")
-            *batches, held_out = self._statistics(self.final, group, inputs, bool(names))
             if not names:
-                return
+                return _read(inputs)
+            batches, held_out = self._statistics(self.final, group, inputs)
             grams = self._grams(batches)
             solver = Solver(
                 self.oneshot, Moments.total(batches), prefix + names[0], needs_factor=True
@@ -178,7 +223,7 @@ class _Step:
                 found = self._candidates(n, sparse[n], masks[n], target[n], inside, solver, grams)
                 found = {kept: (w.to(dtype), mask) for kept, (w, mask) in found.items()}
                 kept = list(found)[-1]
-                if held_out.tokens:
+                if held_out:
                     kept = min(found, key=lambda k: held_out.error(found[k][0].float() - target[n]))
                 weight, mask = found[kept]
                 error = solver.error(target[n], weight.float())
@@ -187,8 +232,10 @@ class _Step:
             spread(self.model, i, names, self.oneshot.pattern, self.world, solve, result)
 
         with torch.no_grad():
-            self.first.visit(i, dense_block if self.settings.data == "dense" else block, make_dense)
-            if self.settings.data == "redense":
+            if self.first:
+                seen = dense_block if self.settings.data == "dense" else block
+                self.first.visit(i, seen, make_dense)
+            if self.free and self.settings.data == "redense":
                 for n, weight in sparse.items():
                     linears[n].copy_(weight)
             self.final.visit(i, block, prune_again)
@@ -205,22 +252,30 @@ class _Step:
         return self.work.parts / f"{i:05d}.redense"
 
     def _statistics(
-        self, walk: Walk, group: Group, inputs: Iterator[torch.Tensor], wanted: bool
-    ) -> list[Moments]:
-        """Second moments of a group's input over all ranks: a batch each, then of held-out text."""
-        n = self.n_batches + 1 if wanted else 0
-        parts = [Moments(group.columns, self.model.device) for _ in range(n)]
-        at = 0
-        for ids, x in zip(walk.ids, inputs, strict=True):
-            sequences = x.reshape(len(ids), -1, x.shape[-1]) if wanted else ()
-            for sequence, part in zip(sequences, self.counts_for[at:], strict=False):
-                parts[part].add(sequence)
-            at += len(ids)
-        for part in parts:
+        self, walk: Walk, group: Group, inputs: Iterator[torch.Tensor]
+    ) -> tuple[list[Moments], Moments | None]:
+        """Second moments of a group's input over all ranks: of each batch, and of held-out text.
+
+        The first stream carries no held-out text.
+        """
+
+        def new() -> Moments:
+            return Moments(group.columns, self.model.device)
+
+        batches = [new() for _ in range(self.n_batches)]
+        held_out = new() if self.holds_out and walk is self.final else None
+        sequences = (
+            sequence
+            for ids, x in zip(walk.ids, inputs, strict=True)
+            for sequence in x.reshape(len(ids), -1, x.shape[-1])
+        )
+        for n, sequence in enumerate(sequences):
+            part = batches[self.batch_of[n]] if n < len(self.batch_of) else held_out
+            part.add(sequence)
+        for part in filter(None, (*batches, held_out)):
             part.merge(self.world)
-            if part.tokens:
-                part.finish(group.short)
-        return parts
+            part.finish(group.short)
+        return batches, held_out
 
     def _grams(self, batches: list[Moments]) -> list[torch.Tensor] | None:
         """Mean x x^T [C, C] of each batch for SGD; a single one is damped later, so copied."""
@@ -286,3 +341,9 @@ class _Step:
         weight = redensify_by_sgd(weight, target, grams, l1=0, l2=0, after_pass=soft_mask)
         found["adjusted"] = (weight, choose(weight.abs(), self.pattern, sparsity, inside))
         return found
+
+
+def _read(inputs: Iterator[torch.Tensor]) -> None:
+    """Takes inputs of which nothing is wanted, so that the text can go on."""
+    for _ in inputs:
+        pass

@@ -25,12 +25,11 @@ from cap_llm.blockwise.prune import PrunedBlock, Row
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, match_names, skeleton
 from cap_llm.models.checkpoint import Checkpoint, ShardWriter
-from cap_llm.models.masks import Masks
+from cap_llm.models.masks import PRUNED, Masks
 from cap_llm.runtime.console import duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import Run, peak_memory
-from cap_llm.runtime.world import World
 from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.reading import Texts
 
@@ -272,18 +271,23 @@ class BlockStage:
         return self.parts / f"{i:05d}.safetensors"
 
 
-def start_masks(folder: Path, world: World) -> Masks:
-    """The masks of the pruned model that a stage starts from.
+def start_masks(folder: Path, run: Run) -> Masks:
+    """The masks of the pruned model that a stage starts from; says so where they are its zeros.
 
     Raises:
         UserError: all matrices are dense, or weights and masks disagree.
     """
-    masks = Masks(folder, world)
+    masks = Masks(folder, run.world)
     masks.check()
     if not masks:
         raise UserError(
-            f"{folder} is not pruned: none of its matrices has a mask or zeros; let "
-            "--stages begin with oneshot, or give a pruned model"
+            f"{folder} is not pruned: none of its matrices has a mask or {PRUNED:.0%} of zeros; "
+            "let --stages begin with oneshot, or give a pruned model"
+        )
+    if masks.from_zeros:
+        run.console.say(
+            f"{folder} has no file of masks: the zeros of {len(masks)} matrices are taken as "
+            f"theirs, {100 * masks.sparsity:.1f} % of the weights in them"
         )
     return masks
 

@@ -7,8 +7,8 @@ factorised once for all of them.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -95,29 +95,45 @@ class Moments:
         return self._sum
 
 
-@dataclass
 class Factor:
-    """A damped Hessian and the factor that SparseGPT walks along.
+    """A damped Hessian, and on demand what solvers make of its Cholesky factor.
 
-    Attributes:
+    Args:
         hessian: [C, C], with the ridge on its diagonal, next to nothing where an input is dead.
-        inverse: upper triangular U [C, C] with H^-1 = U^T U.
+        lower: the Cholesky factor L [C, C] of H with rows and columns reversed.
         dead: [C], inputs that never fire (always zero); their weights are free to go.
         damping: the ridge used, as a share of the mean diagonal.
     """
 
-    hessian: torch.Tensor
-    inverse: torch.Tensor
-    dead: torch.Tensor
-    damping: float
+    def __init__(
+        self, hessian: torch.Tensor, lower: torch.Tensor, dead: torch.Tensor, damping: float
+    ):
+        self.hessian, self.dead, self.damping = hessian, dead, damping
+        self._lower = lower
+
+    @functools.cached_property
+    def upper(self) -> torch.Tensor:
+        """The upper triangular U [C, C] with H^-1 = U^T U, along which SparseGPT walks.
+
+        It is the inverse of the upper V in H = V V^T, which is L with rows and columns reversed.
+        With L that takes a Cholesky and a triangular inverse; the published code's three steps
+        (Cholesky, inverse, Cholesky of the inverse) take twice as many operations.
+        """
+        v, self._lower = self._lower.flip(0, 1), None
+        # in place: the identity becomes the inverse
+        inverse = torch.eye(len(v), dtype=v.dtype, device=v.device)
+        return torch.linalg.solve_triangular(v, inverse, upper=True, out=inverse)
+
+    @functools.cached_property
+    def inverse(self) -> torch.Tensor:
+        """H^-1 [C, C]."""
+        if self._lower is None:
+            return self.upper.T @ self.upper
+        return torch.cholesky_inverse(self._lower).flip(0, 1)
 
 
 def factorise(hessian: torch.Tensor, damping: float, name: str) -> Factor:
-    """Damps H [C, C] and factorises its inverse. Overwrites `hessian`.
-
-    U is the inverse of the upper V in H = V V^T, which is the Cholesky factor of H with rows and
-    columns reversed. That takes one Cholesky and one triangular inverse, 2/3 C^3 operations; the
-    published code's three steps (Cholesky, inverse, Cholesky of the inverse) take twice as many.
+    """Damps H [C, C] and factorises it. Overwrites `hessian`.
 
     Raises:
         UserError: H is not positive definite even with `damping` raised tenfold three times.
@@ -131,12 +147,7 @@ def factorise(hessian: torch.Tensor, damping: float, name: str) -> Factor:
         hessian.diagonal().copy_(torch.where(dead, quiet, diagonal + tried * mean))
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            upper = lower.flip(0, 1)
-            del lower
-            # in place: the identity becomes the inverse
-            inverse = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
-            return Factor(hessian, inverse, dead, tried)
+            return Factor(hessian, lower, dead, tried)
         tried *= 10
     raise UserError(
         f"the Hessian of {name} is not positive definite even with damping {tried / 10:g}: "

@@ -40,23 +40,23 @@ def sparsegpt(
         The weight and its mask, both [R, C].
     """
     n_rows, n_columns = weight.shape
-    upper = factor.inverse
-    inside = torch.ones_like(weight, dtype=torch.bool) if allowed is None else allowed
-    quota = _Quota(pattern, sparsity, inside)
+    upper = factor.upper
+    quota = _Quota(pattern, sparsity, weight.shape, allowed)
     tile = TILE
     if pattern.m:
         tile, block_size = (pattern.m * max(1, n // pattern.m) for n in (TILE, block_size))
     w = weight.T.clone(memory_format=torch.contiguous_format)
     w[factor.dead] = 0
-    w *= inside.T
-    mask = torch.empty_like(inside)
+    if allowed is not None:
+        w *= allowed.T
+    mask = torch.empty_like(weight, dtype=torch.bool)
     for start in range(0, n_columns, block_size):
         end = min(start + block_size, n_columns)
         block, u = w[start:end], upper[start:end, start:end]
         diagonal = u.diagonal()
         if not pattern.m:
             score = (block.T / diagonal).square()
-            mask[:, start:end] = quota.choose(score, inside[:, start:end])
+            mask[:, start:end] = quota.choose(score, _columns(allowed, start, end))
             # 1 / U_jj where a weight goes, 0 where it stays
             errors = (~mask[:, start:end]).T / diagonal[:, None]
         else:
@@ -67,10 +67,11 @@ def sparsegpt(
                 if pattern.m and j % pattern.m == 0:
                     # chosen from weights that all columns to the left have already moved
                     group = slice(j, j + pattern.m)
-                    columns = slice(start + j, start + j + pattern.m)
+                    first, last = start + j, start + j + pattern.m
                     score = (block[group].T / diagonal[group]).square()
-                    mask[:, columns] = choose(score, pattern, 0, inside[:, columns])
-                    errors[group] = (~mask[:, columns]).T / diagonal[group, None]
+                    inside = _columns(allowed, first, last)
+                    mask[:, first:last] = choose(score, pattern, 0, inside)
+                    errors[group] = (~mask[:, first:last]).T / diagonal[group, None]
                 errors[j] *= block[j]  # (w - q) / U_jj: q is 0 or w
                 block[j + 1 : high].addr_(u[j, j + 1 : high], errors[j], alpha=-1)
             block[high:].addmm_(u[low:high, high:].T, errors[low:high], alpha=-1)
@@ -78,27 +79,37 @@ def sparsegpt(
     return w.T.contiguous() * mask, mask
 
 
+def _columns(mask: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:
+    return None if mask is None else mask[:, start:end]
+
+
 class _Quota:
     """How many weights each block of columns removes, so that the total is exact.
 
     Each block takes the same share of its allowed weights; what rounding leaves over is carried on.
+    Counts are [1], but [R] where each row has a number of its own.
     """
 
-    def __init__(self, pattern: Pattern, sparsity: float, inside: torch.Tensor):
+    def __init__(
+        self, pattern: Pattern, sparsity: float, shape: torch.Size, allowed: torch.Tensor | None
+    ):
         self.by_row = pattern.kind == "row"
-        self.allowed = self._count(inside)
-        size = inside.shape[1] if self.by_row else inside.numel()
+        size = shape[1] if self.by_row else shape.numel()
+        self.allowed = self._count(shape, allowed)
         self.total = (round(sparsity * size) - (size - self.allowed)).clamp(min=0)
         self.seen = torch.zeros_like(self.allowed)
         self.removed = torch.zeros_like(self.allowed)
 
-    def choose(self, score: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-        self.seen += self._count(inside)
+    def choose(self, score: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
+        self.seen += self._count(score.shape, inside)
         due = (self.total.double() * self.seen / self.allowed.clamp(min=1)).round().long()
         rows = score if self.by_row else score.reshape(1, -1)
-        mask = drop_lowest(rows, due - self.removed, inside.reshape(rows.shape))
+        inside = None if inside is None else inside.reshape(rows.shape)
+        mask = drop_lowest(rows, due - self.removed, inside)
         self.removed = due
         return mask.reshape(score.shape)
 
-    def _count(self, inside: torch.Tensor) -> torch.Tensor:
+    def _count(self, shape: torch.Size, inside: torch.Tensor | None) -> torch.Tensor:
+        if inside is None:
+            return torch.tensor([shape[1] if self.by_row else shape.numel()])
         return inside.sum(1) if self.by_row else inside.sum().reshape(1)

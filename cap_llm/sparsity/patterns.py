@@ -16,6 +16,8 @@ import torch
 
 from cap_llm.runtime.errors import UserError
 
+_LAST = torch.iinfo(torch.int32).max  # above the bits of every score, infinity included
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -89,47 +91,58 @@ def choose(
     if pattern.m:
         return _keep_n_of_m(score, pattern, allowed)
     scores = score.reshape(1, -1) if pattern.kind == "unstructured" else score
-    inside = torch.ones_like(scores, dtype=torch.bool) if allowed is None else allowed
-    inside = inside.reshape(scores.shape)
     zeros = round(sparsity * scores.shape[1])
+    if allowed is None:
+        return drop_lowest(scores, torch.tensor([zeros])).reshape(score.shape)
+    inside = allowed.reshape(scores.shape)
     n_drop = (zeros - (~inside).sum(1)).clamp(min=0)
     return drop_lowest(scores, n_drop, inside).reshape(score.shape)
 
 
-def drop_lowest(score: torch.Tensor, n_drop: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Removes from `inside` the `n_drop` lowest scores of each row.
+def drop_lowest(
+    score: torch.Tensor, n_drop: torch.Tensor, inside: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Removes the `n_drop` lowest scores of each row.
 
     Args:
         score: [R, C], at least 0, fp32.
-        n_drop: [R], how many to remove; at most the row's count in `inside`.
-        inside: [R, C] mask.
+        n_drop: [R], how many to remove, or [1], the same number in each row; at most the row's
+            count in `inside`.
+        inside: mask [R, C] of what can be removed, and of what may stay; None: everything.
 
     Returns:
         A mask [R, C] with exactly `n_drop` fewer trues a row.
 
     Floats of one sign are ordered like their bit patterns. The highest of the scores that go is
-    selected directly where there is one row; for many rows with counts of their own it is found by
-    bisection over the bits, which needs 31 counts and no index tensors.
+    selected directly where there is one count; for rows with counts of their own, and on a GPU for
+    a single row, which one block of threads would select, it is found by bisection over the bits:
+    that takes 31 counts and no index tensors.
     """
-    bits = score.contiguous().view(torch.int32).masked_fill(~inside, torch.iinfo(torch.int32).max)
-    if len(n_drop) == 1:
-        high = bits.kthvalue(max(1, int(n_drop))).values
+    bits = score.contiguous().view(torch.int32)
+    if inside is not None:
+        bits = bits.masked_fill(~inside, _LAST)
+    if len(n_drop) == 1 and (len(bits) > 1 or bits.device.type == "cpu"):
+        most = int(n_drop)
+        high = bits.kthvalue(most, dim=1).values if most else bits.new_full((len(bits),), -1)
+        n_drop = n_drop.to(bits.device)
     else:
+        n_drop = n_drop.to(bits.device)
         low = torch.full_like(n_drop, -1)  # count(bits <= low) < n_drop, or low == -1
-        high = torch.full_like(n_drop, torch.iinfo(torch.int32).max - 1)
+        high = torch.full_like(n_drop, _LAST - 1)
         for _ in range(31):
             middle = (low + high) // 2
             enough = (bits <= middle[:, None].int()).sum(1) >= n_drop
             high = torch.where(enough, middle, high)
             low = torch.where(enough, low, middle)
-    high = torch.where(n_drop > 0, high, -1)[:, None].int()
-    below = bits < high
-    equal = bits == high
-    # of the equals, the first ones go, as many as are still needed
-    needed = (n_drop - below.sum(1))[:, None]
-    if bool((equal.sum(1, keepdim=True) > needed).any()):
-        equal &= equal.cumsum(1, dtype=torch.int32) <= needed
-    return inside & ~below & ~equal
+        high = torch.where(n_drop > 0, high, -1).int()
+    high = high[:, None]
+    keep = bits > high
+    surplus = bits.shape[1] - keep.sum(1) - n_drop  # that went, being equal to the highest
+    if bool(surplus.any()):
+        # of the equals, the first ones go, as many as are needed
+        equal = bits == high
+        keep |= equal & (equal.cumsum(1, dtype=torch.int32) > (equal.sum(1) - surplus)[:, None])
+    return keep if inside is None else keep & inside
 
 
 def _keep_n_of_m(score, pattern: Pattern, allowed) -> torch.Tensor:
