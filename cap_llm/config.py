@@ -226,7 +226,7 @@ class ObjectiveConfig:
     prc: float = 0.1
     """Contrast with the pre-trained (dense) model."""
     snc: float = 0.1
-    """Contrast with the student's own snapshots of earlier rungs."""
+    """Contrast with the student's own snapshots of earlier rungs; divided by their number."""
     fic: float = 0.1
     """Contrast with a fine-tuned model (recover.finetuned); off without one."""
 
@@ -312,7 +312,8 @@ class RecoverConfig:
     length: int = 1024
     """Tokens a sequence."""
     sequences: int | None = None
-    """Distinct sequences to train on. Default: as many as one rung's tokens fill."""
+    """Distinct sequences to train on. Default: as many as the tokens of all rungs fill; a rung goes
+    on in the text where the one before it ended."""
     held_out: int = 16
     """Sequences of other documents of the corpus, never trained on, for the gate and the curve."""
     tokens: int = 2_000_000
@@ -331,7 +332,8 @@ class RecoverConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     warmup: float = 0.03
-    """Share of a rung's steps until it is reached; then it falls to a tenth by a cosine."""
+    """Share of a rung's steps until it is reached, and at least 5 of them (a quarter where there
+    are fewer than 20), unless 0; then it falls to a tenth by a cosine."""
     weight_decay: float = 0.0
     """AdamW's."""
     clip: float = 1.0
@@ -343,7 +345,8 @@ class RecoverConfig:
     seed: int = 0
     """Seed of packing, order, positions and draws."""
     deepspeed: str = "zero2"
-    """zero0, zero1, zero2, zero3, zero3_offload, or a DeepSpeed JSON file."""
+    """zero0, zero1, zero2, zero3, zero3_offload, cpu (ZeRO-2 in small buckets, for ranks on CPUs),
+    or a DeepSpeed JSON file."""
     teacher_deepspeed: str = "auto"
     """The teacher's: auto (sharded if the student is), teacher, teacher_zero3,
     teacher_zero3_offload, or a file."""
@@ -428,13 +431,13 @@ class RecoverConfig:
     @property
     def n_sequences(self) -> int:
         """Distinct sequences that are asked for."""
-        return self.sequences or self.steps * self.batch
+        return self.sequences or self.steps * self.batch * max(1, len(self.rungs))
 
     @property
     def contrasts(self) -> bool:
-        """Whether any contrast is on."""
+        """Whether any contrast is on, on some rung."""
         o = self.objective
-        return bool(o.prc or o.snc or (o.fic and self.finetuned))
+        return bool(o.prc or (o.snc and self.rungs) or (o.fic and self.finetuned))
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches of a step.

@@ -219,12 +219,13 @@ def exit_code(error: BaseException) -> int:
 
 
 def leave(code: int) -> int:
-    """Gives the exit code; one of several ranks ends here and now, without Python's own end.
+    """Gives the exit code; one of several ranks ends here and now, without Python's own end, and so
+    does whoever has used DeepSpeed.
 
     To take leave of ranks that wait in a collective would wait for them. And after a ZeRO-3
     training, the end of the interpreter sometimes aborts (SIGABRT) though all work is done.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or "deepspeed" in sys.modules:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

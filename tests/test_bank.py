@@ -274,6 +274,30 @@ def test_rows_of_an_online_contrast_are_only_of_steps_before(tmp_path):
     assert before == set(range(N))
 
 
+def test_an_online_contrast_draws_as_many_as_are_asked_for_once_they_are_there(tmp_path):
+    c, teacher = contrasts(extra_sequences=6), Model()
+    bank = bank_of(c, tmp_path, teacher, torch.arange(0))
+    c.terms = [Contrast("prc", 0.1, [bank], online=True)]
+    for step in range(5):
+        bank.asked = []
+        step_losses(c, Model(1), teacher, step)
+        ((*ids,),) = bank.asked
+        assert len(set(ids)) == len(ids) == min(6, step * BATCH)
+
+
+def test_a_bank_needs_only_the_share_of_its_training(tmp_path):
+    c, share = contrasts(), torch.tensor([1, 4, 5, 7, 11, 12, 20, 23])
+    c.share = share
+    bank = bank_of(c, tmp_path, Model(), share)
+    c.terms = [Contrast("fic", 0.1, [bank])]
+    tokens = c.encoder.text.ids
+    for step in range(4):
+        ids = share[4 * (step % 2) :][:4]
+        c.losses(Model(1)(tokens[ids]), None, ids, ids, step, 0)
+    assert {i for ids in bank.asked for i in ids} <= set(share.tolist())
+    assert all(bank.has(torch.tensor(ids)).all() for ids in bank.asked)
+
+
 def test_an_online_contrast_ends_up_as_one_from_a_bank_that_was_filled_before(tmp_path):
     teacher, student = Model(), Model(1)
     c, d = contrasts(), contrasts()

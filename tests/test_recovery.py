@@ -7,6 +7,7 @@ more than a case; the tests look at what the run directories hold. The last ones
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import math
@@ -28,8 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from cap_llm import train
 from cap_llm.command_line import read_config
-from cap_llm.config import RecoverConfig
+from cap_llm.config import ObjectiveConfig, RecoverConfig
+from cap_llm.recovery import checkpoints as checkpoints_module
 from cap_llm.recovery import engines
+from cap_llm.recovery.training import learning_rate
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.world import World
 from cap_llm.text.corpora import calibration_corpus
@@ -37,6 +40,7 @@ from cap_llm.text.packing import pack
 from cap_llm.text.tokenizers import load_tokenizer
 
 WORKER = Path(__file__).with_name("worker.py")
+CPU = torch.device("cpu")
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 STEPS, BATCH, LENGTH, HELD_OUT = 8, 6, 64, 6
 LOSSES = ("loss", "ce", "kl", "prc", "snc", "fic", "feature", "held_out_ppl", "grad_norm")
@@ -245,6 +249,10 @@ def two(assets, tmp_path_factory) -> Cases:
     for zero in ("zero2", "zero3"):
         cases.add(f"regrown {zero}", ("without_hooks",), recover__deepspeed=zero, **short)
     cases.add("no number", ("spoil_loss", "recover", 5))
+    for zero in ZERO:
+        cases.add(f"no slope {zero}", ("spoil_gradient", "recover", 5), recover__deepspeed=zero)
+    mixed = MIXED | {"recover.deepspeed": "zero2"}
+    cases.add("no slope in 16 bits", ("spoil_gradient", "recover", 3), **mixed)
     cases.add("no batch", recover__micro_batch=2)
     return cases.start().wait()
 
@@ -477,6 +485,9 @@ def add_resumes(cases: Cases) -> None:
         step = f"step-{step:06d}"
         return cases.out(name) / "recover" / "checkpoints" / "1" / step / "complete.json"
 
+    ended = cases.add("stopped at the end", ("stop", "recover", STEPS))
+    again = ("copy", ended, cases.out("at the end, resumed"))
+    cases.add("at the end, resumed", edits=[again])
     gone = [copied("incomplete"), ("remove", complete("incomplete", 5))]
     seldom = {"recover.checkpoint_steps": 100}
     cases.add("incomplete", ("stop", "recover", 7), edits=gone, **seldom)
@@ -506,6 +517,29 @@ def add_resumes(cases: Cases) -> None:
 
 def test_old_checkpoints_are_removed(one):
     assert checkpoints(one.stopped("stopped")) == ["step-000004", "step-000005"]
+
+
+def test_the_converted_form_of_a_checkpoint_goes_with_it(tmp_path):
+    class Engine:
+        def save_checkpoint(self, folder, tag, save_latest):
+            (Path(folder) / tag).mkdir()
+
+    def save(step):
+        checkpoints_module.save(Engine(), tmp_path, step, {}, {}, 2, 1, World.alone(CPU))
+
+    save(1)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / "universal-step-000001")
+    save(2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_signal_in_the_last_step_stops_too_and_nothing_is_left_to_train(one):
+    run = one.stopped("stopped at the end")
+    assert checkpoints(run)[-1] == f"step-{STEPS:06d}"
+    assert not list((run / "recover").glob("*.safetensors"))
+    run = one.finished("at the end, resumed")
+    assert record(run)["resumed_at_step"] == STEPS
+    assert losses(run) == losses(one.finished("plain"))
 
 
 def test_an_incomplete_checkpoint_does_not_count_and_is_removed(one):
@@ -618,7 +652,10 @@ def test_a_ladder_logs_each_contrast_and_keeps_its_banks(two):
     }
     for bank in banks.iterdir():
         there = np.fromfile(bank / "there.bin", np.uint8)
-        assert len(there) == RUNG_STEPS * BATCH and there.all()
+        # each rung trains on text of its own, and the second has a snapshot that the first has not
+        rungs = 1 if bank.name == "snapshot-2" else 2
+        assert len(there) == 2 * RUNG_STEPS * BATCH
+        assert there.sum() == rungs * RUNG_STEPS * BATCH
         facts = json.loads((bank / "bank.json").read_text())
         assert facts["mean_cosine"] < 0.7 and facts["effective_rank"] > 2
     records = json.loads((run / "recover" / "recovery.json").read_text())["rungs"]
@@ -683,15 +720,25 @@ def test_snapshots_begin_with_the_second_rung_of_a_dense_model_and_old_ones_go(o
     assert banks == {"pretrained", "snapshot-3"}
 
 
+def test_snapshots_share_their_weight(two):
+    run = two.finished("ladder")
+    for rung in (1, 2):  # the start was pruned already: as many snapshots as rungs
+        values = losses(run, f"recover/{rung}")
+        weights = {"ce": 0.2, "kl": 0.8, "prc": 0.1, "fic": 0.1, "snc": 0.1 / rung}
+        total = sum(weight * values[name, 1] for name, weight in weights.items())
+        assert values["loss", 1] == pytest.approx(total, rel=1e-5)
+
+
 def test_a_rung_that_loses_too_much_ends_the_ladder(one):
     message = one.refused("gate")
     assert "rung 1/2 (0.7) ends with a held-out perplexity of" in message
-    assert "1.01 (recover.gate) times the dense model's" in message
+    assert "1.01 (recover.gate) times the teacher's" in message
     assert "recover.tokens" in message
     trained = one.out("gate") / "recover" / "rungs" / "1" / "trained"
     assert sparsity(trained) == pytest.approx(0.7, abs=0.01)
     assert "rung 1/2 (0.7) ends with" in one.refused("gate, again")
     assert not (one.out("gate") / "recover" / "rungs" / "2").exists()
+    assert not (one.out("gate") / "recover" / "checkpoints" / "1").exists()  # needed no more
     assert sparsity(one.finished("gate, raised") / "recover") == pytest.approx(0.8, abs=0.01)
 
 
@@ -714,8 +761,13 @@ def add_ablations(cases: Cases) -> None:
     for term in TERMS:
         cases.add(f"without {term}", **everything | {f"recover.objective.{term}": 0})
     cases.add("no contrast", **NO_CONTRAST)
+    worse = {"recover.finetuned": "train", "recover.lr": 1.0, "recover.tokens": 2 * BATCH * LENGTH}
+    cases.add("fine-tuned, and worse", **worse)
     wide = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=3)}
     cases.add("wide teacher", **wide, **NO_CONTRAST)
+    tuned = {"model.dense": cases.assets.dense, "recover.finetuned": "train"}
+    tuned |= {"recover.objective.prc": 0, "recover.tokens": 2 * BATCH * LENGTH}
+    cases.add("wide teacher, fine-tuned", **wide | tuned)
     cases.add("wide teacher, snapshots", **wide, recover__objective__prc=0, recover__ladder="0.6")
 
 
@@ -744,6 +796,15 @@ def test_a_term_without_its_model_is_off_and_the_log_says_so(one):
     assert "SnC is off" in log
 
 
+def test_a_fine_tuned_model_that_is_worse_than_the_dense_one_is_told(one, two):
+    run = one.finished("fine-tuned, and worse")
+    values = losses(run, "recover/finetuned")
+    assert values["held_out_ppl", 2] > values["held_out_ppl", 0]
+    said = r"the fine-tuned model's held-out ppl is [\d.]+, worse than the dense model's [\d.]+"
+    assert re.search(said, (run / "log.txt").read_text())
+    assert "worse than" not in (two.finished("ladder") / "log.txt").read_text()
+
+
 def test_a_wider_teacher_gives_the_kl(one, assets):
     run = one.finished("wide teacher")
     values = losses(run)
@@ -754,6 +815,16 @@ def test_a_wider_teacher_gives_the_kl(one, assets):
 
 def test_a_wider_teacher_goes_with_the_students_own_snapshots(one):
     assert "snc" in names(losses(one.finished("wide teacher, snapshots"), "recover/1"))
+
+
+def test_the_dense_model_is_fine_tuned_and_measured_not_a_wider_teacher(one, assets):
+    run = one.finished("wide teacher, fine-tuned")
+    assert "fic" in names(losses(run))
+    tuned = json.loads((run / "recover" / "finetuned" / "config.json").read_text())
+    assert tuned["hidden_size"] == 32
+    dense = perplexity(assets.dense, assets.held_out())
+    assert record(run)["dense_held_out_ppl"] == pytest.approx(dense, rel=1e-4)
+    assert "the dense model's held-out ppl is" in (run / "log.txt").read_text()
 
 
 # bad input
@@ -805,6 +876,14 @@ REFUSED = {
     "width": (
         lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},
         ["recover.teacher", "hidden_size 64", "32", "recover.objective.feature, prc, fic 0"],
+    ),
+    "width of what is fine-tuned": (
+        lambda a: {
+            "recover.teacher": a.tiny("llama", num_hidden_layers=3, hidden_size=64),
+            "recover.finetuned": "train",
+            "recover.objective.prc": 0,
+        },
+        ["recover.teacher", "hidden_size 64", "32", "give another model"],
     ),
     "a cap on the logits": (
         lambda a: {
@@ -985,6 +1064,30 @@ def test_a_bank_of_other_data_is_refused(one, name, fact):
     assert "remove that folder to build it anew" in message
 
 
+def test_a_short_rung_warms_up_too():
+    def rates(steps: int, **options) -> list[float]:
+        config = RecoverConfig(tokens=steps * 16 * 1024, lr=1.0, **options)
+        assert config.steps == steps
+        return [learning_rate(step, config) for step in range(steps)]
+
+    assert rates(40)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates(8)[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert rates(400)[:12] == pytest.approx([n / 12 for n in range(1, 13)])
+    assert rates(400)[-1] == pytest.approx(0.1, abs=1e-4)
+    assert rates(40, warmup=0.0)[0] == 1.0
+    assert min(rates(1) + rates(3)) > 0
+
+
+def test_contrasts_are_on_where_something_is_contrasted():
+    def on(**options) -> bool:
+        fields = {f.name for f in dataclasses.fields(ObjectiveConfig)}
+        weights = {k: options.pop(k) for k in list(options) if k in fields}
+        return RecoverConfig(objective=ObjectiveConfig(**weights), **options).contrasts
+
+    assert on() and on(prc=0, ladder="0.5, 0.6") and on(prc=0, finetuned="train")
+    assert not on(prc=0) and not on(prc=0, snc=0, ladder="0.5, 0.6")
+
+
 def test_a_batch_that_the_ranks_cannot_share_is_refused(two):
     message = two.refused("no batch")
     assert "recover.batch is 6, no multiple of 2 ranks x micro_batch 2" in message
@@ -997,6 +1100,19 @@ def test_a_loss_that_is_no_number_names_the_sequences_and_keeps_the_checkpoint(t
     assert f"the loss of step 5 is not finite; the sequences of this batch are {batch}" in message
     assert "--recover.lr" in message
     assert checkpoints(two.out("no number")) == ["step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [*((zero, 5) for zero in ZERO), ("in 16 bits", 3)], ids=str
+)
+def test_a_gradient_that_is_no_number_names_the_step_and_keeps_the_checkpoint(two, name, step):
+    message = two.refused(f"no slope {name}")
+    order = np.random.default_rng([0, 0]).permutation(len(two.assets.packed().ids))
+    assert f"the gradient of step {step} is not finite, though its loss is" in message
+    assert "--recover.lr" in message
+    if step == 5:
+        assert str(order[4 * BATCH : 5 * BATCH].tolist()) in message
+        assert checkpoints(two.out(f"no slope {name}")) == ["step-000003"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
@@ -1046,6 +1162,7 @@ def test_recover_is_a_job_of_its_own_after_oneshot_and_zero3_ends_with_0(assets,
     settings |= {"recover.deepspeed": "zero3"}
     training = launched([*torchrun, "--nproc_per_node", "2"], settings)
     assert training.returncode == 0, training.stdout
+    assert "FutureWarning" not in training.stdout
     assert_zeros(tmp_path / "run" / "recover", tmp_path / "run" / "oneshot")
     for path in ("ds_config.json", "ds_config_teacher.json"):
         used = json.loads((tmp_path / "run" / path).read_text())
@@ -1071,6 +1188,17 @@ def test_torchrun_with_one_process_works_too(assets, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     job = launched([*torchrun, "--nproc_per_node", "1"], settings, timeout=60)
     assert job.returncode == 0, job.stdout[-2000:]
+
+
+@pytest.mark.parametrize(("loads", "ends"), [("os", True), ("deepspeed", False)])
+def test_an_entry_that_has_loaded_deepspeed_leaves_without_pythons_own_end(loads, ends):
+    code = f"import atexit, sys, {loads}\nfrom cap_llm import train\n"
+    code += "atexit.register(print, 'the end')\nprint('all done')\nsys.exit(train.leave(3))"
+    python = [sys.executable, "-c", code]
+    done = subprocess.run(python, env=environment(), stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert "all done" in done.stdout  # flushed
+    assert ("the end" in done.stdout) == ends
 
 
 def test_a_real_signal_ends_a_training_with_143_and_a_checkpoint(assets, tmp_path):

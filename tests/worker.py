@@ -84,11 +84,24 @@ def spoil_loss(stage: str, step: int):
     """The last rank's loss is no number."""
     losses = training._losses
 
-    def patched(engine, job, mine, everyone, at, *rest):
-        loss, parts = losses(engine, job, mine, everyone, at, *rest)
-        if job.stage == stage and at + 1 == step and RANK == SIZE - 1:
+    def patched(engine, job, mine, everyone, place, *rest):
+        loss, parts = losses(engine, job, mine, everyone, place, *rest)
+        if job.stage == stage and place - job.before + 1 == step and RANK == SIZE - 1:
             loss = loss * torch.nan
             parts = parts | {"loss": loss}
+        return loss, parts
+
+    return mock.patch.object(training, "_losses", patched)
+
+
+def spoil_gradient(stage: str, step: int):
+    """The last rank's gradient is no number, though its loss is one."""
+    losses = training._losses
+
+    def patched(engine, job, mine, everyone, place, *rest):
+        loss, parts = losses(engine, job, mine, everyone, place, *rest)
+        if job.stage == stage and place - job.before + 1 == step and RANK == SIZE - 1:
+            loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss, parts
 
     return mock.patch.object(training, "_losses", patched)
@@ -108,6 +121,7 @@ PATCHES = {
     "stop": stop,
     "crash": crash,
     "spoil_loss": spoil_loss,
+    "spoil_gradient": spoil_gradient,
     "without_hooks": without_hooks,
 }
 

@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
 from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import INDEX, SINGLE, Checkpoint, config_dict
+from cap_llm.models.checkpoint import INDEX, SINGLE, Checkpoint, config_dict, has_weights
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import Run
 from cap_llm.text.corpora import offline
@@ -84,19 +84,21 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     """The model that a stage starts from, and the dense one that it was pruned from.
 
     The first is what the stage before it made in this run directory, now or in an earlier job;
-    without one, the run's model. The second is then `model.dense` (`recover.teacher` for recover),
-    or the run's model where the first is none of it, or is dense itself and climbs a ladder.
+    without one, the run's model. The second is then `model.dense`, or the run's model where the
+    first was made of it here (and is kept). Else recover takes its teacher for it or, without one,
+    the run's model where that climbs a ladder and has no masks yet.
 
     Raises:
         UserError: nothing says which model is the dense one.
     """
     earlier = config.start(stage)
     start = run.stage(earlier, config.recipe(earlier))[0] if earlier else source
-    recovers = stage == "recover"
-    named = (config.recover.teacher if recovers else None) or config.model.dense
-    if named:
-        model = ModelConfig(path=named)
+    if config.model.dense:
+        model = ModelConfig(path=config.model.dense)
         return start, prepare(locate(model), model, run, "dense-source")
+    recovers = stage == "recover"
+    if recovers and config.recover.teacher and (start is source or not has_weights(source)):
+        return start, teacher_of(config, run)
     pruned = (source / "masks.safetensors").exists()
     climbs = recovers and bool(config.recover.ladder)
     if start is source and (pruned or not climbs):
@@ -105,6 +107,16 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
             f"dense model with --model.dense, or let --stages begin with oneshot"
         )
     return start, source
+
+
+def teacher_of(config: Config, run: Run) -> Path:
+    """The model that `recover.teacher` names.
+
+    Raises:
+        UserError: it is not to be had, or cannot be read.
+    """
+    model = ModelConfig(path=config.recover.teacher)
+    return prepare(locate(model), model, run, "teacher-source")
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cap_llm.blockwise.plan import matrix_rate
-from cap_llm.config import Config
+from cap_llm.config import Config, RecoverConfig
 from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
 from cap_llm.models.checkpoint import config_dict
 from cap_llm.models.source import needs_conversion
@@ -45,15 +45,13 @@ def check_recovery(
     for package in ("tensorboard", "wandb"):
         if getattr(settings, package):
             require(package, f"recover.{package}")
-    o = settings.objective
-    for option, path, same_width in (
-        ("recover.teacher", settings.teacher, bool(o.feature or o.prc)),
-        ("model.dense", None if settings.teacher else config.model.dense, bool(o.feature or o.prc)),
-        ("recover.finetuned", settings.finetuned, True),
-    ):
-        # names of the hub are checked when they are here
-        if path and path != "train" and Path(path).is_dir():
-            check_pair(located, Path(path), option, same_width)
+    finetuned = None if settings.finetuned == "train" else settings.finetuned
+    named = (settings.teacher or config.model.dense, config.model.dense, finetuned)
+    # names of the hub are checked when they are here
+    teacher, dense, finetuned = (Path(p) if p and Path(p).is_dir() else None for p in named)
+    check_models(located, teacher, dense, settings)
+    if finetuned:
+        check_pair(located, finetuned, "recover.finetuned", same_width=True)
     if not needs_conversion(located):  # what is converted is looked at afterwards
         with contextlib.suppress(NamesDiffer):
             refuse_changed_logits(located, world)
@@ -62,6 +60,24 @@ def check_recovery(
     if predict:
         text += f", {duration(flops / matrix_rate(world.device) / world.size)}"
     console.say(f"estimate of recover: {text}")
+
+
+def check_models(
+    student: Path, teacher: Path | None, dense: Path | None, settings: RecoverConfig
+) -> None:
+    """Holds a student against its teacher and the dense model, as far as they are there.
+
+    Raises:
+        UserError: see `check_pair`.
+    """
+    o = settings.objective
+    compared = bool(o.feature or o.prc)
+    tuned = bool(o.fic) and settings.finetuned == "train"  # the dense one
+    if teacher:
+        option = "recover.teacher" if settings.teacher else "model.dense"
+        check_pair(student, teacher, option, compared or (tuned and teacher == dense))
+    if dense and dense != teacher:
+        check_pair(student, dense, "model.dense", tuned)
 
 
 def check_pair(student: Path, teacher: Path, name: str, same_width: bool) -> None:

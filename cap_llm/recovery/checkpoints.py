@@ -122,6 +122,7 @@ def save(
         for path in complete[:-keep]:
             (path / COMPLETE).unlink()
             shutil.rmtree(path)
+            shutil.rmtree(path.with_name(f"universal-{path.name}"), ignore_errors=True)
     world.barrier()
 
 

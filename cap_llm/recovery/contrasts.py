@@ -52,10 +52,19 @@ class Contrasts:
         settings: sizes, temperatures, weights.
         batch: sequences a step, over all ranks.
         world: the ranks.
+        share: ids of the sequences that this training sees, which banks must hold; all by default.
     """
 
-    def __init__(self, encoder: Encoder, settings: ContrastConfig, batch: int, world: World):
+    def __init__(
+        self,
+        encoder: Encoder,
+        settings: ContrastConfig,
+        batch: int,
+        world: World,
+        share: torch.Tensor | None = None,
+    ):
         self.encoder, self.settings, self.batch, self.world = encoder, settings, batch, world
+        self.share = torch.arange(len(encoder.text.ids)) if encoder and share is None else share
         self.terms: list[Contrast] = []
 
     def losses(
@@ -64,7 +73,7 @@ class Contrasts:
         teacher_states: torch.Tensor | None,
         mine: torch.Tensor,
         everyone: torch.Tensor,
-        step: int,
+        place: int,
         micro: int,
     ) -> dict[str, torch.Tensor]:
         """Each contrast's loss for this rank's part of a micro-batch.
@@ -74,7 +83,7 @@ class Contrasts:
             teacher_states: the pre-trained model's, for a contrast that is online.
             mine: ids of the sequences of this rank, [B].
             everyone: ids of all ranks', in rank order, [W * B].
-            step: the optimizer's step, from 0.
+            place: steps that have been taken from the text before this one, by all rungs.
             micro: the micro-batch of the step, from 0.
         """
         if not self.terms:
@@ -93,7 +102,7 @@ class Contrasts:
                 rows = self.world.concat(rows)[:, None]
             else:
                 rows = torch.stack([bank.read(everyone) for bank in term.banks], 1).to(device)
-            extra = self._extra(term, step, micro)
+            extra = self._extra(term, place, micro)
             further = torch.stack([bank.read(extra) for bank in term.banks], 1).to(device)
             centre = term.centre.to(device)
             losses[term.name] = self._loss(
@@ -142,23 +151,22 @@ class Contrasts:
             total = total + weight * loss / max(1, n)
         return total
 
-    def _extra(self, term: Contrast, step: int, micro: int) -> torch.Tensor:
+    def _extra(self, term: Contrast, place: int, micro: int) -> torch.Tensor:
         """Further sequences whose rows are candidates: the same on every rank, and on a resume.
 
-        Rows of an online contrast are drawn from the steps before this one.
+        An online contrast has rows of the steps before this one, of all rungs.
         """
-        n = len(self.encoder.text.ids)
-        draw = np.random.default_rng([self.encoder.seed, step, micro])
-        chosen = draw.choice(n, min(self.settings.extra_sequences, n), replace=False)
-        chosen = torch.from_numpy(chosen)
-        return chosen[torch.isin(chosen, self.seen(step))] if term.online else chosen
+        among = self.seen(place) if term.online else self.share
+        draw = np.random.default_rng([self.encoder.seed, place, micro])
+        n = min(self.settings.extra_sequences, len(among))
+        return torch.from_numpy(draw.choice(among.numpy(), n, replace=False))
 
-    def seen(self, step: int) -> torch.Tensor:
-        """Ids of the sequences of the steps before `step`."""
+    def seen(self, place: int) -> torch.Tensor:
+        """Ids of the sequences of the first `place` steps, in order."""
         text = self.encoder.text
-        if step * self.batch >= len(text.ids):
+        if place * self.batch >= len(text.ids):
             return torch.arange(len(text.ids))
-        return text.draws(0, step * self.batch, self.encoder.seed)
+        return text.draws(0, place * self.batch, self.encoder.seed).sort().values
 
     @torch.no_grad()
     def fill(

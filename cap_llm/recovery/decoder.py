@@ -65,8 +65,7 @@ class Student(Decoder):
         super().__init__(model)
         self.factors, self.feature, self.skip = (ce, kl, temperature), feature, skip
         # The head runs as a module, so that ZeRO-3 brings its weight, but gives losses.
-        self.head.forward = self._head_forward
-        self._losses_of: tuple | None = None
+        self.head.forward = self._head_losses
 
     def forward(self, ids: torch.Tensor, teacher=None, head=None):
         """Losses of ids [B, T].
@@ -85,14 +84,12 @@ class Student(Decoder):
         t = None
         if teacher is not None and self.factors[1]:
             t = (teacher[0][:, :-1].flatten(0, 1), *head)
-        self._losses_of = (target, t)
-        total, ce, kl = self.head(flat)
+        total, ce, kl = self.head(flat, targets=target, teacher=t)
         feature = torch.zeros((), device=ids.device)
         if outputs:
             feature = square_head(outputs, list(teacher[1:]), self.skip)
         return total, ce, kl, feature, states
 
-    def _head_forward(self, states: torch.Tensor):
-        target, teacher = self._losses_of
+    def _head_losses(self, states: torch.Tensor, targets: torch.Tensor, teacher: tuple | None):
         head = self.head
-        return head_loss(states, head.weight, head.bias, target, teacher, *self.factors)
+        return head_loss(states, head.weight, head.bias, targets, teacher, *self.factors)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ def start(world: World) -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # it calls by old names, twice a step under ZeRO-3, what torch has renamed
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if world.device.type == "cpu":
         # it would be compiled for a minute, and only inference uses it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

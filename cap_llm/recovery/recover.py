@@ -17,6 +17,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,17 +25,17 @@ import torch
 from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.blockwise.stage import activation_bytes
-from cap_llm.config import Config, ModelConfig, ObjectiveConfig, Rung
+from cap_llm.config import Config, ModelConfig, ObjectiveConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import config_dict, remove_weights
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import locate, prepare
+from cap_llm.models.source import locate, prepare, teacher_of
 from cap_llm.recovery import engines
 from cap_llm.recovery.bank import Bank
-from cap_llm.recovery.check import check_pair, refuse_changed_logits
+from cap_llm.recovery.check import check_models, check_pair, refuse_changed_logits
 from cap_llm.recovery.contrasts import Contrast, Contrasts
 from cap_llm.recovery.export import export
-from cap_llm.recovery.training import Job, held_out_perplexity, train
+from cap_llm.recovery.training import Job, train
 from cap_llm.recovery.units import Encoder
 from cap_llm.runtime.console import duration
 from cap_llm.runtime.errors import UserError
@@ -52,7 +53,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
 
     Args:
         student: a pruned model directory; a dense one with a ladder.
-        dense: the model it was pruned from: the teacher.
+        dense: the model it was pruned from; the teacher too, unless `recover.teacher` names one.
         texts: with the recovery text, and the calibration ids for a ladder.
         config: the run's settings.
         run: the run directory.
@@ -70,13 +71,12 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         return folder
     settings, world = config.recover, run.world
     engines.start(world)
-    o = settings.objective
-    option = "recover.teacher" if settings.teacher else "model.dense"
-    check_pair(student, dense, option, bool(o.feature or o.prc))
-    for model in dict.fromkeys((student, dense)):
+    teacher = teacher_of(config, run) if settings.teacher else dense
+    check_models(student, teacher, dense, settings)
+    for model in dict.fromkeys((student, teacher, dense)):
         refuse_changed_logits(model, world)
     rungs = settings.rungs
-    work = _Recovery(student, dense, texts.recovery, config, run, folder)
+    work = _Recovery(student, teacher, dense, texts.recovery, config, run, folder)
     work.check()
     run.bind(folder, recipe)
     work.keep_settings()
@@ -88,6 +88,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         last = n == max(1, len(rungs))
         target = folder if last else folder / "rungs" / str(n) / "trained"
         student = work.climb(student, rung, n, len(rungs), target, texts)
+    work.close()
     seconds = time.monotonic() - work.began
     peak = max(world.gather(peak_memory()))
     summary = {
@@ -113,9 +114,17 @@ class _Recovery:
     """What the rungs of one ladder share: the teacher, the text, the banks."""
 
     def __init__(
-        self, start: Path, dense: Path, text: PackedText, config: Config, run: Run, folder: Path
+        self,
+        start: Path,
+        teacher: Path,
+        dense: Path,
+        text: PackedText,
+        config: Config,
+        run: Run,
+        folder: Path,
     ):
-        self.start, self.dense, self.masks = start, dense, Masks(start, run.world)
+        self.start, self.teacher, self.dense = start, teacher, dense
+        self.masks = Masks(start, run.world)
         self.text, self.config, self.run, self.folder = text, config, run, folder
         self.settings, self.world = config.recover, run.world
         self.student_ds = engines.student_settings(self.settings, self.world)
@@ -196,41 +205,37 @@ class _Recovery:
         masks = self.masks if pruned == self.start else Masks(pruned, self.world)
         if not masks:
             run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
+        if self._dense_ppl is None:
+            self._dense_ppl = self._held_out_perplexity(self.dense)
+            run.console.say(f"{title}: {self._measure}'s held-out ppl is {self._dense_ppl:.3f}")
         teacher = self._open_teacher()
-        contrasts = self._contrasts(teacher)
-        job = Job(
-            pruned,
-            masks.in_parameter_shape(),
-            teacher if self._online else None,
-            contrasts,
-            self.text,
-            self.folder / "checkpoints" / str(n),
-            self._recipe(n),
-            title,
-            STAGE if not of else f"{STAGE}/{n}",
-            self.began,
-        )
+        contrasts = self._contrasts(teacher, n)
         if not self._online:
-            self._close_teacher()
-        if teacher is not None and self._dense_ppl:
-            run.console.say(f"{title}: the dense model's held-out ppl is {self._dense_ppl:.3f}")
-        engine, summary = train(job, dataclasses.replace(settings, resume=self._resume), run)
+            self.close()
+        held_out, summary = self._train(
+            rung=n,
+            student=pruned,
+            masks=masks,
+            teacher=teacher if self._online else None,
+            contrasts=contrasts,
+            title=title,
+            stage=STAGE if not of else f"{STAGE}/{n}",
+            before=(n - 1) * settings.steps,
+            config=dataclasses.replace(settings, resume=self._resume),
+            target=target,
+        )
         if self._resume is not False:
             self._resume = "auto"  # what was asked for was meant for the first rung to train
-        self.began = job.began
-        export(engine, pruned, target, masks, self.world)
-        engine.destroy()
-        del engine
-        gc.collect()
-        self._verify(target, job.held_out[settings.steps])
+        self._verify(target, held_out[settings.steps])
         record = {
             "rung": str(rung) if rung else None,
-            "held_out_ppl": {str(k): round(v, 4) for k, v in job.held_out.items()},
+            "held_out_ppl": {str(k): round(v, 4) for k, v in held_out.items()},
             "dense_held_out_ppl": self._dense_ppl,
             "stage_seconds": round(time.monotonic() - self.began, 2),
         } | summary
         if self.world.first:
             write_json(record_file, record)
+        self._remove_checkpoints(n)
         self.world.barrier()
         self.records.append(record)
         self._hold_gate(title, target, record)
@@ -243,53 +248,101 @@ class _Recovery:
         if gate and dense and after > gate * dense:
             raise UserError(
                 f"{title} ends with a held-out perplexity of {after:.2f}, more than {gate:g} "
-                f"(recover.gate) times the dense model's {dense:.2f}; the ladder stops there, its "
+                f"(recover.gate) times {self._measure}'s {dense:.2f}; the ladder stops there, its "
                 f"model is {target}: raise the gate, or start anew with more recover.tokens or "
                 "smaller rungs"
             )
 
-    def _recipe(self, rung: int | str) -> dict:
+    def _train(
+        self,
+        *,
+        rung: int | str,
+        student: Path,
+        masks: Mapping[str, torch.Tensor],
+        teacher: Callable | None,
+        contrasts: Contrasts,
+        title: str,
+        stage: str,
+        before: int,
+        config: RecoverConfig,
+        target: Path,
+    ) -> tuple[dict[int, float], dict]:
+        """Trains a model and writes it to `target`: held-out perplexities by step, and a summary.
+
+        See `Job` for the arguments.
+        """
+        job = Job(
+            student=student,
+            masks=masks.in_parameter_shape() if masks else (),
+            teacher=teacher,
+            contrasts=contrasts,
+            text=self.text,
+            folder=self._checkpoints(rung),
+            recipe=self._recipe(rung, contrasts),
+            title=title,
+            stage=stage,
+            before=before,
+            began=self.began,
+        )
+        engine, summary = train(job, config, self.run)
+        self.began = job.began
+        export(engine, student, target, masks, self.world)
+        engine.destroy()
+        del engine
+        gc.collect()
+        return job.held_out, summary
+
+    def _checkpoints(self, rung: int | str) -> Path:
+        return self.folder / "checkpoints" / str(rung)
+
+    def _remove_checkpoints(self, rung: int | str) -> None:
+        """What is written needs them no more."""
+        if self.world.first:
+            shutil.rmtree(self._checkpoints(rung), ignore_errors=True)
+
+    def _recipe(self, rung: int | str, contrasts: Contrasts) -> dict:
         """What a checkpoint must have been made with."""
         recipe = {"settings": self.config.recipe(STAGE), "rung": rung, "text": self.text.digest}
-        return recipe | {"at_once": self._at_once}
+        # Sequences that are contrasted with each other are part of what a training is.
+        at_once = self.world.size * self.settings.micro_batch if contrasts.terms else None
+        return recipe | {"at_once": at_once}
+
+    @property
+    def _measure(self) -> str:
+        """What the held-out perplexity is compared with."""
+        named = self.settings.teacher and self.dense == self.teacher
+        return "the teacher" if named else "the dense model"
 
     @property
     def _online(self) -> bool:
         """Whether the teacher runs in every step."""
         return bool(self.settings.objective.kl or self.settings.objective.feature)
 
-    @property
-    def _at_once(self) -> int | None:
-        """Sequences that are contrasted with each other: part of what a training is."""
-        contrasts = self.settings.contrasts
-        return self.world.size * self.settings.micro_batch if contrasts else None
-
     def _open_teacher(self):
-        o = self.settings.objective
-        if self._teacher is None and (self._online or o.prc or self.settings.gate):
+        settings = self.settings
+        if self._teacher is None and (self._online or settings.objective.prc):
             self._teacher = engines.load_teacher(
-                self.dense, self.teacher_ds, self.settings, self.world
+                self.teacher, self.teacher_ds, settings, self.world
             )
-            if self._dense_ppl is None:
-                self._dense_ppl = held_out_perplexity(
-                    self._teacher, self.text, self.settings, self.run
-                )
         return self._teacher
 
-    def _close_teacher(self) -> None:
+    def close(self) -> None:
+        """Lets go of the teacher."""
         if self._teacher is not None:
             self._teacher.destroy()
             self._teacher = None
             gc.collect()
 
-    def _contrasts(self, teacher) -> Contrasts:
-        """The contrasts that are on, with their banks filled as far as they must be."""
+    def _contrasts(self, teacher, n: int) -> Contrasts:
+        """The contrasts of rung `n` that are on, their banks filled as far as it needs them."""
         settings, o = self.settings, self.settings.objective
         if not settings.contrasts:
             return Contrasts(None, settings.contrast, settings.batch, self.world)
-        contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world)
+        a_rung = settings.steps * settings.batch
+        share = self.text.draws((n - 1) * a_rung, n * a_rung, settings.seed).unique()
+        contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world, share)
         if o.prc:
-            bank = self._bank("pretrained", self.dense)
+            bank = self._bank("pretrained", self.teacher)
             self._fill(contrasts, bank, teacher, "PrC", everything=not self._online)
             contrasts.terms.append(Contrast("prc", o.prc, [bank], self._online))
         if o.fic and not settings.finetuned:
@@ -300,7 +353,8 @@ class _Recovery:
             self._fill_from(contrasts, bank, path, "FiC")
             contrasts.terms.append(Contrast("fic", o.fic, [bank]))
         if o.snc and self._students:
-            contrasts.terms.append(Contrast("snc", o.snc, self._snapshots(contrasts)))
+            banks = self._snapshots(contrasts)
+            contrasts.terms.append(Contrast("snc", o.snc / len(banks), banks))
         elif o.snc:
             self.run.console.say("SnC is off on this rung: there is no snapshot before it")
         return contrasts
@@ -334,19 +388,18 @@ class _Recovery:
 
     def _fill(self, contrasts: Contrasts, bank: Bank, engine, title: str, everything: bool) -> None:
         """Fills a bank from an open engine; without `everything` only measures its centre."""
-        ids = torch.arange(len(self.text.ids) if everything else 0)
         contrasts.fill(
             bank,
             lambda tokens: engine(tokens, False)[0],
-            ids,
+            contrasts.share if everything else contrasts.share[:0],
             self.settings.micro_batch,
             f"{title}: banking",
             self.run.console,
         )
 
     def _fill_from(self, contrasts: Contrasts, bank: Bank, model: Path, title: str) -> None:
-        """Fills a bank by one pass of the model of a directory."""
-        complete = bool(bank.has(torch.arange(len(self.text.ids))).all())
+        """Fills a bank by a pass of the model of a directory."""
+        complete = bool(bank.has(contrasts.share).all())
         if self.world.gather(complete)[0]:
             return
         engine = engines.load_teacher(model, self.teacher_ds, self.settings, self.world)
@@ -372,35 +425,44 @@ class _Recovery:
             ladder="",
             resume="auto" if settings.resume is not False else False,
         )
-        job = Job(
-            self.dense,
-            (),
-            None,
-            Contrasts(None, settings.contrast, settings.batch, self.world),
-            self.text,
-            self.folder / "checkpoints" / "finetuned",
-            self._recipe("finetuned"),
-            "fine-tuning",
-            f"{STAGE}/finetuned",
-            self.began,
+        held_out, _ = self._train(
+            rung="finetuned",
+            student=self.dense,
+            masks={},
+            teacher=None,
+            contrasts=Contrasts(None, settings.contrast, settings.batch, self.world),
+            title="fine-tuning",
+            stage=f"{STAGE}/finetuned",
+            before=0,
+            config=only_ce,
+            target=folder,
         )
-        engine, _ = train(job, only_ce, run)
-        self.began = job.began
-        export(engine, self.dense, folder, {}, self.world)
-        engine.destroy()
-        gc.collect()
-        run.finish_stage(folder, {"held_out_ppl": job.held_out[settings.steps]})
+        before, after = held_out[0], held_out[settings.steps]
+        if after > before:
+            run.console.say(
+                f"FiC: the fine-tuned model's held-out ppl is {after:.3f}, worse than the dense "
+                f"model's {before:.3f}: lower --recover.lr, or name a better one by "
+                "--recover.finetuned",
+                style="yellow",
+            )
+        run.finish_stage(folder, {"held_out_ppl": after})
+        self._remove_checkpoints("finetuned")
         return folder
 
-    def _verify(self, folder: Path, expected: float) -> None:
-        """Reloads a written model and holds its perplexity against the engine's."""
+    def _held_out_perplexity(self, folder: Path) -> float:
+        """Of a directory's model, a block in memory at a time."""
         run, text = self.run, self.text
         dtype = engines.compute_dtype(self.settings, self.world)
         with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
             model = BlockModel.open(folder, run.world.device, dtype)
             memory = activation_bytes(self.config)
             nll = streamed_nll(model, text.held_out, run.world, memory, Path(scratch))
-        ppl = math.exp(nll / (len(text.held_out) * (text.held_out.shape[1] - 1)))
+        return math.exp(min(700.0, nll / (len(text.held_out) * (text.held_out.shape[1] - 1))))
+
+    def _verify(self, folder: Path, expected: float) -> None:
+        """Reloads a written model and holds its perplexity against the engine's."""
+        run, ppl = self.run, self._held_out_perplexity(folder)
+        dtype = engines.compute_dtype(self.settings, self.world)
         tolerance = 1e-4 if dtype.itemsize == 4 else 1e-2
         if not abs(ppl / expected - 1) < tolerance:
             raise UserError(

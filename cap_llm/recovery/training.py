@@ -2,7 +2,8 @@
 
 All losses of a step come from one forward of the student and one of the teacher. The order of the
 data, the banks' draws and the learning rate follow from the step alone, so that any number of ranks
-sees the same batches and a resumed training goes on as if it had never stopped.
+sees the same batches and a resumed training goes on as if it had never stopped. A rung goes on in
+the text where the one before it ended.
 """
 
 from __future__ import annotations
@@ -18,15 +19,12 @@ import torch
 from cap_llm.config import ObjectiveConfig, RecoverConfig
 from cap_llm.recovery import checkpoints, engines
 from cap_llm.recovery.contrasts import Contrasts
-from cap_llm.recovery.objectives import head_loss
-from cap_llm.recovery.zeros import keep_zeros
-from cap_llm.runtime.console import Bar, size
+from cap_llm.recovery.zeros import ZeroKeeper, keep_zeros
+from cap_llm.runtime.console import size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.text.packing import PackedText
-
-PARTS = ("loss", *ObjectiveConfig.TERMS)
 
 
 @dataclass
@@ -43,6 +41,7 @@ class Job:
         recipe: that a checkpoint must have been made with.
         title: of the bar.
         stage: name of the metrics.
+        before: steps that the rungs before this one have taken from the text.
         began: when the stage began, on `time.monotonic`'s clock; moved back by a resume, so that
             the time of earlier jobs counts.
     """
@@ -56,6 +55,7 @@ class Job:
     recipe: dict
     title: str
     stage: str
+    before: int = 0
     began: float = 0.0
     held_out: dict[int, float] = field(default_factory=dict)
 
@@ -84,57 +84,54 @@ def train(job: Job, config: RecoverConfig, run: Run):
         first = found.step
         job.began = time.monotonic() - found.state["stage_seconds"]
         job.held_out = {int(k): v for k, v in found.state["held_out"].items()}
-        run.console.say(f"{job.title}: going on at step {first + 1} of {config.steps}")
-        for term in job.contrasts.terms:
-            if term.online:  # rows of the steps before, where the bank has been removed
-                job.contrasts.fill(
-                    term.banks[0],
-                    lambda ids: job.teacher(ids, False)[0],
-                    job.contrasts.seen(first),
-                    config.micro_batch,
-                    f"{term.name}: banking again",
-                    run.console,
-                )
+        where = f"going on at step {first + 1} of {config.steps}"
+        run.console.say(f"{job.title}: {where if first < config.steps else 'trained already'}")
     else:
-        job.held_out[0] = held_out_perplexity(engine, job.text, config, run)
-        _report(run, job, 0, config.steps, {}, 0.0)
-    stage = engines.stage_of(settings)
+        _judge(engine, keeper, job, 0, {}, config, run)
+    for term in job.contrasts.terms:
+        if term.online:  # rows of the steps before, where the bank has been removed
+            job.contrasts.fill(
+                term.banks[0],
+                lambda ids: job.teacher(ids, False)[0],
+                job.contrasts.seen(job.before + first),
+                config.micro_batch,
+                f"{term.name}: banking again",
+                run.console,
+            )
     seconds, tokens = 0.0, 0
     longest = slowest = 0.0  # seconds of a step and of a checkpoint
     with held_back() as request, run.console.bar(job.title, config.steps, "steps") as bar:
         bar.advance(first)
-        for step in range(first, config.steps):
+        for step in range(first + 1, config.steps + 1):
             start = time.monotonic()
-            with world.bounded(f"step {step + 1}"):
-                parts = step_once(engine, job, step, config, run)
+            with world.bounded(f"step {step}"):
+                figures = step_once(engine, job, step - 1, config, run)
             seconds += time.monotonic() - start
             tokens += config.batch * config.length
-            rate = tokens / seconds
-            _show(bar, run, job, step + 1, parts, rate, engine)
+            figures |= {"lr": learning_rate(step - 1, config), "tokens_a_second": tokens / seconds}
+            figures["memory_bytes"] = peak_memory()
+            if world.device.type == "cuda":
+                figures["cuda_bytes"] = torch.cuda.max_memory_allocated()
+            run.metric(job.stage, step, figures)
+            judged = max(job.held_out)
+            held_out = f"ppl {job.held_out[judged]:.2f} at step {judged}"
+            zeros = f"{keeper.n_masked:,} zeros"
+            bar.phase(f"{held_out}  {_line(figures)}  {zeros}")
+            bar.advance()
             stop = max(world.gather(request.number))
-            last = step + 1 == config.steps
-            if last or (step + 1) % config.evaluate_steps == 0:
-                job.held_out[step + 1] = held_out_perplexity(engine, job.text, config, run)
-                _report(run, job, step + 1, config.steps, parts, rate)
+            last = step == config.steps
+            if last or step % config.evaluate_steps == 0:
+                _judge(engine, keeper, job, step, figures, config, run)
             longest = max(longest, time.monotonic() - start)
-            if stop or last or (step + 1) % config.checkpoint_steps == 0:
-                keeper.check()
-                run.metric(job.stage, step + 1, {"zeros": keeper.n_masked})
-                for term in job.contrasts.terms:
-                    for bank in term.banks:
-                        bank.flush()
-                spent = round(time.monotonic() - job.began, 2)
-                state = {"held_out": job.held_out, "stage_seconds": spent}
-                keep, saving = config.keep_checkpoints, time.monotonic()
-                checkpoints.save(
-                    engine, job.folder, step + 1, state, job.recipe, stage, keep, world
-                )
+            if stop or last or step % config.checkpoint_steps == 0:
+                saving = time.monotonic()
+                _save(engine, keeper, job, step, settings, config, run)
                 # A time limit must leave room for a last step and checkpoint.
                 slowest = max(slowest, time.monotonic() - saving)
                 stop_before_limit(60.0 + 2 * (slowest + longest))
-            if stop and not last:
-                run.console.say(f"{job.title}: checkpoint at step {step + 1} of {config.steps}")
-                raise Stopped(stop)
+                if stop := max(world.gather(request.number)):  # also since the step
+                    run.console.say(f"{job.title}: checkpoint at step {step} of {config.steps}")
+                    raise Stopped(stop)
     keeper.remove()
     summary = {
         "steps": config.steps,
@@ -146,8 +143,13 @@ def train(job: Job, config: RecoverConfig, run: Run):
 
 
 def learning_rate(step: int, config: RecoverConfig) -> float:
-    """The rate of a step (from 0): a linear warm-up, then a cosine to a tenth of the peak."""
-    warm = max(1, round(config.warmup * config.steps))
+    """The rate of a step (from 0): a linear warm-up, then a cosine to a tenth of the peak.
+
+    A share of few steps would be no warm-up: Adam's first steps are as large as the rate, whatever
+    the gradient, and its second moments are new in each rung.
+    """
+    least = min(5, config.steps // 4) if config.warmup else 0
+    warm = max(least, round(config.warmup * config.steps))
     if step < warm:
         return config.lr * (step + 1) / warm
     progress = (step - warm) / max(1, config.steps - warm)
@@ -158,24 +160,27 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
     """One optimizer step.
 
     Returns:
-        The parts of the loss, averaged over its micro-batches and all ranks (NaN for those that are
-        off), and the norm of the gradient before clipping.
+        The loss and its parts, averaged over its micro-batches and all ranks, and the norm of the
+        gradient before clipping.
+
+    Raises:
+        UserError: the loss or the gradient is not finite, or fp16 overflows at every scale.
     """
     world, text = run.world, job.text
-    batch = text.batch(step, config.batch, config.seed)
+    place = job.before + step  # in the text
+    batch = text.batch(place, config.batch, config.seed)
     each = world.size * config.micro_batch
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     n_micro = config.accumulation(world.size)
-    total = torch.zeros(len(PARTS), dtype=torch.float64)
-    norm = None
+    total, norm = 0.0, None
     for micro in range(n_micro):
         everyone = batch[micro * each : (micro + 1) * each]
         at = world.rank * config.micro_batch
         mine = everyone[at : at + config.micro_batch]
-        loss, parts = _losses(engine, job, mine, everyone, step, micro, config, world)
-        values = torch.stack([parts[name].detach().double().cpu() for name in PARTS])
-        total += world.sum(values.to(world.device)).cpu() / world.size
+        loss, parts = _losses(engine, job, mine, everyone, place, micro, config, world)
+        values = torch.stack([part.detach().double().cpu() for part in parts.values()])
+        total = total + world.sum(values.to(world.device)).cpu() / world.size
         if not math.isfinite(total[0]):
             raise UserError(
                 f"the loss of step {step + 1} is not finite; the sequences of this batch are "
@@ -197,10 +202,16 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
                 ) from None
             raise
     norm = engine.get_global_grad_norm() if norm is None else norm
-    return dict(zip(PARTS, (total / n_micro).tolist(), strict=True)) | {"grad_norm": float(norm)}
+    if not 0 <= norm < math.inf and config.dtype != "float16":  # which lowers its scale instead
+        raise UserError(
+            f"the gradient of step {step + 1} is not finite, though its loss is; the sequences of "
+            f"this batch are {batch.tolist()}. Nothing of this step was kept: lower --recover.lr, "
+            "or go on from the last checkpoint with --recover.dtype float32"
+        )
+    return dict(zip(parts, (total / n_micro).tolist(), strict=True)) | {"grad_norm": float(norm)}
 
 
-def _losses(engine, job: Job, mine, everyone, step, micro, config: RecoverConfig, world):
+def _losses(engine, job: Job, mine, everyone, place, micro, config: RecoverConfig, world):
     ids = job.text.ids[mine].to(world.device)
     objective = config.objective
     teacher_out = head = None
@@ -219,69 +230,68 @@ def _losses(engine, job: Job, mine, everyone, step, micro, config: RecoverConfig
         )
         total, ce, kl, feature, states = engine(ids, teacher_out, weights)
     loss = total + objective.feature * feature
-    parts = {name: torch.full((), math.nan) for name in PARTS}
-    parts |= {"ce": ce}
-    if head is not None:
+    parts = {"loss": loss, "ce": ce}
+    if objective.kl:
         parts["kl"] = kl
-    if objective.feature and teacher_out is not None:
+    if objective.feature:
         parts["feature"] = feature
     contrasts = job.contrasts.losses(
-        states, teacher_out[0] if teacher_out else None, mine, everyone, step, micro
+        states, teacher_out[0] if teacher_out else None, mine, everyone, place, micro
     )
     for term in job.contrasts.terms:
         parts[term.name] = contrasts[term.name]
         loss = loss + term.weight * contrasts[term.name]
-    parts["loss"] = loss
-    return loss, parts
+    return loss, parts | {"loss": loss}
 
 
 @torch.no_grad()
-def held_out_perplexity(model, text: PackedText, config: RecoverConfig, run: Run) -> float:
-    """Perplexity of the held-out sequences under an engine (student or teacher), on all ranks."""
+def held_out_perplexity(engine, text: PackedText, config: RecoverConfig, run: Run) -> float:
+    """Perplexity of the held-out sequences under a student, on all ranks."""
     world = run.world
     each = world.size * config.micro_batch
     nll = torch.zeros((), dtype=torch.float64, device=world.device)
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
+    engine.eval()
     for at in range(0, len(text.held_out), each):
         rows = text.held_out[at : at + each][world.rank :: world.size]
         ids = (rows if len(rows) else text.held_out[:1]).to(world.device)
-        if isinstance(model.module, engines.Student):
-            _, ce, *_ = model(ids)
-        else:
-            states = model(ids, False)[0][:, :-1].flatten(0, 1)
-            head = model.module.head
-            with engines.gathered(head.parameters()):
-                target = ids[:, 1:].flatten()
-                _, ce, _ = head_loss(states, head.weight, head.bias, target, None, 1.0, 0.0, 1.0)
+        _, ce, *_ = engine(ids)
         nll += ce.double() * len(rows)
-    if training:
-        model.train()
+    engine.train()
     return math.exp(min(700.0, world.sum(nll).item() / len(text.held_out)))
 
 
-def _show(bar: Bar, run: Run, job: Job, step: int, parts: dict, rate: float, engine) -> None:
-    values = {name: value for name, value in parts.items() if not math.isnan(value)}
-    values |= {"tokens_a_second": rate, "lr": engine.optimizer.param_groups[0]["lr"]}
-    values["memory_bytes"] = peak_memory()
-    if run.world.device.type == "cuda":
-        values["cuda_bytes"] = torch.cuda.max_memory_allocated()
-    run.metric(job.stage, step, values)
-    last = max(job.held_out)
-    bar.phase(
-        f"loss {parts['loss']:.3f}  {rate:,.0f} tokens/s  held-out ppl {job.held_out[last]:.2f} "
-        f"at step {last}"
-    )
-    bar.advance()
+def _judge(
+    engine, keeper: ZeroKeeper, job: Job, step: int, figures: dict, config: RecoverConfig, run: Run
+) -> None:
+    """Measures the held-out perplexity, counts the zeros, and says how the training stands."""
+    job.held_out[step] = ppl = held_out_perplexity(engine, job.text, config, run)
+    keeper.check()
+    run.metric(job.stage, step, {"held_out_ppl": ppl})
+    text = f"{job.title}: step {step:>5}/{config.steps}  held-out ppl {ppl:.3f}  {_line(figures)}"
+    run.console.say(f"{text.rstrip()}  {keeper.n_masked:,} zeros")
 
 
-def _report(run: Run, job: Job, step: int, steps: int, parts: dict, rate: float) -> None:
-    text = f"{job.title}: step {step:>5}/{steps}  held-out ppl {job.held_out[step]:.3f}"
-    for name, value in parts.items():
-        if not math.isnan(value):
-            text += f"  {name} {value:.4f}"
-    if rate:
-        text += f"  {rate:,.0f} tokens/s  {size(peak_memory())}"
-    run.console.say(text)
-    run.metric(job.stage, step, {"held_out_ppl": job.held_out[step]})
+def _save(
+    engine, keeper: ZeroKeeper, job: Job, step: int, settings: dict, config: RecoverConfig, run: Run
+) -> None:
+    """Counts the zeros and writes a checkpoint."""
+    keeper.check()
+    run.metric(job.stage, step, {"zeros": keeper.n_masked})
+    for term in job.contrasts.terms:
+        for bank in term.banks:
+            bank.flush()
+    spent = round(time.monotonic() - job.began, 2)
+    state = {"held_out": job.held_out, "stage_seconds": spent}
+    stage, keep = engines.stage_of(settings), config.keep_checkpoints
+    checkpoints.save(engine, job.folder, step, state, job.recipe, stage, keep, run.world)
+
+
+def _line(figures: dict[str, float]) -> str:
+    """A step's figures as the bar and the log show them; nothing before the first step."""
+    if not figures:
+        return ""
+    shown = [f"loss {figures['loss']:.4f}", f"{figures['tokens_a_second']:,.0f} tokens/s"]
+    shown += [f"lr {figures['lr']:.1e}", f"norm {figures['grad_norm']:.3f}"]
+    shown += [size(figures.get("cuda_bytes", figures["memory_bytes"]))]
+    parts = [f"{name} {figures[name]:.4f}" for name in ObjectiveConfig.TERMS if name in figures]
+    return "  ".join(shown + parts)

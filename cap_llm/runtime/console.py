@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 PLAIN_WIDTH = 120  # columns of a log file
 
@@ -77,9 +77,10 @@ class Console:
             MofNCompleteColumn(),
             TextColumn(unit),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[phase]}"),
+            # cut short where a line is full, so that the count and the time stay whole
+            TextColumn("{task.fields[phase]}", table_column=Column(ratio=1, no_wrap=True)),
         )
-        with Progress(*columns, console=self._out, transient=True) as progress:
+        with Progress(*columns, console=self._out, transient=True, expand=True) as progress:
             yield Bar(progress, progress.add_task(title, total=total, phase=""))
 
     def _print(self, *args, **options) -> None:
