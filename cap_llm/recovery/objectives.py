@@ -104,8 +104,8 @@ class _HeadLoss(torch.autograd.Function):
                 if d.dtype == torch.float32:
                     d_weight.addmm_(d.T, s)
                 else:
-                    for total, part in zip(d_weight.split(SLICE), d.T.split(SLICE), strict=True):
-                        total += part @ s  # 16-bit factors, fp32 sum
+                    for rows, part in zip(d_weight.split(SLICE), d.T.split(SLICE), strict=True):
+                        rows += part @ s  # 16-bit factors, fp32 sum
                 if d_bias is not None:
                     d_bias += d.sum(0)
         ctx.save_for_backward(*(d for d in (d_states, d_weight, d_bias) if d is not None))
