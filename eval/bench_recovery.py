@@ -1,14 +1,21 @@
 """Speed and memory of a recovery step: what each term of the objective costs, at each ZeRO stage.
 
     python eval/bench_recovery.py [--model DIR] [--length 512] [--micro-batch 2] [--rounds 3]
-                                  [--passes 2] [--dtype bfloat16] [--out FILE.json]
+                                  [--passes 2] [--dtype bfloat16] [--gradient-checkpointing]
+                                  [--peak-tflops 989] [--out FILE.json]
 
 A group is a number of ranks and a ZeRO stage: processes of their own that run the training's own
 step on real text and full banks. Its arms (cross-entropy; + KL from the teacher; + SquareHead;
-the contrasts PrC, FiC, SnC) take turns on one engine, a step each a round, and the groups take
-turns too, so that a machine whose speed drifts slows all of them alike. A ratio is the median over
-the rounds of the two steps next to each other, with the range of all rounds. The last lines hold
-the memory of the head's losses against one set of logits. Leave the machine alone meanwhile.
+the contrasts PrC, FiC, SnC; the pass that fills the bank of FiC or of a snapshot, which is made
+once a training or rung) take turns on one engine, a step each a round, and the groups take turns
+too, so that a machine whose speed drifts slows all of them alike. A rank has as many cores in every
+group. A ratio is the median over the rounds of the two steps next to each other, with the range of
+all rounds. The last lines hold the memory of the head's losses against one set of logits. Leave the
+machine alone meanwhile.
+
+Given the peak of a GPU, each line also says which share of it the model's operations make up:
+6 N + 12 L H T a token of length T for N weights that are multiplied with, 2 N + 4 L H T more where
+the teacher runs; what gradient checkpointing computes again does not count.
 """
 
 from __future__ import annotations
@@ -46,6 +53,7 @@ COSTS = {  # what is added -> (arm with it, arm without)
     "contrasts, on KL": ("KL + contrasts", "+ KL"),
     "contrasts, on KL and SquareHead": ("+ contrasts", "+ SquareHead"),
 }
+PASS = "a pass for FiC or a snapshot"  # the teacher's forward and its rows: no step of training
 HEAD_TOKENS = (512, 2048)
 LATE = 1000  # the first step that is made: all rows of PrC's bank count as seen
 
@@ -56,13 +64,19 @@ def main() -> int:
     if options.work:
         return measure(json.loads(options.work))
     import assets
+    import torch
 
     console = Console()
     model = options.model or str(assets.smollm2(console.say))
     text, _ = assets.wikipedia(console.say)
     common = {"model": model, "text": str(text), "length": options.length}
     common |= {"rounds": options.rounds, "micro_batch": options.micro_batch, "dtype": options.dtype}
+    common |= {"gradient_checkpointing": options.gradient_checkpointing}
     n = options.ranks
+    if torch.cuda.is_available() and torch.cuda.device_count() < n:
+        n = torch.cuda.device_count()
+        console.say(f"{n} ranks at most: a rank needs a GPU of its own")
+    common["threads"] = max(1, len(os.sched_getaffinity(0)) // n)
     groups = {
         (1, "zero2"): list(ARMS),
         (n, "zero2"): list(ARMS),
@@ -86,6 +100,14 @@ def main() -> int:
     def speed(key: tuple) -> float:
         return key[0] * options.micro_batch * options.length / statistics.median(seconds[key])
 
+    def used(key: tuple) -> list[str]:
+        """The share of the GPUs' peak, if that is known."""
+        if not options.peak_tflops:
+            return []
+        trained, taught = flops_a_token(Path(model), options.length)
+        made = taught if key[2] == PASS else trained + taught * (key[2] != "cross-entropy")
+        return [f"{100 * made * speed(key) / (key[0] * options.peak_tflops * 1e12):.1f} %"]
+
     def cost(ranks: int, zero: str, arms: tuple[str, str]) -> str:
         more, less = (seconds[ranks, zero, arm] for arm in arms)
         shares = [100 * (a / b - 1) for a, b in zip(more, less, strict=True)]
@@ -93,30 +115,43 @@ def main() -> int:
 
     console.table(
         "a step",
-        ["ranks", "ZeRO", "objective", "tokens/s", "peak memory a rank"],
-        [[str(r), z[-1], a, f"{speed((r, z, a)):.1f}", size(p)] for (r, z, a), p in peaks.items()],
+        ["ranks", "ZeRO", "objective", "tokens/s", "peak memory a rank"]
+        + ["of the GPU's peak"] * bool(options.peak_tflops),
+        [
+            [str(key[0]), key[1][-1], key[2], f"{speed(key):.1f}", size(peak), *used(key)]
+            for key, peak in peaks.items()
+        ],
     )
     rounds = options.passes * options.rounds
     console.table(
         f"what a term adds to the time of a step: median and range of {rounds} rounds",
-        ["term", "1 rank", f"{n} ranks"],
-        [[term, *(cost(r, "zero2", arms) for r in (1, n))] for term, arms in COSTS.items()],
+        ["term", *(f"{r} rank{'s' * (r > 1)}" for r in sorted({1, n}))],
+        [[term, *(cost(r, "zero2", arms) for r in sorted({1, n}))] for term, arms in COSTS.items()],
     )
+    for r in sorted({1, n}):
+        share = speed((r, "zero2", "+ KL")) / speed((r, "zero2", PASS))
+        console.say(
+            f"{PASS} takes {share:.2f} of the time of a step of + KL, a token, on {r} rank"
+            f"{'s' * (r > 1)} (ZeRO-2); a training makes one for FiC, a rung one for its snapshot"
+        )
     sharded = cost(n, "zero3", COSTS["contrasts, on KL"])
     console.say(f"contrasts, on KL, under ZeRO-3 on {n} ranks: {sharded}")
-    gain = speed((n, "zero2", "+ KL")) / speed((1, "zero2", "+ KL"))
-    console.say(f"{n} ranks pass {gain:.2f} times the tokens of one (ZeRO-2, + KL)")
+    if n > 1:
+        gain = speed((n, "zero2", "+ KL")) / speed((1, "zero2", "+ KL"))
+        console.say(f"{n} ranks pass {gain:.2f} times the tokens of one (ZeRO-2, + KL)")
     heads = [launch(common | {"ranks": 1, "head_tokens": t}) for t in HEAD_TOKENS]
     for head in heads:
         console.say(
-            f"head losses of {head['tokens']} tokens: {size(head['extra_bytes'])} above their "
-            f"inputs; one set of logits takes {size(head['logits_bytes'])}"
+            f"head losses of {head['tokens']} tokens: {size(head['forward_bytes'])} above their "
+            f"inputs and the head's gradient, {size(head['extra_bytes'])} with the backward; one "
+            f"set of logits takes {size(head['logits_bytes'])}"
         )
     if options.out:
         keys = ("ranks", "deepspeed", "arm")
         lines = [
             dict(zip(keys, key, strict=True))
             | {"tokens_a_second": speed(key), "seconds": seconds[key], "peak_bytes": peak}
+            | ({"of_peak": used(key)[0]} if used(key) else {})
             for key, peak in peaks.items()
         ]
         content = common | {"lines": lines, "heads": heads}
@@ -133,6 +168,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of an arm, each pass")
     parser.add_argument("--passes", type=int, default=2, help="times that every group is started")
     parser.add_argument("--ranks", type=int, default=2, help="of the groups with several ranks")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="of one GPU, in --dtype, without sparsity"
+    )
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--out", help="JSON file for all figures")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -141,13 +180,14 @@ def parse() -> argparse.Namespace:
 
 def launch(work: dict) -> dict:
     """Runs one group in processes of its own."""
-    threads = max(1, len(os.sched_getaffinity(0)) // work["ranks"])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(work["ranks"]), __file__]
         command += ["--work", json.dumps(work | {"out": str(out), "folder": folder})]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(work["threads"])}
+        if "head_tokens" in work:  # what is freed goes back at once: memory is what stands
+            environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             raise SystemExit(f"{work} failed:\n{done.stderr[-3000:]}")
@@ -190,6 +230,7 @@ def steps(work: dict, world) -> dict[str, dict]:
             tokens=batch * work["length"] * (work["rounds"] + 1),
             held_out=1,
             dtype=work["dtype"],
+            gradient_checkpointing=work["gradient_checkpointing"],
             deepspeed=work["deepspeed"],
             finetuned="given",
             objective=ObjectiveConfig(**dict.fromkeys(ObjectiveConfig.TERMS, 0.0) | ARMS[arm]),
@@ -214,7 +255,24 @@ def steps(work: dict, world) -> dict[str, dict]:
     run = Run.__new__(Run)
     run.world = world
     teacher, jobs = None, {}
-    lines = {arm: {"seconds": []} for arm in configs}
+    lines: dict[str, dict] = {}
+
+    def states(ids):
+        return teacher(ids, False)[0]
+
+    def timed(arm: str, step: int, work, *given) -> None:
+        forget_peak(world)
+        world.barrier()
+        start = time.perf_counter()
+        work(*given)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        line = lines.setdefault(arm, {"seconds": []})
+        if step:
+            line["seconds"].append(round(time.perf_counter() - start, 3))
+        else:  # the first step of an arm also allocates; it is not timed
+            line["peak_bytes"] = max(world.gather(peak(world)))
+
     for step in range(work["rounds"] + 1):
         for arm, config in configs.items():
             o = config.objective
@@ -230,39 +288,56 @@ def steps(work: dict, world) -> dict[str, dict]:
                 )
             engine.module.factors = (o.ce, o.kl, o.temperature)
             engine.module.feature = bool(o.feature)
-            forget_peak(world)
-            world.barrier()
-            start = time.perf_counter()
-            training.step_once(engine, jobs[arm], LATE + step, config, run)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
-            if step:
-                lines[arm]["seconds"].append(round(time.perf_counter() - start, 3))
-            else:  # the first step of an arm also allocates; it is not timed
-                lines[arm]["peak_bytes"] = max(world.gather(peak(world)))
+            timed(arm, step, training.step_once, engine, jobs[arm], LATE + step, config, run)
+        banked = next((job.contrasts for job in jobs.values() if job.contrasts.terms), None)
+        if banked:
+            bank = random_bank(banked.encoder, folder / f"pass-{step}", world, empty=True)
+            some, each = torch.arange(batch), work["micro_batch"]
+            timed(PASS, step, banked.fill, bank, states, some, each, PASS, Console(speaks=False))
     return lines
 
 
 def filled(config, text, model: Path, folder: Path, world):
     """The contrasts on full banks; of random rows, which cost as much as any."""
-    import torch
-
-    from cap_llm.recovery.bank import Bank
     from cap_llm.recovery.contrasts import Contrast, Contrasts
     from cap_llm.recovery.recover import state_width
-    from cap_llm.recovery.units import Encoder, normalise
+    from cap_llm.recovery.units import Encoder
 
     width = state_width(model)
     encoder = Encoder(text, config.contrast, width, config.SKIP, 0, world.device)
     contrasts = Contrasts(encoder, config.contrast, config.batch, world)
-    n, d = len(text.ids), encoder.dim
     for name in CONTRASTS:
-        bank = Bank(folder / name, {}, (n, encoder.n_units, d), world)
-        bank.settle(torch.zeros(d), 0.0, float(d))
-        rows = torch.randn(n, encoder.n_units, d, generator=torch.Generator().manual_seed(0))
-        bank.write(torch.arange(n), normalise(rows, bank.centre))
+        bank = random_bank(encoder, folder / name, world)
         contrasts.terms.append(Contrast(name, CONTRASTS[name], [bank], name == "prc"))
     return contrasts
+
+
+def random_bank(encoder, folder: Path, world, empty: bool = False):
+    """A bank of random rows, or of none yet."""
+    import torch
+
+    from cap_llm.recovery.bank import Bank
+    from cap_llm.recovery.units import normalise
+
+    shape = (len(encoder.text.ids), encoder.n_units, encoder.dim)
+    bank = Bank(folder, {}, shape, world)
+    bank.settle(torch.zeros(encoder.dim), 0.0, float(encoder.dim))
+    if not empty:
+        rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        bank.write(torch.arange(shape[0]), normalise(rows, bank.centre))
+    return bank
+
+
+def flops_a_token(model: Path, length: int) -> tuple[float, float]:
+    """Operations of a model a token: forward and backward, and forward alone (PaLM's count)."""
+    from cap_llm.models.blocks import skeleton
+
+    empty = skeleton(model)
+    embedding, head = empty.get_input_embeddings().weight, empty.get_output_embeddings().weight
+    n = sum(p.numel() for p in empty.parameters() if p is not embedding or p is head)
+    config = empty.config
+    forward = 2 * n + 4 * config.num_hidden_layers * config.hidden_size * length
+    return 3 * forward, forward
 
 
 def forget_peak(world) -> None:
@@ -313,11 +388,13 @@ def head_memory(work: dict) -> dict:
     total, _, _ = head_loss(
         states, weight, None, target, (states.detach(), other, None), 0.2, 0.8, 1.0
     )
-    after = memory("VmHWM")
+    forward = memory("VmHWM")
     total.backward()
+    after = memory("VmHWM")
     head = 4 * vocabulary * width  # its gradient, which every loss needs
     return {
         "tokens": n,
+        "forward_bytes": max(forward - before - head, 0),
         "extra_bytes": max(after - before - head, 0),
         "logits_bytes": 4 * n * vocabulary,
     }

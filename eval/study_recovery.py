@@ -1,19 +1,32 @@
 """The README's recovery table: what each term of the objective is worth, on SmolLM2-135M.
 
     CAP_LLM_DATA=... python eval/study_recovery.py [WORK_DIR] [--arms "KL,KL + PrC"] [--seeds 0,1]
-                     [--tokens 98304] [--whole] [--model DIR]
+                     [--tokens 98304] [--whole] [--model DIR] [--set recover.lr=1e-4 ...]
 
 The arms of a seed start from one pruned model (SparseGPT + refit), see the same tokens in the same
 order, and differ in their objective alone; the seed draws calibration, text, order and units. Arms
-on a ladder start from the dense model and get as many tokens, split evenly over their rungs, each
-of which passes the same share of the text: hold them against each other. The model of FiC is the
-dense one, fine-tuned on the tokens of a rung, which are not counted. Text is split by document:
-calibration, training and held-out C4 are three files. Scored on held-out C4 and on WikiText-2, its
-first 32 windows or, with --whole, all of it.
+on a ladder start from the dense model and see the same text, split evenly over their rungs: hold
+them against each other. "dense + cross-entropy" is the dense model trained on these tokens, so it
+says what the text alone is worth; it is also FiC's fine-tuned model, whose training is not counted.
+Text is split by document: calibration, training and held-out C4 are three files. Scored on held-out
+C4 and on WikiText-2, its first 32 windows or, with --whole, all of it.
 
-Finished runs are kept in `eval/results/study_recovery.json` and not repeated; one that was stopped
-goes on from its checkpoint in WORK_DIR. The defaults are the screen for two cores: hours. With a
-GPU give --tokens 1007616 --seeds 0,1,2 --whole.
+What a term adds is the difference to KL alone of the same seed, so that what a seed does to both
+does not count as spread. The arms that say whether PrC and FiC add to distillation come first, all
+their seeds before any other arm: three, the others two, unless --seeds says which. With --set a
+setting is tried in every training of the arms (never in what they start from); such rows stand
+apart, and are judged on the run's own held-out text, which is of other documents than the scores.
+
+Finished runs are kept in `eval/results/study_recovery.json` and not repeated, and the tables are
+written beside it; a run that was stopped goes on from its checkpoint in WORK_DIR, one that failed
+is named at the end. WORK_DIR keeps each run's model, 0.3 to 0.5 GB of SmolLM2. The training text
+holds 888,509 tokens of SmolLM2's, 879,616 of them beside each run's own held-out part: a larger
+budget passes some of it again, and the study says so.
+
+The defaults are the screen for two cores. At 160 tokens/s an arm trains for 10 minutes; with what
+is pruned, banked, measured and scored it takes about 15, on a ladder 25 to 40, and all of them 11
+hours: 3.5 for the first arms, an hour and ten minutes a seed. With a GPU give --tokens 1007616
+--whole, or 860160 for text that is seen but once.
 """
 
 from __future__ import annotations
@@ -22,9 +35,12 @@ import argparse
 import gzip
 import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,61 +53,123 @@ quiet_libraries()
 import assets  # noqa: E402
 import torch  # noqa: E402
 
-from cap_llm.config import ObjectiveConfig  # noqa: E402
-from cap_llm.runtime.files import read_json, write_json  # noqa: E402
+from cap_llm.config import ObjectiveConfig, RecoverConfig  # noqa: E402
+from cap_llm.runtime.files import atomic, read_json, write_json  # noqa: E402
+from cap_llm.runtime.interrupt import held_back  # noqa: E402
+from cap_llm.text.corpora import read_corpus  # noqa: E402
+from cap_llm.text.packing import pack  # noqa: E402
+from cap_llm.text.tokenizers import load_tokenizer  # noqa: E402
 
 RESULTS = ROOT / "eval" / "results" / "study_recovery.json"
-OFF = dict.fromkeys(ObjectiveConfig.TERMS, 0.0)
-KL = {"ce": 0.2, "kl": 0.8}
-ALL = KL | {"feature": 1.0, "prc": 0.1, "snc": 0.1, "fic": 0.1}
 UP, TO_2_4 = "0.3, 0.4, 0.5", "3:4, 2:4"
-# arm -> (objective, ladder); without an objective, one-shot alone
+PRUNED, DENSE, TUNED = "no training", "dense", "dense + cross-entropy"
+OFF = dict.fromkeys(ObjectiveConfig.TERMS, 0.0)
+KL = {"kl": 1.0}
+ALL = {"ce": 0.2, "kl": 0.8, "feature": 1.0, "prc": 0.1, "snc": 0.1, "fic": 0.1}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained, from what; without an objective, one-shot alone.
+
+    Attributes:
+        objective: weights of its terms, the others 0.
+        ladder: its rungs; it starts from the dense model.
+        start: the arm whose model it starts from.
+        base: the arm that it is held against.
+    """
+
+    objective: dict | None = None
+    ladder: str = ""
+    start: str = DENSE
+    base: str | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """The arms whose models it reads."""
+        start = [] if self.start == DENSE else [self.start]
+        return start + [TUNED] * bool(self.objective and self.objective.get("fic"))
+
+
 ARMS = {
-    "no training": (None, ""),
-    "cross-entropy": ({"ce": 1.0}, ""),
-    "KL": (KL, ""),
-    "KL + SquareHead": (KL | {"feature": 1.0}, ""),
-    "KL + PrC": (KL | {"prc": 0.1}, ""),
-    "KL + FiC": (KL | {"fic": 0.1}, ""),
-    "KL; ladder": (KL, UP),
-    "KL + SnC; ladder": (KL | {"snc": 0.1}, UP),
-    "all; ladder": (ALL, UP),
-    "no training; 2:4": (None, TO_2_4),
-    "KL; 2:4 ladder": (KL, TO_2_4),
-    "KL + SnC; 2:4 ladder": (KL | {"snc": 0.1}, TO_2_4),
-    "all; 2:4 ladder": (ALL, TO_2_4),
+    PRUNED: Arm(),
+    "KL": Arm(KL, start=PRUNED),
+    "KL + PrC": Arm(KL | {"prc": 0.1}, start=PRUNED, base="KL"),
+    TUNED: Arm({"ce": 1.0}),
+    "KL + FiC": Arm(KL | {"fic": 0.1}, start=PRUNED, base="KL"),
+    "cross-entropy": Arm({"ce": 1.0}, start=PRUNED, base="KL"),
+    "KL + SquareHead": Arm(KL | {"feature": 1.0}, start=PRUNED, base="KL"),
+    "KL; ladder": Arm(KL, UP),
+    "KL + SnC; ladder": Arm(KL | {"snc": 0.1}, UP, base="KL; ladder"),
+    "all terms; ladder": Arm(ALL, UP, base="KL; ladder"),
+    "no training; 2:4": Arm(),
+    "KL; 2:4 ladder": Arm(KL, TO_2_4),
+    "KL + SnC; 2:4 ladder": Arm(KL | {"snc": 0.1}, TO_2_4, base="KL; 2:4 ladder"),
+    "all terms; 2:4 ladder": Arm(ALL, TO_2_4, base="KL; 2:4 ladder"),
 }
+FIRST_ARMS = (PRUNED, "KL", "KL + PrC", "KL + FiC")
 LENGTH, BATCH, FIRST = 512, 4, 32
 C4_HELD_OUT = 64  # windows of 512 tokens of documents that nothing else reads
 UNIT = 6 * BATCH * LENGTH  # tokens that 1, 2 and 3 rungs share evenly
+STOPS = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of an entry that was stopped
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm, seed and, in what it trains, settings of its own: `section.field=value`."""
+
+    arm: str
+    seed: int
+    settings: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """A table's name of it, which leaves out the seed."""
+        return f"{self.arm} ({', '.join(self.settings)})" if self.settings else self.arm
+
+    @property
+    def needs(self) -> list[Cell]:
+        """The cells whose models it reads."""
+        return [Cell(arm, self.seed) for arm in ARMS[self.arm].needs] if self.arm in ARMS else []
 
 
 def main() -> int:
-    """Runs what is missing, prints the table; returns the exit code."""
+    """Runs what is missing, prints the tables; returns the exit code."""
     options = parse()
     console = Console()
     work = Path(options.work).resolve()
     work.mkdir(parents=True, exist_ok=True)
     model = Path(options.model).resolve() if options.model else assets.smollm2(console.say)
     texts = split(work)
-    todo = [("dense", options.seeds[0])]
-    todo += [(arm, seed) for seed in options.seeds for arm in options.arms]
-    for n, (arm, seed) in enumerate(todo, 1):
-        key = key_of(arm, seed, options)
-        results = read_json(RESULTS) if RESULTS.exists() else {}
-        if key in results:
+    todo, failed = plan(options), []
+    study = Study(model, texts, work, options)
+    if any(study.key(cell) not in results() for cell in todo):
+        study.say_what_the_text_holds(console)
+    for n, cell in enumerate(todo, 1):
+        key = study.key(cell)
+        if key in results():
             continue
         console.say(f"\n[{n}/{len(todo)}] {key}", style="bold")
-        folder = folder_of(arm, seed, options)
-        code = run(arm, seed, model, texts, work, options)
-        if code:
+        if any(need in failed for need in cell.needs):
+            console.say("left out: what it starts from has failed")
+            failed.append(cell)
+            continue
+        code = study.make(cell) or study.score(cell)
+        if code in STOPS:
             return code
+        if code:
+            failed.append(cell)
+            continue
         RESULTS.parent.mkdir(exist_ok=True)
-        result = measured(work / folder, options) | {"model": name_of(options)}
-        write_json(RESULTS, results | {key: result})
-        console.say("\n".join(table(options)))
-    console.say("\n".join(table(options)))
-    return 0
+        write_json(RESULTS, results() | {key: study.measured(cell)})
+        shutil.rmtree(study.folder(cell) / "recover" / "banks", ignore_errors=True)
+        write_page(study)
+        console.say("\n".join(quality(study)))
+    write_page(study)
+    console.say("\n".join([*quality(study), "", *costs(study)]))
+    for cell in failed:
+        console.say(f"failed: {study.key(cell)}; its log: {study.folder(cell)}/log.txt")
+    return 1 if failed else 0
 
 
 def parse() -> argparse.Namespace:
@@ -99,21 +177,44 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", nargs="?", default="runs/study-recovery")
     parser.add_argument("--arms", help=f"of: {', '.join(ARMS)}; default: all")
-    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--seeds", help="default: 0,1,2 for the first arms, 0,1 for the others")
     parser.add_argument(
         "--tokens", type=int, default=8 * UNIT, help=f"an arm, over all its rungs; n x {UNIT}"
     )
     parser.add_argument("--whole", action="store_true", help="score all of WikiText-2")
     parser.add_argument("--model", help="model directory; default: SmolLM2-135M from its package")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="a setting of every training of the arms; may be repeated",
+    )
     options = parser.parse_args()
     options.arms = [a.strip() for a in options.arms.split(",")] if options.arms else list(ARMS)
-    options.seeds = [int(s) for s in options.seeds.split(",")]
+    options.seeds = [int(s) for s in options.seeds.split(",")] if options.seeds else None
     if unknown := [arm for arm in options.arms if arm not in ARMS]:
         parser.error(f"there is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
+    if wrong := [s for s in options.set if not s.startswith("recover.") or "=" not in s]:
+        parser.error(f"--set {wrong[0]}: give recover.FIELD=VALUE")
     if options.tokens < UNIT or options.tokens % UNIT:
         # or a ladder would train on fewer tokens than the arms that it is compared with
         parser.error(f"--tokens {options.tokens} is no multiple of {UNIT}")
     return options
+
+
+def plan(options) -> list[Cell]:
+    """What is to be done, in order: the first arms' seeds, then the others'; needs before."""
+    first = [arm for arm in options.arms if arm in FIRST_ARMS]
+    others = [arm for arm in options.arms if arm not in FIRST_ARMS]
+    todo = [Cell("dense", 0)]
+    for arms, seeds in ((first, [0, 1, 2]), (others, [0, 1])):
+        for seed in options.seeds or seeds:
+            for arm in arms:
+                settings = tuple(sorted(options.set)) if ARMS[arm].objective else ()
+                cell = Cell(arm, seed, settings)
+                todo += [c for c in (*cell.needs, cell) if c not in todo]
+    return todo
 
 
 def split(work: Path) -> dict[str, Path]:
@@ -135,53 +236,146 @@ def split(work: Path) -> dict[str, Path]:
     return texts
 
 
-def run(arm: str, seed: int, model: Path, texts: dict, work: Path, options) -> int:
-    """Runs the entry for one arm and seed: pruning, training, then the scores; the exit code."""
-    on_cpu = not torch.cuda.is_available()
-    ranks = 2 if on_cpu else 1
-    common = ["--output_dir", str(work / folder_of(arm, seed, options)), "--name", arm]
-    common += ["--calibration.corpus", str(texts["calibration"]), "--calibration.length", "512"]
-    common += ["--calibration.seed", str(seed), "--oneshot.refit", "true"]
-    objective, ladder = ARMS.get(arm, (None, ""))
-    if not objective:
-        common += ["--model.path", str(model)]
-        common += ["--oneshot.pattern", "2:4"] if ladder else []
-        stages = [] if arm == "dense" else ["oneshot"]
-    else:
-        start = work / folder_of("no training", seed, options) / "oneshot"
-        if not ladder and not (start / "done.json").exists():
-            code = run("no training", seed, model, texts, work, options)
-            if code:
+@dataclass
+class Study:
+    """Runs of the entry on one model, with one budget, and where they lie."""
+
+    model: Path
+    texts: dict[str, Path]
+    work: Path
+    options: argparse.Namespace
+
+    def say_what_the_text_holds(self, console: Console) -> None:
+        """Says how often the text is passed, where the budget is larger than it."""
+        o, corpus = self.options, read_corpus(str(self.texts["training"]), "train")
+        held_out = RecoverConfig.held_out
+        n = pack(load_tokenizer(str(self.model)), corpus, o.tokens // LENGTH, held_out, LENGTH, 0)
+        if (distinct := n.ids.numel()) < o.tokens:
+            console.say(
+                f"warning: the training text holds {distinct} tokens; --tokens {o.tokens} passes "
+                f"it {o.tokens / distinct:.2f} times",
+                style="yellow",
+            )
+
+    def key(self, cell: Cell) -> str:
+        """How a run is called in the results."""
+        scope = "whole" if self.options.whole else f"first {FIRST}"
+        return f"{self._name(cell)}, {scope}"
+
+    def folder(self, cell: Cell) -> Path:
+        """The run's folder: the same however much is scored."""
+        name = "".join(c if c.isalnum() else "-" for c in self._name(cell)).lower()
+        return self.work / name
+
+    def _name(self, cell: Cell) -> str:
+        trains = cell.arm in ARMS and ARMS[cell.arm].objective
+        tokens = f", {self.options.tokens} tokens" if trains else ""
+        model = f", {self.model.name}" if self.options.model else ""
+        return f"{cell.title}{tokens}{model}, seed {cell.seed}"
+
+    def make(self, cell: Cell) -> int:
+        """Prunes or trains a cell's model, after those that it reads; the exit code."""
+        for need in cell.needs:
+            if code := self.make(need):
                 return code
-        stages = ["recover"]
-        common += ["--model.path", str(model if ladder else start), "--recover.teacher", str(model)]
-        tokens = options.tokens // len(ladder.split(","))
-        common += ["--recover.corpus", str(texts["training"]), "--recover.length", str(LENGTH)]
-        common += ["--recover.batch", str(BATCH), "--recover.micro_batch", str(2 // ranks)]
-        common += ["--recover.tokens", str(tokens), "--recover.seed", str(seed)]
-        common += ["--recover.lr", "2e-4", "--recover.deepspeed", "cpu" if on_cpu else "zero2"]
-        common += ["--recover.dtype", "bfloat16", "--recover.evaluate_steps", "25"]
-        common += ["--recover.checkpoint_steps", "25", "--recover.ladder", ladder]
-        for name, weight in (OFF | objective).items():
-            common += [f"--recover.objective.{name}", str(weight)]
-        if objective.get("fic"):
-            common += ["--recover.finetuned", "train"]
-    if stages and (code := entry(ranks, [*common, "--stages", f"[{','.join(stages)}]"])):
-        return code
-    scored = ["--stages", f"[{','.join([*stages, 'evaluate'])}]", "--evaluate.dense", "false"]
-    for corpus, window, most in (
-        (texts["c4"], LENGTH, C4_HELD_OUT),
-        ("wikitext2", 2048, None if options.whole else FIRST),
-    ):
-        place = ["--evaluate.corpora", f"[{corpus}]", "--evaluate.window", str(window)]
-        place += ["--evaluate.max_windows", str(most)] if most else []
-        if code := entry(1, [*common, *scored, *place]):
-            return code
-    return 0
+        if cell.arm == "dense" or (self._model_of(cell) / "done.json").exists():
+            return 0
+        ranks = 1 if torch.cuda.is_available() else 2
+        return entry(ranks, [*self._settings(cell), "--stages", f"[{_stage(cell)}]"])
+
+    def score(self, cell: Cell) -> int:
+        """Measures the perplexities of a cell's model; the exit code."""
+        stages = "evaluate" if cell.arm == "dense" else f"{_stage(cell)}, evaluate"
+        for corpus, window, most in (
+            (self.texts["c4"], LENGTH, C4_HELD_OUT),
+            ("wikitext2", 2048, None if self.options.whole else FIRST),
+        ):
+            place = ["--evaluate.corpora", f"[{corpus}]", "--evaluate.window", str(window)]
+            place += ["--evaluate.max_windows", str(most)] if most else []
+            place += ["--stages", f"[{stages}]", "--evaluate.dense", "false"]
+            if code := entry(1, [*self._settings(cell), *place]):
+                return code
+        return 0
+
+    def _model_of(self, cell: Cell) -> Path:
+        return self.folder(cell) / _stage(cell)
+
+    def _settings(self, cell: Cell) -> list[str]:
+        """The entry's options, but for stages and scores."""
+        arm = ARMS.get(cell.arm, Arm())
+        start = Cell(arm.start, cell.seed)
+        start = self.model if arm.start == DENSE else self._model_of(start)
+        given = ["--output_dir", str(self.folder(cell)), "--name", cell.title]
+        given += ["--model.path", str(start), "--runtime.keep_intermediate", "false"]
+        given += ["--calibration.corpus", str(self.texts["calibration"])]
+        given += ["--calibration.length", "512", "--calibration.seed", str(cell.seed)]
+        given += ["--oneshot.refit", "true"]
+        given += ["--oneshot.pattern", "2:4"] if cell.arm == "no training; 2:4" else []
+        if not arm.objective:
+            return given
+        on_cpu, o = not torch.cuda.is_available(), self.options
+        n_rungs = len(arm.ladder.split(","))
+        given += ["--recover.teacher", str(self.model), "--recover.seed", str(cell.seed)]
+        given += ["--recover.corpus", str(self.texts["training"]), "--recover.length", str(LENGTH)]
+        # A ladder has the text of all its rungs: as many distinct tokens as the other arms.
+        given += ["--recover.sequences", str(o.tokens // LENGTH)]
+        given += ["--recover.tokens", str(o.tokens // n_rungs), "--recover.ladder", arm.ladder]
+        given += ["--recover.batch", str(BATCH), "--recover.micro_batch", "1" if on_cpu else "2"]
+        given += ["--recover.lr", "2e-4", "--recover.deepspeed", "cpu" if on_cpu else "zero2"]
+        given += ["--recover.dtype", "bfloat16", "--recover.evaluate_steps", "25"]
+        given += ["--recover.checkpoint_steps", "25", "--recover.keep_checkpoints", "1"]
+        for name, weight in (OFF | arm.objective).items():
+            given += [f"--recover.objective.{name}", str(weight)]
+        if arm.objective.get("fic"):
+            given += ["--recover.finetuned", str(self._model_of(Cell(TUNED, cell.seed)))]
+        for setting in cell.settings:
+            name, _, value = setting.partition("=")
+            given += [f"--{name}", value]
+        return given
+
+    def measured(self, cell: Cell) -> dict:
+        """What a finished run measured, with what a reader needs to compare it."""
+        stage = self._model_of(cell)
+        scores = read_json(stage / "perplexity.json")["corpora"]
+        most = "" if self.options.whole else f" first {FIRST}"
+        keys = {
+            "c4": f"c4.jsonl@{LENGTH} first {C4_HELD_OUT}",
+            "wikitext2": f"wikitext2@2048{most}",
+        }
+        kept = ("ppl_token", "window", "windows", "tokens", "bos")
+        result: dict = {"arm": cell.arm, "seed": cell.seed, "settings": list(cell.settings)}
+        result |= {corpus: {k: scores[key][k] for k in kept} for corpus, key in keys.items()}
+        if cell.arm != "dense":
+            done = read_json(stage / "done.json")
+            result |= {k: done[k] for k in ("seconds", "peak_memory_bytes")}
+            counts = read_json(stage / "sparsity.json")
+            result["sparsity"] = counts["pruned_matrices"]["sparsity"]
+        if stage.name == "recover":
+            rungs = done["rungs"]
+            result |= {"tokens": done["tokens"], "rungs": rungs}
+            rate = statistics.harmonic_mean(r["tokens_a_second"] for r in rungs)
+            result["tokens_a_second"] = round(rate, 1)
+            result["held_out_ppl"] = list(rungs[-1]["held_out_ppl"].values())[-1]
+        model = self.model.name if self.options.model else assets.MODEL_NAME
+        return result | assets.provenance(self.folder(cell)) | {"model": model}
+
+    def rows(self) -> dict[str, dict[int, dict]]:
+        """The results of this model, budget and scope: by title in the tables' order, by seed."""
+        found: dict[str, dict[int, dict]] = {}
+        for key, result in results().items():
+            cell = Cell(result["arm"], result["seed"], tuple(result["settings"]))
+            if key == self.key(cell):
+                found.setdefault(cell.title, {})[cell.seed] = result
+        order = [DENSE, *ARMS]
+        titles = sorted(found, key=lambda t: (order.index(_any(found[t])["arm"]), t))
+        return {title: found[title] for title in titles}
 
 
 def entry(ranks: int, options: list[str]) -> int:
-    """Runs the entry, under a launcher where it takes several ranks; the exit code."""
+    """Runs the entry, under a launcher where it takes several ranks; the exit code.
+
+    A signal that asks this process to stop is the entry's: it ends at its next safe point.
+    """
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -190,84 +384,132 @@ def entry(ranks: int, options: list[str]) -> int:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable, *(launcher if ranks > 1 else [])]
     command += [str(ROOT / "cap_llm" / "train.py"), *options]
-    return subprocess.run(command, env=environment, check=False).returncode
+    with held_back() as request:
+        process, told = subprocess.Popen(command, env=environment), False
+        while True:
+            try:
+                code = process.wait(1)
+                break
+            except subprocess.TimeoutExpired:
+                if request.number == signal.SIGTERM and not told:  # a terminal's Ctrl-C is for all
+                    process.terminate()
+                    told = True
+    return 128 + request.number if request.number else code
 
 
-def name_of(options) -> str:
-    """The model's name."""
-    return Path(options.model).name if options.model else assets.MODEL_NAME
+def results() -> dict:
+    """What is measured already, by key."""
+    return read_json(RESULTS) if RESULTS.exists() else {}
 
 
-def key_of(arm: str, seed: int, options) -> str:
-    """How a run is called in the results."""
-    scope = "whole" if options.whole else f"first {FIRST}"
-    tokens = "" if arm == "dense" or not ARMS[arm][0] else f", {options.tokens} tokens"
-    model = f", {name_of(options)}" if options.model else ""
-    return f"{arm}{tokens}{model}, seed {seed}, {scope}"
-
-
-def folder_of(arm: str, seed: int, options) -> str:
-    """The run's folder in the work directory: the same however much is scored."""
-    key = key_of(arm, seed, options).rsplit(",", 1)[0]
-    return "".join(c if c.isalnum() else "-" for c in key).lower()
-
-
-def measured(folder: Path, options) -> dict:
-    """What a finished run measured, with what a reader needs to compare it."""
-    stage = next(s for s in ("recover", "oneshot", "dense") if (folder / s).exists())
-    scores = read_json(folder / stage / "perplexity.json")["corpora"]
-    most = "" if options.whole else f" first {FIRST}"
-    keys = {"c4": f"c4.jsonl@{LENGTH} first {C4_HELD_OUT}", "wikitext2": f"wikitext2@2048{most}"}
-    kept = ("ppl_token", "window", "windows", "tokens", "bos")
-    result = {corpus: {k: scores[key][k] for k in kept} for corpus, key in keys.items()}
-    if stage == "recover":
-        done = read_json(folder / stage / "done.json")
-        result |= {"tokens": done["tokens"], "rungs": done["rungs"]}
-    if stage != "dense":
-        counts = read_json(folder / stage / "sparsity.json")
-        result["sparsity"] = counts["pruned_matrices"]["sparsity"]
-    return result | assets.provenance(folder)
-
-
-def table(options) -> list[str]:
-    """The table of what is there: mean and spread over the seeds, as Markdown lines.
-
-    The share of the gap that an arm closes is between the dense model and its pattern's one-shot
-    model of the same seed.
-    """
-    results = read_json(RESULTS) if RESULTS.exists() else {}
-    scope = "whole test set" if options.whole else f"first {FIRST} windows"
-    lines = [
-        f"| arm | held-out C4, ppl_token@{LENGTH} | WikiText-2, ppl_token@2048, {scope} | "
-        "gap closed, C4 | WikiText-2 | seeds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-
-    def ppl(arm: str, corpus: str) -> dict[str, float]:
-        """By seed, of all seeds that have been run."""
-        found = {}
-        for key, result in results.items():
-            seed = key.rsplit("seed ", 1)[1].split(",")[0]
-            if key == key_of(arm, int(seed), options):
-                found[seed] = result[corpus]["ppl_token"]
-        return found
-
-    def cell(values: list[float], form: str) -> str:
-        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):{form}}{spread}" if values else ""
-
-    for arm in ("dense", *ARMS):
-        figures, gaps = [], []
+def quality(study: Study) -> list[str]:
+    """The scores: mean and spread over the seeds, as Markdown lines."""
+    rows, lines = study.rows(), []
+    scope = "" if study.options.whole else f", first {FIRST} windows"
+    head = ["arm", f"held-out C4, ppl_token@{LENGTH}", "less KL", "gap closed"]
+    head += [f"WikiText-2, ppl_token@2048{scope}", "less KL", "gap closed", "seeds"]
+    for title, seeds in rows.items():
+        cells = [title]
         for corpus in ("c4", "wikitext2"):
-            mine, dense = ppl(arm, corpus), next(iter(ppl("dense", corpus).values()), None)
-            figures.append(cell(list(mine.values()), ".2f"))
-            start = ppl("no training; 2:4" if "2:4" in arm else "no training", corpus)
-            both = [seed for seed in mine if seed in start and dense]
+            mine = _scores(rows, title, corpus)
+            cells += [_cell(mine.values(), ".2f"), _less_base(rows, title, corpus)]
+            start = "no training; 2:4" if "2:4" in title else PRUNED
+            dense, start = _scores(rows, DENSE, corpus).get(0), _scores(rows, start, corpus)
+            both = [s for s in mine if s in start and dense and title not in (DENSE, PRUNED)]
             gap = [100 * (start[s] - mine[s]) / (start[s] - dense) for s in both]
-            gaps.append(f"{cell(gap, '.0f')} %" if gap else "")
-        if mine:
-            lines.append(f"| {' | '.join([arm, *figures, *gaps, str(len(mine))])} |")
-    return lines
+            cells.append(f"{_cell(gap, '.0f')} %" if gap else "")
+        lines.append([*cells, str(len(seeds))])
+    return markdown(head, lines)
+
+
+def costs(study: Study) -> list[str]:
+    """Own held-out text, time and memory: mean over the seeds, as Markdown lines."""
+    rows, lines = study.rows(), []
+    head = ["arm", "own held-out ppl", "less KL", "minutes", "tokens/s", "GiB a rank"]
+    for title, seeds in rows.items():
+        if title == DENSE:
+            continue
+
+        own = _scores(rows, title, "held_out_ppl")
+        cells = [_cell(own.values(), ".2f"), _less_base(rows, title, "held_out_ppl")]
+        for key, unit, form in (
+            ("seconds", 60, ".1f"),
+            ("tokens_a_second", 1, ".0f"),
+            ("peak_memory_bytes", 2**30, ".1f"),
+        ):
+            values = [run[key] / unit for run in seeds.values() if key in run]
+            cells.append(f"{statistics.mean(values):{form}}" if values else "")
+        lines.append([title, *cells])
+    return markdown(head, lines)
+
+
+def write_page(study: Study) -> None:
+    """Writes the tables to `study_recovery.md`."""
+    name = study.model.name if study.options.model else assets.MODEL_NAME
+    whole = " --whole" if study.options.whole else ""
+    page = ["# What the terms of recovery are worth", ""]
+    page += [f"Made by `python eval/study_recovery.py --tokens {study.options.tokens}{whole}` of"]
+    page += [f"{name}: mean ± standard deviation over seeds.", ""]
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in ALL.items())
+    page += [
+        "- **arms**: cross-entropy, KL and SquareHead weigh 1, each contrast 0.1; all terms are"
+    ]
+    page += [f"  {weights}."]
+    page += ["- **less KL**: the difference to KL alone (on a ladder: on the same one) of the same"]
+    page += ["  seed, below 0 where the arm is better. A row with settings of its own is held"]
+    page += ["  against KL with these settings where there is such a row, else against KL."]
+    page += ["- **gap closed**: of the gap between the one-shot model of the same seed and pattern"]
+    page += ["  and the dense one. Above 100 % for `dense + cross-entropy` is what the text alone"]
+    page += ["  is worth: it was never pruned."]
+    page += ["- **own held-out**: 16 sequences of the training corpus' other documents, which a"]
+    page += ["  seed draws; the text to choose settings by. Minutes are those of a run's pruning"]
+    page += ["  and training, other work may have run beside it.", ""]
+    page += [*quality(study), "", *costs(study)]
+    with atomic(RESULTS.with_suffix(".md")) as temporary:
+        temporary.write_text("\n".join(page) + "\n")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table's lines."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _stage(cell: Cell) -> str:
+    if cell.arm == DENSE:
+        return "dense"
+    return "recover" if ARMS[cell.arm].objective else "oneshot"
+
+
+def _scores(rows: dict, title: str, name: str) -> dict[int, float]:
+    """Perplexities by seed."""
+    runs = {seed: run[name] for seed, run in rows.get(title, {}).items() if name in run}
+    return {seed: r["ppl_token"] if isinstance(r, dict) else r for seed, r in runs.items()}
+
+
+def _less_base(rows: dict, title: str, name: str) -> str:
+    """Differences to the arm that this one is held against, seed by seed."""
+    run = _any(rows[title])
+    base = ARMS[run["arm"]].base if run["arm"] in ARMS else None
+    if run["settings"]:
+        base = base or run["arm"]
+        with_settings = Cell(base, 0, tuple(run["settings"])).title
+        base = with_settings if with_settings in rows and with_settings != title else base
+    if base is None:
+        return ""
+    mine, other = _scores(rows, title, name), _scores(rows, base, name)
+    return _cell([mine[s] - other[s] for s in mine if s in other], "+.2f")
+
+
+def _any(seeds: dict[int, dict]) -> dict:
+    return next(iter(seeds.values()))
+
+
+def _cell(values, form: str) -> str:
+    """Mean ± standard deviation."""
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}" if values else ""
 
 
 if __name__ == "__main__":

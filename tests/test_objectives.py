@@ -1,8 +1,11 @@
 """The losses against plain autograd: chunks, a teacher, a bias and 16 bits change nothing."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from cap_llm.recovery import objectives
 from cap_llm.recovery.objectives import head_loss, square_head
@@ -52,13 +55,48 @@ def test_loss_and_gradients_are_those_of_plain_autograd(
     monkeypatch, tokens_at_once, bias, teacher_width
 ):
     monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * V * tokens_at_once)
+    monkeypatch.setattr(objectives, "LEAST_CHUNKS", 1)
     student, targets, teacher = problem(bias, teacher_width)
-    for factors in ((0.2, 0.8, 1.0), (1.0, 0.5, 2.0), (0.0, 1.0, 0.7), (0.3, 0.0, 1.0)):
+    for factors in (
+        (0.2, 0.8, 1.0),
+        (1.0, 0.5, 2.0),
+        (0.0, 1.0, 0.7),
+        (0.3, 0.0, 1.0),
+        (0.0, 0.0, 1.0),
+    ):
         expected = plain(student, targets, teacher, *factors)
         got = head_loss(*student, targets, teacher, *factors)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
         expected = gradients(3 * expected[0], student)
         torch.testing.assert_close(gradients(3 * got[0], student), expected, rtol=1e-4, atol=1e-6)
+
+
+def most_bytes(work) -> int:
+    """Most bytes of tensors that stood at once while `work` ran, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(n for _, n in changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factors", [(0.2, 0.8, 1.0), (0.0, 1.0, 2.0), (1.0, 0.0, 1.0)])
+def test_less_than_one_set_of_logits_stands_in_memory(dtype, factors):
+    """Beside the inputs and the sums of their gradients in fp32, forward and backward."""
+    n, width, vocabulary = 512, 64, 4096
+    states = torch.randn(n, width, dtype=dtype, requires_grad=True)
+    head = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (n,))
+    teacher = (states.detach(), head.detach().flip(0), None)
+
+    def work():
+        head_loss(states, head, None, targets, teacher, *factors)[0].backward()
+
+    work()  # what is allocated but once
+    states.grad = head.grad = None
+    sums = 4 * (n + vocabulary) * width
+    assert most_bytes(work) - sums < 4 * n * vocabulary
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 2), (0, 1)])

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cap_llm.runtime.errors import UserError
+from cap_llm.text import packing
 from cap_llm.text.corpora import Corpus
 from cap_llm.text.packing import PackedText, pack
 
@@ -20,8 +21,10 @@ class Letters:
     def __init__(self, start: bool = True):
         self.eos_token_id, self._start = self.END, [self.START] * start
 
-    def __call__(self, text: str):
-        return _Encoding([*self._start, *map(ord, text)])
+    def __call__(self, text: str | list[str]):
+        if isinstance(text, str):
+            return _Encoding([*self._start, *map(ord, text)])
+        return _Encoding([self(part).input_ids for part in text])
 
 
 class _Encoding:
@@ -108,6 +111,18 @@ def test_the_text_comes_back_from_the_ids(tokenizer, text_file):
         mine = ids[numbers == number].tolist()
         assert mine[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in mine[1:]
         assert tokenizer.decode(mine[1:]) in documents
+
+
+def test_documents_tokenised_at_once_are_those_tokenised_one_by_one(
+    monkeypatch, tokenizer, text_file
+):
+    documents = [*text_file.read_text().splitlines()[:100], ""]
+
+    def digest(at_once: int) -> str:
+        monkeypatch.setattr(packing, "AT_ONCE", at_once)
+        return pack(tokenizer, Corpus(documents, "lines"), 20, 4, 64, 0).digest
+
+    assert digest(1) == digest(7) == digest(1000)
 
 
 def test_the_digest_changes_with_seed_text_and_length_and_with_nothing_else():

@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = 2**26  # fp32 logits [tokens, V] that stand in memory at once, times about four
+# A chunk's fp32 logits [tokens, V] are at most this large, and at most this part of all tokens': a
+# handful of such buffers stand at once, together less than one set of logits [N, V].
+CHUNK_BYTES, LEAST_CHUNKS = 2**26, 8
+SLICE = 2**13  # rows of the head whose gradient stands in 16 bits at once
 
 
 def head_loss(
@@ -60,9 +63,9 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, states, weight, bias, targets, t_states, t_weight, t_bias, factors, needs):
         ce_weight, kl_weight, temperature = factors
         n, vocabulary = states.shape[0], weight.shape[0]
-        chunk = max(16, CHUNK_BYTES // (4 * vocabulary))
+        chunk = max(1, min(CHUNK_BYTES // (4 * vocabulary), n // LEAST_CHUNKS))
         # Sums of many chunks are kept in fp32; without the 1/N, so that fp16 does not underflow.
-        d_states = torch.empty_like(states, dtype=torch.float32) if needs else None
+        d_states = torch.zeros_like(states, dtype=torch.float32) if needs else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs and bias is not None else None
         ce = torch.zeros((), dtype=torch.float64, device=states.device)
@@ -73,25 +76,36 @@ class _HeadLoss(torch.autograd.Function):
             logits = F.linear(s, weight, bias).float()
             normaliser = logits.logsumexp(1, keepdim=True)
             ce += (normaliser - logits.gather(1, target)).sum()
-            slope = None
+            d = None  # of the loss with respect to the logits, [chunk, V]
             if t_states is not None:
-                q = F.linear(t_states[at : at + chunk], t_weight, t_bias).float()
-                q = q.div_(temperature).log_softmax(1)
-                p = (logits / temperature).log_softmax(1)
-                kl += temperature**2 * F.kl_div(p, q, reduction="sum", log_target=True)
-                if needs:
+                ours = logits.div(temperature).logsumexp(1, keepdim=True)
+                t_logits = F.linear(t_states[at : at + chunk], t_weight, t_bias).float()
+                q = t_logits / temperature
+                theirs = q.logsumexp(1, keepdim=True)
+                q.sub_(theirs).exp_()
+                # sum of q (log q - log p), where log p is the scaled logits less their normaliser
+                gap = t_logits.sub_(logits).mul_(q).sum(1) / temperature
+                kl += temperature**2 * (gap + (ours - theirs)[:, 0]).sum()
+                if needs and kl_weight:
                     # d(T^2 KL)/d logits = T (softmax(student / T) - softmax(teacher / T))
-                    slope = p.exp_().sub_(q.exp_()).mul_(kl_weight * temperature)
-            if needs:
-                d = logits.sub_(normaliser).exp_()
-                d.scatter_add_(1, target, torch.full_like(target, -1, dtype=d.dtype))
-                d = d.mul_(ce_weight)
-                d = (d if slope is None else d.add_(slope)).to(weight.dtype)
+                    d = torch.div(logits, temperature, out=t_logits).sub_(ours).exp_()
+                    d.sub_(q).mul_(kl_weight * temperature)
+                del q, t_logits
+            if needs and ce_weight:
+                p = logits.sub_(normaliser).exp_()
+                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+                p.mul_(ce_weight)
+                d = p if d is None else d.add_(p)
+                del p
+            del logits
+            if d is not None:
+                d = d.to(weight.dtype)
                 d_states[at : at + chunk] = d @ weight
                 if d.dtype == torch.float32:
                     d_weight.addmm_(d.T, s)
                 else:
-                    d_weight += d.T @ s  # 16-bit factors, fp32 sum
+                    for rows, part in zip(d_weight.split(SLICE), d.T.split(SLICE), strict=True):
+                        rows += part @ s  # 16-bit factors, fp32 sum
                 if d_bias is not None:
                     d_bias += d.sum(0)
         ctx.save_for_backward(*(d for d in (d_states, d_weight, d_bias) if d is not None))
@@ -108,10 +122,18 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, *_):
         d_states, d_weight, *d_bias = (
-            (d * (gradient / ctx.n)).to(dtype)
+            _scaled(d, gradient / ctx.n, dtype)
             for d, dtype in zip(ctx.saved_tensors, (*ctx.dtypes, ctx.dtypes[1]), strict=False)
         )
         return (d_states, d_weight, *(d_bias or [None]), *[None] * 6)
+
+
+def _scaled(d: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """d * factor in another type, a slice at a time: no second fp32 [V, H] stands in between."""
+    result = torch.empty_like(d, dtype=dtype)
+    for to, part in zip(result.split(SLICE), d.split(SLICE), strict=True):
+        to.copy_(part * factor)
+    return result
 
 
 def square_head(

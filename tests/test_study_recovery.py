@@ -1,0 +1,84 @@
+"""The study of recovery compares seed by seed, and does first what the question needs."""
+
+import pytest
+import study_recovery
+from conftest import ROOT
+from study_recovery import ARMS, FIRST_ARMS, Cell, Study, plan
+
+from cap_llm.runtime.files import write_json
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """Reads the options of a command line."""
+
+    def read(*given: str):
+        monkeypatch.setattr("sys.argv", ["study_recovery.py", *given])
+        return study_recovery.parse()
+
+    return read
+
+
+def test_a_study_that_is_cut_short_has_the_arms_of_the_question(options):
+    todo = plan(options())
+    asked = [cell for cell in todo if cell.arm in FIRST_ARMS]
+    others = [cell for cell in todo if cell.arm not in (*FIRST_ARMS, "dense", study_recovery.TUNED)]
+    assert {(c.arm, c.seed) for c in asked} == {(a, s) for a in FIRST_ARMS for s in range(3)}
+    assert max(map(todo.index, asked)) < min(map(todo.index, others))
+    assert {cell.arm for cell in todo} == {"dense", *ARMS}
+
+
+def test_what_an_arm_reads_is_made_before_it_and_has_the_default_settings(options):
+    todo = plan(options("--arms", "KL + FiC", "--seeds", "4", "--set", "recover.lr=1e-4"))
+    made = [(cell.arm, cell.settings) for cell in todo]
+    assert made == [
+        ("dense", ()),
+        ("no training", ()),
+        ("dense + cross-entropy", ()),
+        ("KL + FiC", ("recover.lr=1e-4",)),
+    ]
+
+
+@pytest.mark.parametrize("given", [["--arms", "CE"], ["--tokens", "100"], ["--set", "lr=1"]])
+def test_options_that_make_no_sense_are_refused(options, given):
+    with pytest.raises(SystemExit) as refused:
+        options(*given)
+    assert refused.value.code == 2
+
+
+def test_differences_are_those_of_the_same_seed(options, monkeypatch, tmp_path):
+    """Seeds differ by 10, the arms by 1 and 3: the spread of the difference is that of 1 and 3."""
+    study = Study(ROOT, {}, tmp_path, options())
+    monkeypatch.setattr(study_recovery, "RESULTS", tmp_path / "results.json")
+    lever = ("recover.lr=1e-4",)
+    scores = {
+        Cell("dense", 0): 20.0,
+        Cell("no training", 0): 60.0,
+        Cell("no training", 1): 70.0,
+        Cell("KL", 0): 40.0,
+        Cell("KL", 1): 50.0,
+        Cell("KL", 0, lever): 30.0,
+        Cell("KL + PrC", 0): 39.0,
+        Cell("KL + PrC", 1): 47.0,
+        Cell("KL + PrC", 2): 9.0,  # KL has no such seed
+        Cell("KL + PrC", 0, lever): 28.0,
+        Cell("KL + FiC", 0, lever): 35.0,
+        Cell("KL + FiC", 0, ("recover.clip=2",)): 35.0,
+    }
+    results = {}
+    for cell, ppl in scores.items():
+        facts = {"arm": cell.arm, "seed": cell.seed, "settings": list(cell.settings)}
+        parts = {"c4": {"ppl_token": ppl}, "wikitext2": {"ppl_token": ppl}}
+        results[study.key(cell)] = facts | parts
+    other = Study(ROOT, {}, tmp_path, options("--whole"))  # another scope: not in this table
+    results[other.key(Cell("KL", 1))] = results[study.key(Cell("KL", 0))]
+    write_json(study_recovery.RESULTS, results)
+    rows = [
+        [part.strip() for part in line.split("|")[1:-1]] for line in study_recovery.quality(study)
+    ]
+    cells = {row[0]: row[1:4] for row in rows[2:]}
+    assert cells["KL"] == ["45.00 ± 7.07", "", "45 ± 7 %"]
+    assert cells["KL + PrC"][1] == "-2.00 ± 1.41"
+    assert cells["KL (recover.lr=1e-4)"][1] == "-10.00"
+    assert cells["KL + PrC (recover.lr=1e-4)"][1] == "-2.00"  # to KL at that rate
+    assert cells["KL + FiC (recover.clip=2)"][1] == "-5.00"  # there is no KL with that
