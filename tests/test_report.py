@@ -321,10 +321,12 @@ def test_a_model_of_another_run_keeps_its_history(copy):
     """A later stage in a run of its own: named, counted and compared as in one pipeline."""
     scores = {"dense": 20.0, "oneshot": 40.0}
     first = copy("a", {f"{s}/perplexity.json": scored(ppl_token=p) for s, p in scores.items()})
-    run = copy("b", {"oneshot/perplexity.json": scored(ppl_token=25.0)})
+    changes = {"oneshot/perplexity.json": scored(ppl_token=25.0)}
+    changes["environment.json"] = lambda c: c.update(directory=str(first.parent))
+    run = copy("b", changes)
     settings = yaml.safe_load((run / "config.yaml").read_text())
     dense = settings["model"]["path"]
-    settings |= {"model": {"path": str(first / "oneshot"), "dense": dense}, "name": ""}
+    settings |= {"model": {"path": "a/oneshot", "dense": dense}, "name": ""}  # from there
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     shutil.rmtree(run / "dense")
     (run / "oneshot").rename(run / "reconstruct")

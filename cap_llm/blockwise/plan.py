@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import free_memory
 from cap_llm.blockwise.prune import matrix, plan_sparsities
+from cap_llm.blockwise.sds import plan_second_prune
 from cap_llm.config import MODELS, Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, config_dict
@@ -70,6 +71,8 @@ def check_everything(
         plan_sparsities(model, config.oneshot)
     if config.model.dense and Path(config.model.dense).is_dir():  # those of the hub when here
         _check_dense(model, Path(config.model.dense))
+    if "sds" in config.stages and not config.start("sds"):
+        plan_second_prune(located, model, config)
     if needs_conversion(located):
         console.say(
             f"model {located}: its weights are no safetensors and are rewritten once, which holds "

@@ -65,7 +65,7 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     if work.done:
         return work.folder
     dense_model = BlockModel.open(dense, run.world.device)
-    plan = _plan(pruned, dense_model, config)
+    plan = plan_second_prune(pruned, dense_model, config)
     work.begin(pruned, texts, config)
     todo = len(work.finished) < len(work.model)
     with work.work() as (bar, scratch):
@@ -90,7 +90,7 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     return work.finish()
 
 
-def _plan(pruned: Path, dense: BlockModel, config: Config) -> dict[str, float]:
+def plan_second_prune(pruned: Path, dense: BlockModel, config: Config) -> dict[str, float]:
     """The sparsity of every weight by name: as recorded with the first prune, or as asked for.
 
     Raises:

@@ -285,10 +285,7 @@ def start_masks(folder: Path, run: Run) -> Masks:
             "let --stages begin with oneshot, or give a pruned model"
         )
     if masks.from_zeros:
-        run.console.say(
-            f"{folder} has no file of masks: the zeros of {len(masks)} matrices are taken as "
-            f"theirs, {100 * masks.sparsity:.1f} % of the weights in them"
-        )
+        run.console.say(masks.told)
     return masks
 
 

@@ -159,7 +159,7 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
     stages = [s for s in stages if s != "source"]  # a conversion of the dense model
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
     title = facts.get("run") or folder.name
-    given = _given(settings, folder)
+    given = _given(settings, facts, folder)
     made: dict[str, Result] = {}
     for stage in stages:
         made[stage] = result = _result(folder, stage, made, given, facts, settings)
@@ -185,10 +185,12 @@ def _says_the_dense(settings: dict) -> bool:
     return bool(model.get("dense") or recover.get("teacher"))
 
 
-def _given(settings: dict, folder: Path) -> Result | None:
+def _given(settings: dict, facts: dict, folder: Path) -> Result | None:
     """The model that a run was given, where it is what a stage of another run made."""
     path = (settings.get("model") or {}).get("path")
-    place = Path(path).resolve() if isinstance(path, str) and path else None
+    place = None
+    if isinstance(path, str) and path:
+        place = (Path(str(facts.get("directory") or ".")) / path).resolve()
     if not place or place.parent == folder.resolve() or not _is_run(place.parent):
         return None
     facts = _part(place.parent / "environment.json", dict, []) or {}

@@ -79,6 +79,14 @@ class Masks(Mapping[str, torch.Tensor]):
         """Whether there is no file of masks: the model was pruned elsewhere, or not at all."""
         return self._file is None
 
+    @property
+    def told(self) -> str:
+        """What a user is told where zeros are taken as masks."""
+        return (
+            f"{self.folder} has no file of masks: the zeros of {len(self)} matrices are taken as "
+            f"theirs, {100 * self.sparsity:.1f} % of the weights in them"
+        )
+
     def check(self) -> None:
         """Holds the weights against the file of masks.
 

@@ -205,6 +205,8 @@ class _Recovery:
         masks = self.masks if pruned == self.start else Masks(pruned, self.world)
         if not masks:
             run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
+        elif masks.from_zeros:
+            run.console.say(f"{title}: {masks.told}")
         if self._dense_ppl is None:
             self._dense_ppl = self._held_out_perplexity(self.dense)
             run.console.say(f"{title}: {self._measure}'s held-out ppl is {self._dense_ppl:.3f}")

@@ -204,6 +204,7 @@ def environment(world: World) -> dict:
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": " ".join(sys.argv),
+        "directory": os.getcwd(),
         "versions": versions,
         "commit": commit or None,
         "hardware": {
