@@ -207,8 +207,8 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
             with contextlib.suppress(BrokenPipeError):
                 text = text.replace(f"{program}: error", f"{program}: rank {rank}")
                 print(text, file=sys.stderr, flush=True)
-        return leave(code)
-    return leave(0)
+        return code
+    return 0
 
 
 def exit_code(error: BaseException) -> int:
@@ -218,9 +218,14 @@ def exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, UserError | MemoryError | torch_out_of_memory()) else 1
 
 
-def leave(code: int) -> int:
-    """Gives the exit code; one of several ranks ends here and now, without Python's own end, and so
-    does whoever has used DeepSpeed.
+def script() -> None:
+    """The command `cap-llm`."""
+    leave(main())
+
+
+def leave(code: int) -> None:
+    """Ends the process; one of several ranks here and now, without Python's own end, and so does
+    whoever has used DeepSpeed.
 
     To take leave of ranks that wait in a collective would wait for them. And after a ZeRO-3
     training, the end of the interpreter sometimes aborts (SIGABRT) though all work is done.
@@ -229,7 +234,7 @@ def leave(code: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    return code
+    sys.exit(code)
 
 
 def torch_out_of_memory() -> type[Exception]:
@@ -239,4 +244,4 @@ def torch_out_of_memory() -> type[Exception]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -26,7 +26,7 @@ from zeroshot import add_model, place_of_results  # noqa: E402
 
 from cap_llm.config import Config, EvaluateConfig, ModelConfig, RuntimeConfig  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
-from cap_llm.train import guarded  # noqa: E402
+from cap_llm.train import guarded, leave  # noqa: E402
 
 
 def main() -> int:
@@ -87,4 +87,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -24,7 +24,7 @@ quiet_libraries()
 
 from cap_llm.config import EvaluateConfig, ModelConfig  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
-from cap_llm.train import guarded  # noqa: E402
+from cap_llm.train import guarded, leave  # noqa: E402
 
 
 def main() -> int:
@@ -111,4 +111,4 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

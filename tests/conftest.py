@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT / "eval"))
 
 import assets  # noqa: E402
 
-from cap_llm import train  # noqa: E402
 from cap_llm.models.checkpoint import Checkpoint  # noqa: E402
 
 VOCABULARY = 512
@@ -49,12 +48,6 @@ FAMILIES = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2),
     "bert": ("BertConfig", "BertForMaskedLM", _SMALL | {"intermediate_size": 64}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _stays(monkeypatch):
-    """The entry, called in this process, does not end it."""
-    monkeypatch.setattr(train, "leave", lambda code: code)
 
 
 @pytest.fixture(scope="session")

@@ -93,9 +93,8 @@ def fork_rank(rank: int, port: int, args: list[str], log: Path, victim: dict | N
         sys.stdout.flush()
         os._exit(code)
 
-    train.leave = leave
     try:
-        train.main()
+        leave(train.main())
     finally:
         os._exit(99)
 
