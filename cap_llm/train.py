@@ -27,6 +27,7 @@ import contextlib  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 from cap_llm.command_line import read_config  # noqa: E402
 from cap_llm.config import MODELS, Config  # noqa: E402
@@ -38,18 +39,20 @@ from cap_llm.runtime.interrupt import (  # noqa: E402
     stopped_by,
 )
 
+if TYPE_CHECKING:  # late, so that `--help` is quick
+    from cap_llm.runtime.rundir import Run
+    from cap_llm.runtime.world import World
+    from cap_llm.text.reading import Texts
+
 
 def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     """Runs the stages that `config` names."""
-    from cap_llm.blockwise.oneshot import oneshot
     from cap_llm.blockwise.plan import check_everything
-    from cap_llm.blockwise.reconstruct import reconstruct
-    from cap_llm.blockwise.sds import sds
     from cap_llm.evaluation.evaluate import evaluate
     from cap_llm.evaluation.report import collect, write_report
     from cap_llm.evaluation.tasks import find_tasks
-    from cap_llm.models.checkpoint import has_weights, remove_weights
-    from cap_llm.models.source import locate, prepare, start_of
+    from cap_llm.models.checkpoint import has_weights
+    from cap_llm.models.source import locate, prepare
     from cap_llm.runtime.rundir import Run
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
@@ -74,46 +77,24 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         if source != located:
             check_everything(source, config, console, world)
         texts = texts or read_texts(config, source)
-        models: dict[str, Path] = {}
-
-        def finished(stage: str, folder: Path) -> None:
-            """Books a model; unless all are kept, scores and drops the one that it came from."""
-            for earlier in [s for s in models if s != "dense"]:
-                if not config.runtime.keep_intermediate:
-                    path = models.pop(earlier)
-                    if "evaluate" in config.stages and has_weights(path):
-                        evaluate({earlier: path}, texts, tasks, config, run)
-                    drop(path)
+        keep, models = config.runtime.keep_intermediate, {}
+        for stage in [s for s in MODELS if s in config.stages]:
+            folder = make(stage, source, texts, config, run)
+            if models and not keep:
+                earlier, path = models.popitem()  # what it came from
+                if "evaluate" in config.stages and has_weights(path, world):
+                    evaluate({earlier: path}, texts, tasks, config, run)
+                drop(path, world)
             models[stage] = folder
-
-        def drop(path: Path) -> None:
-            world.barrier()
-            if world.first:
-                remove_weights(path)
-            world.barrier()
-
-        if has_weights(source) and (config.evaluate.dense or config.stages == ["evaluate"]):
-            models["dense"] = source
-        if "oneshot" in config.stages:
-            finished("oneshot", oneshot(source, texts, config, run))
-        if "sds" in config.stages:
-            start = start_of("sds", source, config, run)
-            finished("sds", sds(*start, texts, config, run))
-        if "reconstruct" in config.stages:
-            start = start_of("reconstruct", source, config, run)
-            finished("reconstruct", reconstruct(*start, texts, config, run))
-        if "recover" in config.stages:
-            from cap_llm.recovery.recover import recover
-
-            start = start_of("recover", source, config, run)
-            finished("recover", recover(*start, texts, config, run))
         if "evaluate" in config.stages:
             for stage in MODELS:  # of earlier jobs, too
                 folder, done = run.stage(stage, config.recipe(stage))
-                models |= {stage: folder} if done and has_weights(folder) else {}
-            evaluate(models, texts, tasks, config, run)
-        if source != located and set(models) - {"dense"} and not config.runtime.keep_intermediate:
-            drop(source)
+                models |= {stage: folder} if done and has_weights(folder, world) else {}
+            wanted = config.evaluate.dense or config.stages == ["evaluate"]
+            dense = {"dense": source} if wanted and has_weights(source, world) else {}
+            evaluate(dense | models, texts, tasks, config, run)
+        if source != located and models and not keep:
+            drop(source, world)
         world.barrier()
         if world.first:
             page = write_report(collect(run.path), run.path, title, console)
@@ -127,6 +108,33 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         raise error
     run.close()
     world.close()
+
+
+def make(stage: str, source: Path, texts: Texts, config: Config, run: Run) -> Path:
+    """Runs a stage that makes a model; its folder."""
+    if stage == "oneshot":
+        from cap_llm.blockwise.oneshot import oneshot
+
+        return oneshot(source, texts, config, run)
+    if stage == "sds":
+        from cap_llm.blockwise.sds import sds as work
+    elif stage == "reconstruct":
+        from cap_llm.blockwise.reconstruct import reconstruct as work
+    else:
+        from cap_llm.recovery.recover import recover as work
+    from cap_llm.models.source import start_of
+
+    return work(*start_of(stage, source, config, run), texts, config, run)
+
+
+def drop(folder: Path, world: World) -> None:
+    """Removes a model's weights, once no rank reads them any more."""
+    from cap_llm.models.checkpoint import remove_weights
+
+    world.barrier()
+    if world.first:
+        remove_weights(folder)
+    world.barrier()
 
 
 def dry_run(config: Config, console: Console) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic, read_json, write_json
+from cap_llm.runtime.world import World
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -163,9 +164,12 @@ class ShardWriter:
         )
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a model directory's weights are there: `remove_weights` leaves none."""
-    return any(folder.glob("model*.safetensors"))
+def has_weights(folder: Path, world: World) -> bool:
+    """Whether a model directory's weights are there: `remove_weights` leaves none.
+
+    As the first rank sees it: a shared file system may show ranks different things.
+    """
+    return world.gather(any(folder.glob("model*.safetensors")))[0]
 
 
 def remove_weights(folder: Path) -> None:

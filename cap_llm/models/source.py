@@ -97,7 +97,8 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
         model = ModelConfig(path=config.model.dense)
         return start, prepare(locate(model), model, run, "dense-source")
     recovers = stage == "recover"
-    if recovers and config.recover.teacher and (start is source or not has_weights(source)):
+    dense_is_here = start is not source and has_weights(source, run.world)
+    if recovers and config.recover.teacher and not dense_is_here:
         return start, teacher_of(config, run)
     pruned = (source / "masks.safetensors").exists()
     climbs = recovers and bool(config.recover.ladder)
