@@ -6,7 +6,6 @@ the same activations bit for bit.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from cap_llm.blockwise.stage import BlockStage, activation_bytes
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config, OneshotConfig
 from cap_llm.models.blocks import BlockModel
+from cap_llm.models.masks import recorded, removed
 from cap_llm.runtime.console import size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
@@ -198,9 +198,8 @@ def earlier_mask(
                 "for; masks only grow: ask for more, or set --oneshot.earlier_mask ignore"
             )
 
-    if masks and (source / "sparsity.json").exists():
-        for row in read_json(source / "sparsity.json")["rows"]:
-            refuse_more(row["name"], row["masked"] / math.prod(row["shape"]))
+    for row in recorded(source) if masks else ():
+        refuse_more(row["name"], removed(row))
 
     def earlier(name: str, weight: torch.Tensor) -> torch.Tensor | None:
         if settings.earlier_mask == "zeros":

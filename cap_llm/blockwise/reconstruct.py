@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.blockwise.prune import PrunedBlock, Row, matrix, stored_dtype
-from cap_llm.blockwise.stage import BlockStage, activation_bytes, start_masks
+from cap_llm.blockwise.stage import BlockStage, activation_bytes, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, Call
@@ -188,8 +188,7 @@ class _Trainer:
         start = time.monotonic()
         linears = self.student.linears(i)
         names = {n: self.student.weight_name(i, n) for n in linears}
-        device = self.team.device
-        masks = {n: self.masks[w].to(device) for n, w in names.items() if w in self.masks}
+        masks = masks_of_block(self.student, i, self.masks)
         keep = {
             m.weight: masks[n] if isinstance(m, nn.Linear) else masks[n].T
             for n, m in linears.items()

@@ -10,7 +10,6 @@ adjusted ones, a matrix takes those with the least error against the dense weigh
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,12 +28,13 @@ from cap_llm.blockwise.prune import (
     plan_sparsities,
     spread,
 )
-from cap_llm.blockwise.stage import BlockStage, activation_bytes, start_masks
+from cap_llm.blockwise.stage import BlockStage, activation_bytes, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.models.masks import recorded, removed
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import atomic, read_json
+from cap_llm.runtime.files import atomic
 from cap_llm.runtime.rundir import Run
 from cap_llm.solvers.hessian import Moments, factorise
 from cap_llm.solvers.redensify import adjust, redensify, redensify_by_sgd
@@ -99,25 +99,23 @@ def plan_second_prune(pruned: Path, dense: BlockModel, config: Config) -> dict[s
     """
     settings = config.oneshot
     plan = plan_sparsities(dense, settings)
-    if not (pruned / "sparsity.json").exists():
-        return plan
-    rows = read_json(pruned / "sparsity.json")["rows"]
-    found = {row["name"]: row["masked"] / math.prod(row["shape"]) for row in rows}
-    if config.start(STAGE):  # this run's own, whose settings are held already
+    rows = recorded(pruned)
+    found = {row["name"]: removed(row) for row in rows}
+    if not found or config.start(STAGE):  # this run's own, whose settings are held already
         return plan | found
-    recorded = sorted({row["pattern"] for row in rows} - {"as found"})
+    first = sorted({row["pattern"] for row in rows} - {"as found"})
     same = {settings.pattern}
     if settings.method == "wanda" and not Pattern.parse(settings.pattern).m:
         same = {"unstructured", "row"}  # Wanda compares the weights of an output row either way
-    if not same.issuperset(recorded):
-        remedy = f"give --oneshot.pattern {recorded[0]}"
-        if len(recorded) > 1:
+    if not same.issuperset(first):
+        remedy = f"give --oneshot.pattern {first[0]}"
+        if len(first) > 1:
             remedy = "it takes a model of one pattern"
         raise UserError(
-            f"{pruned} is pruned to {' and '.join(recorded)}, and sds would prune it again to "
+            f"{pruned} is pruned to {' and '.join(first)}, and sds would prune it again to "
             f"oneshot.pattern {settings.pattern}: {remedy}"
         )
-    if Pattern.parse(settings.pattern).m or not found:
+    if Pattern.parse(settings.pattern).m:
         return plan | found
     rounding = 1e-3 + 1 / min(row["shape"][1] for row in rows)
     even = max(found.values()) - min(found.values()) <= rounding  # an uneven budget stays as it is
@@ -187,9 +185,7 @@ class _Step:
         start = time.monotonic()
         prefix = self.model.block_name(i) + "."
         linears = {n: matrix(m) for n, m in self.model.linears(i).items()}
-        names = {n: self.model.weight_name(i, n) for n in linears}
-        device = self.model.device
-        masks = {n: self.masks[w].to(device) for n, w in names.items() if w in self.masks}
+        masks = masks_of_block(self.model, i, self.masks)
         sparse = {n: linears[n].float().clone() for n in masks}
         target = {n: matrix(dense_block.get_submodule(n)).float() for n in masks}
         self.free = {}

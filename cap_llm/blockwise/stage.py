@@ -289,6 +289,12 @@ def start_masks(folder: Path, run: Run) -> Masks:
     return masks
 
 
+def masks_of_block(model: BlockModel, i: int, masks: Masks) -> dict[str, torch.Tensor]:
+    """The masks [R, C] of block i by the linears' names in it, on the model's device."""
+    names = {n: model.weight_name(i, n) for n in model.linears(i)}
+    return {n: masks[name].to(model.device) for n, name in names.items() if name in masks}
+
+
 def activation_bytes(config: Config, parts: int = 1) -> int | None:
     """Bytes for each of `parts` stores of activations; None: decide when the work starts."""
     gib = config.runtime.activation_gib

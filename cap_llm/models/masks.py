@@ -127,5 +127,15 @@ class Masks(Mapping[str, torch.Tensor]):
 
 def patterns(folder: Path) -> dict[str, str]:
     """The pattern of each pruned weight by name, where the model's `sparsity.json` says it."""
+    return {row["name"]: row["pattern"] for row in recorded(folder)}
+
+
+def removed(row: dict) -> float:
+    """The share of a matrix that its mask removes, by its row of `sparsity.json`."""
+    return row["masked"] / math.prod(row["shape"])
+
+
+def recorded(folder: Path) -> list[dict]:
+    """The rows of a model's `sparsity.json`, one for each pruned weight; none without the file."""
     path = folder / "sparsity.json"
-    return {r["name"]: r["pattern"] for r in read_json(path)["rows"]} if path.exists() else {}
+    return read_json(path)["rows"] if path.exists() else []
