@@ -36,9 +36,7 @@ import gzip
 import json
 import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +50,10 @@ quiet_libraries()
 
 import assets  # noqa: E402
 import torch  # noqa: E402
+from studies import STOPS, entry, markdown, spread  # noqa: E402
 
 from cap_llm.config import ObjectiveConfig, RecoverConfig  # noqa: E402
 from cap_llm.runtime.files import atomic, read_json, write_json  # noqa: E402
-from cap_llm.runtime.interrupt import held_back  # noqa: E402
 from cap_llm.text.corpora import read_corpus  # noqa: E402
 from cap_llm.text.packing import pack  # noqa: E402
 from cap_llm.text.tokenizers import load_tokenizer  # noqa: E402
@@ -111,7 +109,6 @@ FIRST_ARMS = (PRUNED, "KL", "KL + PrC", "KL + FiC")
 LENGTH, BATCH, FIRST = 512, 4, 32
 C4_HELD_OUT = 64  # windows of 512 tokens of documents that nothing else reads
 UNIT = 6 * BATCH * LENGTH  # tokens that 1, 2 and 3 rungs share evenly
-STOPS = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of an entry that was stopped
 
 
 @dataclass(frozen=True)
@@ -281,7 +278,7 @@ class Study:
         if cell.arm == "dense" or (self._model_of(cell) / "done.json").exists():
             return 0
         ranks = 1 if torch.cuda.is_available() else 2
-        return entry(ranks, [*self._settings(cell), "--stages", f"[{_stage(cell)}]"])
+        return entry([*self._settings(cell), "--stages", f"[{_stage(cell)}]"], ranks)
 
     def score(self, cell: Cell) -> int:
         """Measures the perplexities of a cell's model; the exit code."""
@@ -293,7 +290,7 @@ class Study:
             place = ["--evaluate.corpora", f"[{corpus}]", "--evaluate.window", str(window)]
             place += ["--evaluate.max_windows", str(most)] if most else []
             place += ["--stages", f"[{stages}]", "--evaluate.dense", "false"]
-            if code := entry(1, [*self._settings(cell), *place]):
+            if code := entry([*self._settings(cell), *place]):
                 return code
         return 0
 
@@ -371,32 +368,6 @@ class Study:
         return {title: found[title] for title in titles}
 
 
-def entry(ranks: int, options: list[str]) -> int:
-    """Runs the entry, under a launcher where it takes several ranks; the exit code.
-
-    A signal that asks this process to stop is the entry's: it ends at its next safe point.
-    """
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(launcher if ranks > 1 else [])]
-    command += [str(ROOT / "cap_llm" / "train.py"), *options]
-    with held_back() as request:
-        process, told = subprocess.Popen(command, env=environment), False
-        while True:
-            try:
-                code = process.wait(1)
-                break
-            except subprocess.TimeoutExpired:
-                if request.number == signal.SIGTERM and not told:  # a terminal's Ctrl-C is for all
-                    process.terminate()
-                    told = True
-    return 128 + request.number if request.number else code
-
-
 def results() -> dict:
     """What is measured already, by key."""
     return read_json(RESULTS) if RESULTS.exists() else {}
@@ -412,12 +383,12 @@ def quality(study: Study) -> list[str]:
         cells = [title]
         for corpus in ("c4", "wikitext2"):
             mine = _scores(rows, title, corpus)
-            cells += [_cell(mine.values(), ".2f"), _less_base(rows, title, corpus)]
+            cells += [spread(mine.values(), ".2f"), _less_base(rows, title, corpus)]
             start = "no training; 2:4" if "2:4" in title else PRUNED
             dense, start = _scores(rows, DENSE, corpus).get(0), _scores(rows, start, corpus)
             both = [s for s in mine if s in start and dense and title not in (DENSE, PRUNED)]
             gap = [100 * (start[s] - mine[s]) / (start[s] - dense) for s in both]
-            cells.append(f"{_cell(gap, '.0f')} %" if gap else "")
+            cells.append(f"{spread(gap, '.0f')} %" if gap else "")
         lines.append([*cells, str(len(seeds))])
     return markdown(head, lines)
 
@@ -431,7 +402,7 @@ def costs(study: Study) -> list[str]:
             continue
 
         own = _scores(rows, title, "held_out_ppl")
-        cells = [_cell(own.values(), ".2f"), _less_base(rows, title, "held_out_ppl")]
+        cells = [spread(own.values(), ".2f"), _less_base(rows, title, "held_out_ppl")]
         for key, unit, form in (
             ("seconds", 60, ".1f"),
             ("tokens_a_second", 1, ".0f"),
@@ -469,12 +440,6 @@ def write_page(study: Study) -> None:
         temporary.write_text("\n".join(page) + "\n")
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table's lines."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
 def _stage(cell: Cell) -> str:
     if cell.arm == DENSE:
         return "dense"
@@ -498,18 +463,11 @@ def _less_base(rows: dict, title: str, name: str) -> str:
     if base is None:
         return ""
     mine, other = _scores(rows, title, name), _scores(rows, base, name)
-    return _cell([mine[s] - other[s] for s in mine if s in other], "+.2f")
+    return spread([mine[s] - other[s] for s in mine if s in other], "+.2f")
 
 
 def _any(seeds: dict[int, dict]) -> dict:
     return next(iter(seeds.values()))
-
-
-def _cell(values, form: str) -> str:
-    """Mean ± standard deviation."""
-    values = list(values)
-    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}" if values else ""
 
 
 if __name__ == "__main__":

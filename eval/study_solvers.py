@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import collections
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +39,7 @@ from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
 quiet_libraries()
 
 import assets  # noqa: E402
+from studies import STOPS, entry, markdown, spread  # noqa: E402
 
 from cap_llm.models.checkpoint import INDEX, remove_weights  # noqa: E402
 from cap_llm.runtime.files import atomic, read_json, write_json  # noqa: E402
@@ -102,7 +102,6 @@ SCORES = {  # what is scored together: its keys in the results, options
     ),
     "whole": ({"whole": "wikitext2@2048"}, ["--evaluate.corpora", "[wikitext2]"]),
 }
-STOPPED = (130, 143, -2, -15)  # exit codes after SIGINT and SIGTERM; caught, or too early for that
 
 
 def main() -> int:
@@ -122,7 +121,7 @@ def main() -> int:
             title = f"\n[{n}/{len(cells)}] {name_of(cell)}, {', '.join(keys.values())}"
             console.say(title, style="bold")
             code = run(cell, model, args.work, options)
-            if code in STOPPED or (code and cell == cells[0]):
+            if code in STOPS or (code and cell == cells[0]):
                 return code  # where the dense model cannot be scored, nothing can
             if code:
                 failed.append(f"{name_of(cell)}: exit code {code}")
@@ -225,12 +224,9 @@ def run(cell: Cell, model: Path, work: Path, scores: list[str]) -> int:
         stages = [*stages, "evaluate"]
         options += ["--evaluate.window", "2048", *scores]
         options += ["--evaluate.dense", "true" if arm == "dense" else "false"]
-    command = [
-        *(sys.executable, str(ROOT / "cap_llm/train.py"), "--model.path", str(start)),
-        *("--output_dir", str(folder_of(cell, work)), "--name", f"{arm} {pattern}".strip()),
-        *("--stages", f"[{', '.join(stages)}]", *options),
-    ]
-    return subprocess.run(command, check=False).returncode
+    options += ["--model.path", str(start), "--output_dir", str(folder_of(cell, work))]
+    options += ["--name", f"{arm} {pattern}".strip(), "--stages", f"[{', '.join(stages)}]"]
+    return entry(options)
 
 
 def clear(cell: Cell, left: list[Cell], work: Path) -> None:
@@ -312,13 +308,6 @@ def against_controls(pattern: str, key: str, sds: str) -> str:
     return f"{spread(differences, '+.2f')} (C{best + 1}, {verdict})"
 
 
-def spread(values: list[float], form: str = ".2f") -> str:
-    """Mean ± standard deviation, where there are several values."""
-    if len(values) < 2:
-        return f"{values[0]:{form}}" if values else ""
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.strip('+')}}"
-
-
 # The page
 
 
@@ -391,12 +380,6 @@ def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
         worth = f"closes {closed} of the gap that {base} leaves; " if closed else ""
         return [f"- {arm}: {worth}epochs that paid: {epochs}"]
     return []
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table's lines."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def write_tables() -> None:
