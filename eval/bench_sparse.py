@@ -204,7 +204,7 @@ def _formats(
             x = torch.randn(BATCHES[-1], w.shape[1], device=device, dtype=w.dtype)
             expected = linear(x.float(), w.float())
             off = (made[name][key].product(x).float() - expected).norm() / expected.norm()
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except (RuntimeError, ValueError) as error:  # of the format, of this device
             made.pop(name, None)
             absent[name] = "PyTorch refuses it here: " + " ".join(str(error).split())[:150]
             continue
