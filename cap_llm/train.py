@@ -195,6 +195,8 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
     stop_at_once()
     try:
         work(console)
+    except SystemExit as asked:  # argparse's, after a help text or a usage line
+        return asked.code or 0
     except BaseException as error:
         stop_no_more()
         code = exit_code(error)

@@ -284,6 +284,20 @@ def test_the_help_names_every_field_with_its_text(capsys):
         assert name in shown
 
 
+@pytest.mark.parametrize("words", [["--help"], ["status", "--help"], ["prefetch", "--help"]])
+def test_a_help_text_is_all_that_is_said(command, words):
+    result = command(*words)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: cap-llm")
+
+
+@pytest.mark.parametrize("word", ["status", "prefetch"])
+def test_a_command_without_its_argument_says_how_it_is_used(command, word):
+    result = command(word)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: cap-llm") and "Traceback" not in result.stderr
+
+
 # recipes of run directories
 
 
