@@ -54,6 +54,37 @@ def test_blockwise_forward_holds_for_variants(tiny, family, kwargs):
     assert torch.equal(logits_block_by_block(BlockModel.open(folder, CPU)), expected)
 
 
+_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_BERT |= {"intermediate_size": 64, "vocab_size": 512, "max_position_embeddings": 64}
+_DEBERTA = _BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+
+
+@pytest.mark.parametrize(
+    "name, head, settings",
+    [
+        ("DistilBert", "MaskedLM", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
+        ("Electra", "MaskedLM", _BERT | {"embedding_size": 32}),
+        ("DebertaV2", "MaskedLM", _DEBERTA),  # a block returns two values
+        ("BioGpt", "CausalLM", _BERT),
+        ("OpenAIGPT", "LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}),  # a list
+    ],
+)
+def test_a_model_that_names_no_class_of_blocks_is_walked_all_the_same(name, head, settings):
+    config = getattr(transformers, f"{name}Config")(**settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}For{head}".replace("ForLM", "LM"))(config).eval()
+    assert not model._no_split_modules
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    assert torch.equal(logits_block_by_block(BlockModel(model, CPU)), expected)
+
+
+def test_a_model_that_runs_its_blocks_more_than_once_is_refused():
+    config = transformers.AlbertConfig(**_BERT, embedding_size=16)
+    with pytest.raises(UserError, match=r"one for each layer; found: none; .* cannot be pruned"):
+        BlockModel(transformers.AlbertForMaskedLM(config), CPU)
+
+
 def groups_of(folder) -> list[list[str]]:
     model = BlockModel.open(folder, CPU)
     hidden, calls = model.embed(IDS)

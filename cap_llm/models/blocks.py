@@ -1,6 +1,7 @@
 """A Hugging Face model seen as embedding, blocks and head, without code per family.
 
-The blocks are the one `ModuleList` of a class that the model itself names in `_no_split_modules`.
+The blocks are the one `ModuleList` of a class that the model itself names in `_no_split_modules`,
+or, where it names none, the one that holds as many modules of one class as the model has layers.
 What a block is called with (masks, rotary embeddings, ALiBi, ...) is recorded from the model's own
 forward, in which every block is replaced by a recorder, and replayed later. So the model's own code
 computes everything, and a new family needs nothing here. What does not hold for a model (a block
@@ -52,7 +53,7 @@ class Call:
             out = block(hidden, *self.args[1:], **self.kwargs)
         else:
             out = block(**self.kwargs, hidden_states=hidden)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
 
 @dataclass
@@ -98,7 +99,7 @@ class BlockModel:
         for i in range(len(self.blocks)):
             _refuse_unprunable(self.block_name(i), self.blocks[i])
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._returns_tuple: bool | None = None
+        self._n_returned: int | None = None  # values that a block returns; 0: a bare tensor
         if checkpoint:
             self._key = match_names(model, checkpoint)
             self._load_outside()
@@ -205,7 +206,7 @@ class BlockModel:
             def forward(*args, **kwargs):
                 _, x = Call.record(args, kwargs)
                 out = hidden if i == last else x
-                return (out,) if self._returns_tuple else out
+                return self._returned(out)
 
             return forward
 
@@ -263,8 +264,8 @@ class BlockModel:
                 call, hidden = Call.record(args, kwargs)
                 if i == 0:
                     first.append(hidden)
-                    if self._returns_tuple is None:
-                        self._returns_tuple = self._probe_return(call, hidden)
+                    if self._n_returned is None:
+                        self._n_returned = self._probe_return(call, hidden)
                 elif hidden is not passed[-1]:
                     raise UserError(
                         f"{self.block_name(i)} does not read what {self.block_name(i - 1)} gives; "
@@ -274,7 +275,7 @@ class BlockModel:
                 passed[:] = [hidden.clone()]  # one is enough, and the last block needs none
                 if i == len(self) - 1:
                     raise _LastBlock
-                return (passed[-1],) if self._returns_tuple else passed[-1]
+                return self._returned(passed[-1])
 
             return forward
 
@@ -287,12 +288,17 @@ class BlockModel:
             raise UserError(f"only {len(calls)} of {len(self)} blocks of {self.prefix} run")
         return first[0], calls
 
-    def _probe_return(self, call: Call, hidden: torch.Tensor) -> bool:
+    def _returned(self, hidden: torch.Tensor) -> torch.Tensor | tuple:
+        """`hidden` as a block returns it: perhaps with others behind it, which are then None."""
+        return (hidden, *[None] * (self._n_returned - 1)) if self._n_returned else hidden
+
+    def _probe_return(self, call: Call, hidden: torch.Tensor) -> int:
         block = _on_meta(self.blocks[0])
         call = Call(*tree_map(_meta, (call.args, call.kwargs)), call.slot)
         args = (_meta(hidden), *call.args[1:]) if call.slot == 0 else ()
         kwargs = call.kwargs if args else {**call.kwargs, "hidden_states": _meta(hidden)}
-        return isinstance(block(*args, **kwargs), tuple)
+        out = block(*args, **kwargs)
+        return len(out) if isinstance(out, tuple | list) else 0
 
     @contextlib.contextmanager
     def _replaced(self, forwards: list[Callable]) -> Iterator[None]:
@@ -340,11 +346,16 @@ def skeleton(folder: Path) -> PreTrainedModel:
     """The model of a directory with its parameters on the meta device and its buffers computed.
 
     Raises:
-        UserError: transformers does not know this kind of model.
+        UserError: transformers does not know this kind of model, or config.json is damaged.
     """
     config = _auto_config(folder)
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        return model_class(folder)._from_config(config)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            return model_class(folder)._from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: the values go straight into the model's own code
+        raise _unreadable(folder, error) from None
 
 
 def model_class(source: Path) -> type:
@@ -368,20 +379,18 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         UserError: there is no such list, or more than one.
     """
     classes = set(model._no_split_modules or [])
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and {type(m).__name__ for m in module} <= classes
-    ]
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    found = [n for n, m in lists.items() if {type(block).__name__ for block in m} <= classes]
+    if not classes:  # as many encoders leave it: a list of one class, a module for each layer
+        n_layers = getattr(model.config, "num_hidden_layers", None)
+        found = [n for n, m in lists.items() if len(m) == n_layers and len(set(map(type, m))) == 1]
     if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
+        wanted = f"of class {' or '.join(sorted(classes))}" if classes else "one for each layer"
         raise UserError(
-            f"{type(model).__name__} should have one list of blocks of class "
-            f"{' or '.join(sorted(classes)) or '(not named by the model)'}; found: {names}"
+            f"{type(model).__name__} should have one list of blocks, {wanted}; found: "
+            f"{', '.join(found) or 'none'}; this model cannot be pruned block by block"
         )
-    prefix, blocks = found[0]
+    prefix, blocks = found[0], lists[found[0]]
     if not any(isinstance(m, nn.Linear | Conv1D) for m in blocks.modules()):
         raise UserError(f"the blocks {prefix} of {type(model).__name__} hold no linear layer")
     return prefix, blocks
@@ -432,10 +441,14 @@ def _auto_config(folder: Path):
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # KeyError, ValueError, OSError, by cause
-        raise UserError(
-            f"transformers {transformers.__version__} cannot read {folder}/config.json: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"transformers {transformers.__version__} cannot read {folder}/config.json: "
+        f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+    )
 
 
 def _refuse_unprunable(name: str, block: nn.Module) -> None:

@@ -39,7 +39,9 @@ class Decoder(nn.Module):
             for block in find_blocks(self.model)[1]:
                 handles.append(
                     block.register_forward_hook(
-                        lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+                        lambda _, __, out: outputs.append(
+                            out[0] if isinstance(out, tuple | list) else out
+                        )
                     )
                 )
         try:
