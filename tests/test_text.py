@@ -3,6 +3,7 @@ windows the draws of SparseGPT. The references are written here, from the publis
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import random
@@ -176,6 +177,24 @@ def test_a_tokenizer_must_not_have_more_entries_than_the_model(tiny, vocabulary,
             load_tokenizer(folder, vocabulary)
 
 
+def test_added_tokens_that_no_text_gives_may_exceed_the_model(tiny, tokenizer, tmp_path, text_file):
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<image>"], special_tokens=True)  # as Gemma 3's 262,144th
+    more.save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path), 512)) == 513
+    model, named = tiny("llama"), tmp_path / "named.txt"
+    named.write_text("<image>" + text_file.read_text())
+    for file, refused in ((text_file, False), (named, True)):
+        args = ["--model.path", model, "--model.tokenizer", tmp_path, "--stages", "[evaluate]"]
+        args += ["--output_dir", tmp_path / "run", "--evaluate.corpora", f"[{file}]"]
+        config, _, _ = read_config([str(a) for a in [*args, "--evaluate.window", 32]])
+        if refused:
+            with pytest.raises(UserError, match="'<image>', token 512 of a model that has 512"):
+                read_texts(config, model)
+        else:
+            read_texts(config, model)
+
+
 def test_a_tokenizer_far_smaller_than_the_model_is_a_mix_up(tiny):
     with pytest.raises(UserError, match="512 entries but the model 32000"):
         load_tokenizer(str(tiny("llama")), 32000)
@@ -342,8 +361,8 @@ def test_a_ptb_row_is_a_line_and_rows_are_joined_by_a_space(tmp_path, monkeypatc
     (tmp_path / "ptb").mkdir()
     (tmp_path / "ptb" / "ptb.test.txt").write_text(" no it was n't \n but <unk> was \n")
     monkeypatch.setenv("CAP_LLM_DATA", str(tmp_path))
-    assert read_corpus("ptb", "test").documents == [" no it was n't ", " but <unk> was "]
-    assert evaluation_text("ptb")[0] == " no it was n't   but <unk> was "
+    assert read_corpus("ptb", "test").documents == ["no it was n't", "but <unk> was"]
+    assert evaluation_text("ptb")[0] == "no it was n't but <unk> was"
 
 
 def test_a_local_folder_without_the_corpus_is_named_when_the_hub_is_off(tmp_path, monkeypatch):
@@ -360,6 +379,8 @@ def test_the_file_of_a_scored_text_is_no_text_to_learn_from(tiny, tmp_path, monk
     file = tmp_path / "wikitext2" / "wiki.test.raw"
     file.parent.mkdir()
     file.write_text("a few words\n" * 2000)
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "c4.sample-2000.jsonl.gz").write_bytes(b"")
     monkeypatch.setenv("CAP_LLM_DATA", str(tmp_path))
     model = tiny("llama")
     stages = "[oneshot, recover, evaluate]"
@@ -369,4 +390,21 @@ def test_the_file_of_a_scored_text_is_no_text_to_learn_from(tiny, tmp_path, monk
     config, _, _ = read_config([str(a) for a in args])
     config.check()
     with pytest.raises(UserError, match=f"{option} .* is the text of wikitext2, which evaluate"):
+        read_texts(config, model)
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [("c4", "c4/c4.sample-2000.jsonl.gz"), ("wikitext2", "wikitext2/wiki.train.tokens.gz")],
+)
+def test_the_text_to_learn_from_is_not_scored_as_a_file(tiny, tmp_path, monkeypatch, name, file):
+    path = tmp_path / file
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    monkeypatch.setenv("CAP_LLM_DATA", str(tmp_path))
+    model = tiny("llama")
+    args = ["--model.path", model, "--output_dir", tmp_path / "run", "--calibration.corpus", name]
+    config, _, _ = read_config([str(a) for a in [*args, "--evaluate.corpora", f"[{path}]"]])
+    config.check()
+    with pytest.raises(UserError, match=f"calibration.corpus {name} is the text of .*{path.name}"):
         read_texts(config, model)

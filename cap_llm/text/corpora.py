@@ -196,7 +196,8 @@ def _from_file(path: Path, name: str) -> tuple[list[str], str]:
         lines = text.split("\n")
         lines = lines[:-1] if lines and not lines[-1] else lines
         return ["" if not line.strip() else line + "\n" for line in lines], path.name
-    return text.splitlines() if name == "ptb" else [text], path.name
+    # As in the hub's copy: the file has a space at both ends of a line, a row has none.
+    return [row.strip() for row in text.splitlines()] if name == "ptb" else [text], path.name
 
 
 def _text(line: str, number: int, path: Path) -> str:

@@ -63,6 +63,13 @@ class Texts:
     held_out: torch.Tensor | None = None
 
     @property
+    def ids(self) -> list[torch.Tensor]:
+        """All token ids that are here."""
+        ids = [self.calibration, self.held_out, *(text.windows for text in self.scored)]
+        ids += [self.recovery.ids, self.recovery.held_out] if self.recovery else []
+        return [part for part in ids if part is not None]
+
+    @property
     def calibration_digest(self) -> str | None:
         """A checksum of the calibration ids."""
         return None if self.calibration is None else _digest(self.calibration)
@@ -105,6 +112,12 @@ def read_texts(config: Config, model: Path) -> Texts:
         r = config.recover
         corpus = calibration_corpus(r.corpus)
         texts.recovery = pack(tokenizer, corpus, r.n_sequences, r.held_out, r.length, r.seed)
+    for ids in texts.ids:
+        if vocab_size and len(ids) and (highest := int(ids.max())) >= vocab_size:
+            raise UserError(
+                f"a text holds {tokenizer.convert_ids_to_tokens(highest)!r}, token {highest} of a "
+                f"model that has {vocab_size}: take it out of the text"
+            )
     return texts
 
 
@@ -113,11 +126,16 @@ def _digest(ids: torch.Tensor) -> str:
 
 
 def _refuse_scored_file(config: Config) -> None:
-    """Refuses a file to calibrate or train on that is what a scored corpus is read from."""
-    for name in set(config.evaluate.corpora) & set(NAMES):
+    """Refuses to calibrate or train on the file that a scored corpus is read from.
+
+    Of two corpora by name, `Config.check` has judged, and their documents differ.
+    """
+    for name in config.evaluate.corpora:
         scored = corpus_file(name, "validation" if name == "c4" else "test")
         for option, corpus, remedy in config.not_to_be_scored:
-            if corpus not in NAMES and scored and scored.resolve() == Path(corpus).resolve():
+            learnt = corpus_file(corpus, "train")
+            by_name = name in NAMES and corpus in NAMES
+            if scored and learnt and not by_name and scored.resolve() == learnt.resolve():
                 raise UserError(
                     f"{option} {corpus} is the text of {name}, which evaluate scores: choose "
                     f"another text{remedy}"
