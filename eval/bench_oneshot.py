@@ -400,11 +400,11 @@ def run_ours(job: dict) -> None:
                         tensors[key] = linear.weight.data.to(tensors[key].dtype)
                     writer.write(i, tensors)
                     del tensors
-    peak = peak_memory()
     inside = {key for i in range(len(model)) for key in model.block_keys(i)}
     outside = [key for key in model.checkpoint.names() if key not in inside]
     writer.write(None, model.checkpoint.read(outside))
     writer.finish(source)
+    peak = peak_memory()
     seconds = clock.seconds
     visits, whole, saved = seconds.pop("visit"), seconds.pop("all"), seconds.pop("save")
     seconds["forward"] = visits - seconds["hessian"] - seconds["solve"]

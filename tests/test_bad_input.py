@@ -422,6 +422,56 @@ def test_blocks_without_linears_are_refused():
         prune.prune(NoLinears(PreTrainedConfig()), None)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "silly"},
+        {"architectures": ["BertForMaskedLM"]},
+        {"architectures": ["AutoModel"]},
+        {"max_position_embeddings": "many"},
+        {"num_attention_heads": 5},
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(refuse, broken, change):
+    facts = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(facts | change))
+    assert f"cannot read {broken}/config.json: " in refuse("--model.path", broken)
+
+
+def test_weights_that_changed_since_a_run_was_begun_are_refused(refuse, accept, broken):
+    accept("--model.path", broken)
+    flip_a_byte(broken / "model.safetensors")
+    message = refuse("--model.path", broken, started=True)
+    assert f"the weights in {broken} have changed since" in message
+    flip_a_byte(broken / "model.safetensors")
+    accept("--model.path", broken)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_dry_run_sees_a_mask_that_would_have_to_shrink(refuse, accept, broken, out, tmp_path):
+    accept("--model.path", broken, "--oneshot.sparsity", "0.6")
+    again = ["--model.path", out / "oneshot", "--output_dir", tmp_path / "again", "--dry-run"]
+    message = refuse(*again, started=True)
+    assert "60.0 % zeros already and 50 % are asked for; masks only grow" in message
+
+
+def test_a_dry_run_predicts_what_a_model_in_bin_takes(accept, broken):
+    import torch
+    from safetensors.torch import load_file
+
+    said = accept("--model.path", broken, "--dry-run")
+    stored = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    torch.save(stored, broken / "pytorch_model.bin")
+    converted = accept("--model.path", broken, "--dry-run")
+    assert "rewritten once" in converted and "estimate: memory" in converted and ", time" in said
+
+
 def test_a_truncated_shard_is_refused(refuse, broken):
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -538,6 +588,23 @@ def test_lengths_beyond_the_models_positions_are_refused(refuse, scored):
     stages = ["--stages", "[oneshot, evaluate]", "--evaluate.corpora", f"[{scored}]"]
     message = refuse(*stages, "--evaluate.window", "257")
     assert "evaluate.window is 257" in message and "--evaluate.window 256" in message
+
+
+def test_positions_that_the_padding_takes_are_not_the_models(refuse, accept, tmp_path, broken):
+    """RoBERTa numbers its positions from pad_token_id + 1 on."""
+    import transformers
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.RobertaConfig(
+        **size, intermediate_size=64, vocab_size=512, max_position_embeddings=34, pad_token_id=1
+    )
+    folder = tmp_path / "roberta"
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((broken / name).read_bytes())
+    message = refuse("--model.path", folder, "--calibration.length", "33")
+    assert "--calibration.length 32 or less" in message
+    accept("--model.path", folder)  # 32
 
 
 @pytest.mark.parametrize("stages", ["[evaluate]", "[oneshot, evaluate]"])

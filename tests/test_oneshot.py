@@ -167,6 +167,19 @@ def test_owl_keeps_the_overall_sparsity(tiny, entry, guard):
         assert len(set(record["sparsity"].values())) > 1
 
 
+def test_owl_spreads_what_is_not_set_by_hand(tiny, entry):
+    layers = json.dumps({"*.up_proj": 0.25, "model.layers.0.*": 0})
+    options = ["--oneshot.budget", "owl", "--oneshot.owl.guard_sequences", "0"]
+    folder, code = entry(tiny("llama", num_hidden_layers=4), *options, "--oneshot.layers", layers)
+    assert code == 0
+    rows = json.loads((folder / "oneshot" / "sparsity.json").read_text())["rows"]
+    free = [r for r in rows if "up_proj" not in r["name"]]
+    sizes = [r["shape"][0] * r["shape"][1] for r in free]
+    assert sum(r["zeros"] for r in free) / sum(sizes) == pytest.approx(0.5, abs=1e-3)
+    assert len({r["zeros"] for r in free if "down_proj" in r["name"]}) > 1  # uneven
+    assert not any(r["name"].startswith("model.layers.0.") for r in rows)
+
+
 def test_an_intermediate_conversion_can_be_dropped(tiny, entry, tmp_path):
     source, old = tiny("opt"), tmp_path / "old"
     old.mkdir()

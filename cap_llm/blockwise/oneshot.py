@@ -7,14 +7,14 @@ the same activations bit for bit.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from cap_llm.blockwise import owl
 from cap_llm.blockwise.perplexity import head_nll
-from cap_llm.blockwise.prune import matches, plan_sparsities, prune_block
+from cap_llm.blockwise.prune import matches, matrix, plan_sparsities, prune_block
 from cap_llm.blockwise.stage import BlockStage, activation_bytes
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config, OneshotConfig
@@ -48,10 +48,10 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
         UserError: see the messages; whatever is finished is kept.
     """
     world, settings = run.world, config.oneshot
-    work = BlockStage(stage, STAGE, config.recipe(STAGE), run)
+    work = BlockStage(stage, STAGE, config.recipe(STAGE), run, source)
     if work.done:
         return work.folder
-    work.begin(source, texts, config)
+    work.begin(texts, config)
     model = work.model
     even = plan = plan_sparsities(model, settings)
     windows = texts.calibration if settings.uses_calibration else None
@@ -124,12 +124,8 @@ def _owl(
         with run.console.bar("OWL", len(model), "blocks") as bar:
             walk = Walk(model, mine, activation_bytes(config), Path(scratch))
             shares = owl.outlier_shares(model, walk, settings.threshold, run.world, bar.advance)
-        names = [[model.weight_name(i, n) for n in model.linears(i)] for i in range(len(model))]
-        sizes = [
-            sum(m.weight.numel() for m in model.linears(i).values()) for i in range(len(model))
-        ]
-        for i, s in enumerate(owl.allocate(shares, sizes, config.oneshot.amount, settings)):
-            uneven |= dict.fromkeys([n for n in names[i] if n not in named], round(s, 6))
+        for names, s in _owl_sparsities(model, named, shares, config.oneshot):
+            uneven |= dict.fromkeys(names, round(s, 6))
         record = {"outlier_percent": shares, "sparsity": uneven}
         if guard:
             nll = {}
@@ -150,6 +146,24 @@ def _owl(
         write_json(path, record)
     run.world.barrier()
     return record["sparsity"]
+
+
+def _owl_sparsities(
+    model: BlockModel, named: set[str], shares: list[float], settings: OneshotConfig
+) -> Iterator[tuple[list[str], float]]:
+    """The weights of each block that are not named by hand, and their sparsity.
+
+    Their mean is the one asked for, as it is in the even plan.
+    """
+    left = []  # names and sizes, of the blocks where there are any
+    for i, share in enumerate(shares):
+        names = {model.weight_name(i, n): m for n, m in model.linears(i).items()}
+        names = {n: matrix(m).numel() for n, m in names.items() if n not in named}
+        left += [(share, names)] if names else []
+    if left:
+        sizes = [sum(names.values()) for _, names in left]
+        chosen = owl.allocate([s for s, _ in left], sizes, settings.amount, settings.owl)
+        yield from ((list(names), s) for (_, names), s in zip(left, chosen, strict=True))
 
 
 def _proxy_nll(

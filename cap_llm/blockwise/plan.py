@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import shutil
 import time
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import free_memory
+from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import matrix, plan_sparsities
 from cap_llm.blockwise.sds import plan_second_prune
 from cap_llm.config import MODELS, Config
@@ -59,30 +60,45 @@ def check_everything(
     if located.suffix == ".gguf":
         console.say(f"model {located.name}: will be de-quantised first; its shapes are unchecked")
         return
-    facts = config_dict(located)
-    _check_positions(config, facts)
-    model = BlockModel(skeleton(located), torch.device("cpu"))
+    bare = skeleton(located)
+    _check_positions(config, bare, config_dict(located))
+    model = BlockModel(bare, torch.device("cpu"))
     if "evaluate" in config.stages and not model.is_causal:
         raise UserError(
             f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity "
             "and no zero-shot scores; set --stages [oneshot]"
         )
+    sequences = config.calibration.sequences
+    if config.uses_calibration and sequences < world.size:
+        raise UserError(
+            f"calibration.sequences is {sequences}, fewer than the {world.size} ranks; "
+            "give at least one sequence a rank"
+        )
     if {"oneshot", "sds"} & set(config.stages):
-        plan_sparsities(model, config.oneshot)
+        plan = plan_sparsities(model, config.oneshot)
+        if "oneshot" in config.stages and config.oneshot.budget == "uniform":
+            earlier_mask(located, config.oneshot, plan)
     if config.model.dense and Path(config.model.dense).is_dir():  # those of the hub when here
         _check_dense(model, Path(config.model.dense))
     if "sds" in config.stages and not config.start("sds"):
         plan_second_prune(located, model, config)
+    copied = 0  # bytes of a model that is rewritten first
     if needs_conversion(located):
         console.say(
             f"model {located}: its weights are no safetensors and are rewritten once, which holds "
             "the whole model in memory"
         )
-        return
-    checkpoint = Checkpoint(located)  # opens every shard: truncated ones show here
-    with contextlib.suppress(NamesDiffer):  # those are converted
-        match_names(model.model, checkpoint)
-    estimate = _estimate(model, checkpoint, config, world)
+        n_bytes = copied = sum(p.stat().st_size for p in located.glob("pytorch_model*.bin"))
+    else:
+        checkpoint = Checkpoint(located)  # opens every shard: truncated ones show here
+        n_bytes = checkpoint.n_bytes()
+        try:
+            match_names(model.model, checkpoint)
+        except NamesDiffer:  # those are converted
+            copied = n_bytes
+    estimate = _estimate(model, n_bytes, config, world)
+    estimate["disk"] += copied
+    estimate["memory"] = max(estimate["memory"], copied)
     _check_disk(estimate["disk"], config)
     text = f"memory {size(estimate['memory'])} a rank, disk {size(estimate['disk'])}"
     if estimate["activations"]:
@@ -95,8 +111,12 @@ def check_everything(
     console.say(f"estimate: {text}")
 
 
-def _check_positions(config: Config, facts: dict) -> None:
+def _check_positions(config: Config, model: PreTrainedModel, facts: dict) -> None:
     most = facts.get("max_position_embeddings") or facts.get("n_positions")
+    for name, part in model.named_modules():
+        numbered = isinstance(part, nn.Embedding) and "position" in name
+        if numbered and part.padding_idx is not None:  # RoBERTa counts on from the padding's
+            most = part.num_embeddings - part.padding_idx - 1
     asked = {}
     if config.uses_calibration:
         asked["calibration.length"] = config.calibration.length
@@ -149,8 +169,11 @@ def _check_disk(needed: int, config: Config) -> None:
         )
 
 
-def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: World) -> dict:
-    """Bytes and floating-point operations of the run, a little on the safe side."""
+def _estimate(model: BlockModel, n_bytes: int, config: Config, world: World) -> dict:
+    """Bytes and floating-point operations of the run, a little on the safe side.
+
+    `n_bytes` is the size of the model's files.
+    """
     width = 4 if world.device.type == "cpu" else 2
     linears = [[matrix(m).shape for m in model.linears(i).values()] for i in range(len(model))]
     block_weights = [sum(r * c for r, c in shapes) for shapes in linears]
@@ -163,7 +186,7 @@ def _estimate(model: BlockModel, checkpoint: Checkpoint, config: Config, world: 
     if made:
         n_kept = len(made) if config.runtime.keep_intermediate else min(len(made), 2)
         # the masks twice, once in parts
-        estimate["disk"] += n_kept * (checkpoint.n_bytes() + sum(block_weights) // 4)
+        estimate["disk"] += n_kept * (n_bytes + sum(block_weights) // 4)
         largest = max((r * c for shapes in linears for r, c in shapes), default=0)
         work = 4 * 4 * largest
         if config.uses_calibration:

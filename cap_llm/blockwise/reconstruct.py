@@ -58,10 +58,10 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     Raises:
         UserError: see the messages; whatever is finished is kept.
     """
-    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run)
+    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run, pruned)
     if work.done:
         return work.folder
-    work.begin(pruned, texts, config, dtype=torch.float32)
+    work.begin(texts, config, dtype=torch.float32)
     masks = start_masks(pruned, run)
     world, in_turn = run.world, config.reconstruct.inputs == "dense"
     n_blocks = len(work.model)
@@ -388,7 +388,7 @@ def _output(call: Call, block: nn.Module, hidden: torch.Tensor, module: str | No
         return call.run(block, hidden)
 
     def stop(_, args, out):
-        raise _Reached(out[0] if isinstance(out, tuple) else out)
+        raise _Reached(out[0] if isinstance(out, tuple | list) else out)
 
     handle = block.get_submodule(module).register_forward_hook(stop)
     try:

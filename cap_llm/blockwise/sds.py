@@ -61,12 +61,12 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     Raises:
         UserError: see the messages; whatever is finished is kept.
     """
-    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run)
+    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run, pruned)
     if work.done:
         return work.folder
     dense_model = BlockModel.open(dense, run.world.device)
     plan = plan_second_prune(pruned, dense_model, config)
-    work.begin(pruned, texts, config)
+    work.begin(texts, config)
     todo = len(work.finished) < len(work.model)
     with work.work() as (bar, scratch):
         if todo:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from cap_llm.blockwise.prune import PrunedBlock, Row
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, match_names, skeleton
-from cap_llm.models.checkpoint import Checkpoint, ShardWriter
+from cap_llm.models.checkpoint import Checkpoint, ShardWriter, fingerprint
 from cap_llm.models.masks import PRUNED, Masks
 from cap_llm.runtime.console import duration, size
 from cap_llm.runtime.errors import UserError
@@ -32,6 +32,8 @@ from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.reading import Texts
+
+INPUTS = "calibration.json"  # checksums of what a stage is made from
 
 
 class BlockStage:
@@ -42,42 +44,40 @@ class BlockStage:
         title: what the log calls it.
         recipe: what its result depends on.
         run: the run directory.
+        source: the model directory that it starts from.
 
     Attributes:
         folder: where the result lies.
         done: whether it is finished.
         model: the model whose blocks are rewritten, once `begin` was called.
+
+    Raises:
+        UserError: the stage was begun with other settings, or from other weights.
     """
 
-    def __init__(self, name: str, title: str, recipe: dict, run: Run):
-        self.title, self.recipe, self.run = title, recipe, run
+    def __init__(self, name: str, title: str, recipe: dict, run: Run, source: Path):
+        self.title, self.recipe, self.run, self._source = title, recipe, run, source
         self.folder, done = run.stage(name, recipe)
         self.done = done is not None
         self.parts = self.folder / "blocks"
+        self._inputs = {"model": fingerprint(source) if run.world.first else None}
+        self._refuse_other_inputs("model", f"the weights in {source} have")
         if self.done:
             if run.world.first:
                 shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
             run.console.say(f"{self.title}: done already, in {self.folder}")
 
-    def begin(
-        self, source: Path, texts: Texts, config: Config, dtype: torch.dtype | None = None
-    ) -> None:
-        """Opens the model of directory `source` and looks for what is finished.
+    def begin(self, texts: Texts, config: Config, dtype: torch.dtype | None = None) -> None:
+        """Opens the model and looks for what is finished.
 
         It computes in `dtype`, by default as `BlockModel.open` says.
 
         Raises:
-            UserError: too few sequences for the ranks, or other text than the finished blocks'.
+            UserError: it is other text than the finished blocks'.
         """
         run = self.run
-        self._start, self._source, self._texts = time.monotonic(), source, texts
-        self.model = BlockModel.open(source, run.world.device, dtype)
-        windows = texts.calibration
-        if windows is not None and len(windows) < run.world.size:
-            raise UserError(
-                f"calibration.sequences is {len(windows)}, fewer than the {run.world.size} ranks; "
-                "give at least one sequence a rank"
-            )
+        self._start, self._texts = time.monotonic(), texts
+        self.model = BlockModel.open(self._source, run.world.device, dtype)
         if run.world.first:
             if not (self.folder / "recipe.json").exists():
                 # of a job whose first rank finished nothing: nobody knows with what settings
@@ -86,7 +86,9 @@ class BlockStage:
             for place in (self.folder, self.parts):
                 for path in place.glob(".*.tmp"):  # what a killed writer left half-written
                     path.unlink()
-            self._refuse_other_text()
+            self._inputs["ids_sha256"] = texts.calibration_digest
+            self._refuse_other_inputs("ids_sha256", "the calibration text or tokenizer has")
+            write_json(self.folder / INPUTS, self._inputs)
         run.world.barrier()
         self.writer = ShardWriter(self.folder, len(self.model))
         # The first rank's view counts, as for `done`.
@@ -247,17 +249,16 @@ class BlockStage:
         columns = ["matrix", "count", "shape", "sparsity", "mean error", "worst", "solver s"]
         self.run.console.table("pruned matrices", columns, table)
 
-    def _refuse_other_text(self) -> None:
-        """Holds the calibration ids against those that the finished blocks were made with."""
-        path = self.folder / "calibration.json"
-        record = {"ids_sha256": self._texts.calibration_digest}
+    def _refuse_other_inputs(self, field: str, what: str) -> None:
+        """Holds the calibration ids or the weights against those of what is finished."""
+        path, now = self.folder / INPUTS, self._inputs[field]
         begun = path.exists() and (self.folder / "recipe.json").exists()
-        if begun and read_json(path) != record:
+        was = read_json(path).get(field, now) if begun else now
+        if now != was and (now or field != "model"):  # weights may be gone when they are done
             raise UserError(
-                f"the calibration text or tokenizer has changed since {self.folder} was begun; "
-                "bring it back, or choose another output_dir"
+                f"{what} changed since {self.folder} was begun; bring back what it was, or choose "
+                "another output_dir"
             )
-        write_json(path, record)
 
     def _finished(self) -> set[int]:
         """The blocks that are wholly there; the row file is written last."""

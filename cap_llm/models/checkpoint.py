@@ -6,6 +6,7 @@ time. Shards are written atomically, so that a finished one survives anything.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ class Checkpoint:
                 weight_map = dict(index["weight_map"])
             except (KeyError, TypeError, ValueError):
                 raise UserError(f"{folder / INDEX} has no weight_map; get the file again") from None
-            shards = sorted(set(weight_map.values()))
+            shards = sorted(set(map(str, weight_map.values())))
         else:
             shards = [SINGLE]
         for shard in shards:
@@ -162,6 +163,19 @@ class ShardWriter:
         write_json(
             self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
+
+
+def fingerprint(folder: Path) -> str | None:
+    """What tells one model directory from another: 64 samples of each shard; None without one."""
+    sha, shards = hashlib.sha256(), sorted(folder.glob("model*.safetensors"))
+    for path in shards:
+        n_bytes = path.stat().st_size
+        sha.update(f"{path.name} {n_bytes}".encode())
+        with open(path, "rb") as file:
+            for at in range(0, n_bytes, max(2**14, n_bytes // 64)):
+                file.seek(at)
+                sha.update(file.read(2**14))
+    return sha.hexdigest()[:16] if shards else None
 
 
 def has_weights(folder: Path, world: World) -> bool:

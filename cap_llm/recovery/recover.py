@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import math
 import shutil
 import tempfile
@@ -27,7 +26,7 @@ from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config, ModelConfig, ObjectiveConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.checkpoint import config_dict, remove_weights
+from cap_llm.models.checkpoint import config_dict, fingerprint, remove_weights
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import locate, prepare, teacher_of
 from cap_llm.recovery import engines
@@ -379,7 +378,7 @@ class _Recovery:
         s, encoder = self.settings, self.encoder
         facts = {
             "text": self.text.digest,
-            "model": _fingerprint(model),
+            "model": fingerprint(model),
             "segments": encoder.n_segments,
             "token_positions": encoder.n_tokens,
             "skip": encoder.skip,
@@ -484,16 +483,3 @@ def state_width(folder: Path) -> int:
         if facts.get(key):
             return facts[key]
     raise UserError(f"{folder}/config.json says no width (hidden_size)")
-
-
-def _fingerprint(folder: Path) -> str:
-    """What tells one model directory from another: 64 samples of each of its files."""
-    sha = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        n_bytes = path.stat().st_size
-        sha.update(f"{path.name} {n_bytes}".encode())
-        with open(path, "rb") as file:
-            for at in range(0, n_bytes, max(2**14, n_bytes // 64)):
-                file.seek(at)
-                sha.update(file.read(2**14))
-    return sha.hexdigest()[:16]
