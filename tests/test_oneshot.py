@@ -282,11 +282,14 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
         assert path.read_bytes() == (a / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("family, method", [("llama", "sparsegpt"), ("gpt2", "wanda")])
-def test_two_ranks_equal_one(tiny, text_file, tmp_path, family, method):
+@pytest.mark.parametrize(
+    "family, method, refit",
+    [("llama", "sparsegpt", "true"), ("gpt2", "wanda", "true"), ("opt", "wanda", "false")],
+)
+def test_two_ranks_equal_one(tiny, text_file, tmp_path, family, method, refit):
     """Seven sequences: an uneven split. Equal up to the order of summation."""
     model = tiny(family)
-    options = ["--oneshot.method", method, "--oneshot.refit", "true"]
+    options = ["--oneshot.method", method, "--oneshot.refit", refit]
     one = arguments(model, text_file, tmp_path / "one", *options)
     two = arguments(model, text_file, tmp_path / "two", *options)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

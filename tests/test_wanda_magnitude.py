@@ -5,11 +5,15 @@ import reference
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from cap_llm.blockwise.prune import prune
+from cap_llm.blockwise.prune import MEASURED, _measured_tokens, prune, prune_block, uniform
+from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OneshotConfig
+from cap_llm.models.blocks import BlockModel
+from cap_llm.runtime.world import World
 from cap_llm.solvers.scores import magnitude, wanda
 from cap_llm.sparsity.patterns import Pattern, choose
 
+CPU = torch.device("cpu")
 PATTERNS = ["unstructured", "row", "1:4", "2:4", "4:8", "3:5"]
 
 
@@ -161,3 +165,36 @@ def test_magnitude_on_a_real_layer_equals_the_reference(smollm2, calibration_ids
     expected = torch.ones(weight.numel(), dtype=torch.bool)
     expected[order[: round(0.5 * weight.numel())]] = False
     assert torch.equal(mask, expected.reshape(weight.shape))
+
+
+def test_wandas_error_is_that_of_the_first_sequences(tmp_path):
+    model = tiny_llama()
+    windows = torch.randint(0, 64, (MEASURED + 5, 24))
+    linear = model.model.layers[0].self_attn.q_proj
+    dense, seen = linear.weight.detach().clone(), []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    model(input_ids=windows[:MEASURED])
+    handle.remove()
+    blocks, wanda = BlockModel(model, CPU), OneshotConfig(method="wanda")
+    walk, plan = Walk(blocks, windows, None, tmp_path), uniform(blocks, wanda)
+    rows = prune_block(blocks, 0, blocks.blocks[0], walk, wanda, plan, World.alone(CPU)).rows
+    error = next(row.error for row in rows if "q_proj" in row.name)
+    wrong = seen[0] @ (linear.weight - dense).T
+    expected = wrong.square().sum() / (seen[0] @ dense.T).square().sum()
+    assert error == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "counts, expected", [((21,), [16]), ((7, 6, 8), [7, 6, 3]), ((20, 20), [16, 0])]
+)
+def test_any_number_of_ranks_measures_by_the_same_sequences(counts, expected):
+    class Walked:
+        ids = (torch.zeros(2, 10), torch.zeros(1, 10))
+
+    for rank, sequences in enumerate(expected):
+
+        class Ranks:
+            gather = staticmethod(lambda _: list(counts))
+
+        Ranks.rank = rank
+        assert _measured_tokens(Walked, Ranks) == 10 * sequences

@@ -28,6 +28,7 @@ from cap_llm.solvers.refit import refit
 from cap_llm.solvers.sparsegpt import sparsegpt
 from cap_llm.sparsity.patterns import Pattern, choose
 
+MEASURED = 16  # sequences that measure the error of a method which needs no Hessian
 SECOND_ORDER = ("sparsegpt", "admm_grad", "alps")  # methods that factorise a Hessian
 
 
@@ -41,8 +42,9 @@ class Row:
         pattern: as asked for.
         zeros: weights that are zero now.
         masked: weights that the mask removes; fewer than `zeros` if some that stay are zero.
-        error: squared error of the outputs on the calibration text, relative to the outputs;
-            None for a method that reads no text.
+        error: squared error of the outputs on the calibration text, relative to the outputs; of
+            a method that needs no Hessian (Wanda), on the first 16 sequences, because to accumulate
+            one takes as long as all else that it does; None for a method that reads no text.
         damping: used for the Hessian, as a share of its mean diagonal; None without one.
         seconds: taken by the solver.
         kept: which of several candidates was taken, where there were any.
@@ -205,7 +207,7 @@ def prune_block(
         world: the ranks; each solves some of the matrices that share an input.
         earlier: gives the mask [R, C] inside which a weight's new mask must lie, or None.
         phase: told what is being done.
-        measure: compute the errors where the method alone does not need a Hessian.
+        measure: compute the errors also where the method needs no Hessian.
 
     Raises:
         UserError: activations overflow, or a Hessian is not positive definite.
@@ -213,22 +215,28 @@ def prune_block(
     start = time.monotonic()
     result = PrunedBlock({}, [], 0.0)
     linears = model.linears(i)
+    full = config.method in SECOND_ORDER or config.refit
+    most = _measured_tokens(walk, world) if walk and measure and not full else 0
 
     def change(group: Group, inputs: Iterator[torch.Tensor]) -> None:
         names = [n for n in group.names if sparsities.get(model.weight_name(i, n))]
         phase(f"reading {group.short}")
-        full = config.method in SECOND_ORDER or config.refit or measure
         moments = Moments(group.columns, model.device, full)
+        sample = None if full or not measure else Moments(group.columns, model.device, most=most)
+        seen = [m for m in (moments, sample) if m and names]
         for x in inputs:
-            if names:
-                moments.add(x)
+            for part in seen:
+                part.add(x)
         if names:
-            moments.merge(world)
+            for part in seen:
+                part.merge(world)
+                part.finish(f"{model.block_name(i)}.{names[0]}")
             phase(f"solving {group.short}")
-            solve(names, moments.finish(f"{model.block_name(i)}.{names[0]}"))
+            solve(names, moments, sample)
 
-    def solve(names: list[str], moments: Moments | None) -> None:
-        solver = Solver(config, moments, f"{model.block_name(i)}.{names[0]}")
+    def solve(names: list[str], moments: Moments | None, sample: Moments | None = None) -> None:
+        name = f"{model.block_name(i)}.{names[0]}"
+        solver = Solver(config, moments, name, sample=sample)
 
         def one(full_name: str, dense: torch.Tensor, dtype: torch.dtype) -> Solved:
             inside = _check(earlier(full_name, dense), full_name)
@@ -248,6 +256,13 @@ def prune_block(
                 solve(names, None)
     result.seconds = time.monotonic() - start
     return result
+
+
+def _measured_tokens(walk: Walk, world: World) -> int:
+    """How many of this rank's tokens belong to the first `MEASURED` sequences of all ranks."""
+    counts = world.gather(sum(len(ids) for ids in walk.ids))
+    sequences = min(counts[world.rank], max(0, MEASURED - sum(counts[: world.rank])))
+    return sequences * walk.ids[0].shape[1]
 
 
 @dataclass
@@ -313,12 +328,20 @@ def spread(
 
 
 class Solver:
-    """The configured method on the matrices that read one input; factorises their Hessian once."""
+    """The configured method on the matrices that read one input; factorises their Hessian once.
+
+    Where `moments` hold the diagonal alone, the errors are measured by those of a `sample`.
+    """
 
     def __init__(
-        self, config: OneshotConfig, moments: Moments | None, name: str, needs_factor: bool = False
+        self,
+        config: OneshotConfig,
+        moments: Moments | None,
+        name: str,
+        needs_factor: bool = False,
+        sample: Moments | None = None,
     ):
-        self.config, self.moments = config, moments
+        self.config, self.measure = config, moments if moments and moments.full else sample
         self.pattern = Pattern.parse(config.pattern)
         self.factor = self.added = None
         refits = needs_factor or config.refit or config.method == "alps"
@@ -369,11 +392,11 @@ class Solver:
 
     def error(self, dense: torch.Tensor, new: torch.Tensor) -> float | None:
         """Relative squared error of the outputs, without the ridge that damping added."""
-        if self.moments is None or not self.moments.full:
+        if self.measure is None:
             return None
 
         def energy(w: torch.Tensor) -> torch.Tensor:
-            total = (w @ self.moments.hessian * w).sum()
+            total = (w @ self.measure.hessian * w).sum()
             return total if self.added is None else total - (w.square() @ self.added).sum()
 
         return (energy(dense - new) / energy(dense).clamp(min=1e-30)).item()

@@ -24,17 +24,21 @@ class Moments:
     Args:
         columns: C, the input's features.
         full: accumulate the whole matrix; otherwise only its diagonal.
+        most: tokens after which no more are looked at; None for all.
     """
 
-    def __init__(self, columns: int, device: torch.device, full: bool = True):
-        self.tokens, self.full = 0, full
+    def __init__(
+        self, columns: int, device: torch.device, full: bool = True, most: int | None = None
+    ):
+        self.tokens, self.full, self.most = 0, full, most
         shape = (columns, columns) if full else (columns,)
         self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
         self._tile = math.ceil(columns / math.ceil(columns / TILE))  # all tiles equal
 
     def add(self, x: torch.Tensor) -> None:
         """Adds the tokens of x [..., C]. Only the upper triangle of tiles is computed."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        x = x.reshape(-1, x.shape[-1])
+        x = x[: None if self.most is None else self.most - self.tokens].float()
         self.tokens += x.shape[0]
         if self._sum.dim() == 1:
             self._sum += x.square().sum(0)
