@@ -404,8 +404,9 @@ WikiText-2's first {FIRST} windows, paired by seed. Under SDS stands what it giv
 of its controls from the same first prune, also paired by seed: C1 is the refit, C2 the adjustment
 without the dense step, and "within the spread" means a mean that is no larger than its standard
 deviation. The layer error is the mean, over matrices, of the relative squared error that the last
-stage left on its calibration text. It, seconds and memory are of the first seed; seconds and memory
-those of all its pruning on two cores; other work may have run beside it.""".split("\n")
+stage left on its calibration text (of Wanda, on its first 16 sequences). It, seconds and memory are
+of the first seed; seconds and memory those of all its pruning on two cores; other work may have run
+beside it.""".split("\n")
 
 
 def figure(path: Path) -> bool:
