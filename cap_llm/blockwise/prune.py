@@ -216,13 +216,13 @@ def prune_block(
     result = PrunedBlock({}, [], 0.0)
     linears = model.linears(i)
     full = config.method in SECOND_ORDER or config.refit
-    most = _measured_tokens(walk, world) if walk and measure and not full else 0
+    most = _measured_tokens(walk, world) if walk and measure and not full else None
 
     def change(group: Group, inputs: Iterator[torch.Tensor]) -> None:
         names = [n for n in group.names if sparsities.get(model.weight_name(i, n))]
         phase(f"reading {group.short}")
         moments = Moments(group.columns, model.device, full)
-        sample = None if full or not measure else Moments(group.columns, model.device, most=most)
+        sample = None if most is None else Moments(group.columns, model.device, most=most)
         seen = [m for m in (moments, sample) if m and names]
         for x in inputs:
             for part in seen:

@@ -31,7 +31,7 @@ from cap_llm.blockwise.prune import PrunedBlock, Row, matrix, stored_dtype
 from cap_llm.blockwise.stage import BlockStage, activation_bytes, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
-from cap_llm.models.blocks import BlockModel, Call
+from cap_llm.models.blocks import BlockModel, Call, states_of
 from cap_llm.models.masks import Masks, patterns
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import Run
@@ -388,7 +388,7 @@ def _output(call: Call, block: nn.Module, hidden: torch.Tensor, module: str | No
         return call.run(block, hidden)
 
     def stop(_, args, out):
-        raise _Reached(out[0] if isinstance(out, tuple | list) else out)
+        raise _Reached(states_of(out))
 
     handle = block.get_submodule(module).register_forward_hook(stop)
     try:

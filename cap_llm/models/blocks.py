@@ -53,7 +53,12 @@ class Call:
             out = block(hidden, *self.args[1:], **self.kwargs)
         else:
             out = block(**self.kwargs, hidden_states=hidden)
-        return out[0] if isinstance(out, tuple | list) else out
+        return states_of(out)
+
+
+def states_of(out) -> torch.Tensor:
+    """The hidden states of what a block returns: perhaps with other values behind them."""
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 @dataclass

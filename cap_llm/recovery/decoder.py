@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cap_llm.models.blocks import find_blocks
+from cap_llm.models.blocks import find_blocks, states_of
 from cap_llm.recovery.objectives import head_loss, square_head
 
 
@@ -38,11 +38,7 @@ class Decoder(nn.Module):
         if features:
             for block in find_blocks(self.model)[1]:
                 handles.append(
-                    block.register_forward_hook(
-                        lambda _, __, out: outputs.append(
-                            out[0] if isinstance(out, tuple | list) else out
-                        )
-                    )
+                    block.register_forward_hook(lambda _, __, out: outputs.append(states_of(out)))
                 )
         try:
             states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state

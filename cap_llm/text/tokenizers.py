@@ -48,8 +48,7 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
             f"no tokenizer can be read from {path}: {reason}; give "
             "--model.tokenizer DIRECTORY_OR_FILE"
         ) from None
-    least = vocab_size and vocab_size // 2
-    if vocab_size and not (least <= len(tokenizer) and tokenizer.vocab_size <= vocab_size):
+    if vocab_size and (len(tokenizer) < vocab_size // 2 or tokenizer.vocab_size > vocab_size):
         # Models may carry unused rows in their embedding; the other way round is a mix-up, but for
         # added tokens that no text gives, such as Gemma 3's for images.
         raise UserError(
