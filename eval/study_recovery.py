@@ -317,7 +317,7 @@ class Study:
         # A ladder has the text of all its rungs: as many distinct tokens as the other arms.
         given += ["--recover.sequences", str(o.tokens // LENGTH)]
         given += ["--recover.tokens", str(o.tokens // n_rungs), "--recover.ladder", arm.ladder]
-        given += ["--recover.batch", str(BATCH), "--recover.micro_batch", "1" if on_cpu else "2"]
+        given += ["--recover.batch", str(BATCH), "--recover.micro_batch", "2"]
         given += ["--recover.lr", "2e-4", "--recover.deepspeed", "cpu" if on_cpu else "zero2"]
         given += ["--recover.dtype", "bfloat16", "--recover.evaluate_steps", "25"]
         given += ["--recover.checkpoint_steps", "25", "--recover.keep_checkpoints", "1"]
