@@ -22,7 +22,7 @@ def assert_solves(new, mask, target, hessian, tolerance: float) -> None:
     assert not new[~mask].any()
     exact = reference.error(reference.refit(mask, target, hessian), target, hessian)
     got = reference.error(new, target, hessian)
-    assert exact * (1 - 1e-5) <= got <= exact * (1 + tolerance)
+    assert exact * (1 - 1e-6) <= got <= exact * (1 + tolerance)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -30,17 +30,18 @@ def assert_solves(new, mask, target, hessian, tolerance: float) -> None:
 def test_it_equals_the_normal_equations(pattern, seed):
     target, h = reference.problem(seed=seed)
     mask = choose(magnitude(target), Pattern.parse(pattern), PATTERNS[pattern])
-    new = refit(target * mask, mask, target, h)
-    assert_solves(new, mask, target, h, 1e-4)
+    assert_solves(refit(target * mask, mask, target, h), mask, target, h, 1e-3)
+    new = refit(target * mask, mask, target, h, tolerance=1e-6)
+    assert_solves(new, mask, target, h, 1e-6)
     exact = reference.refit(mask, target, h)
-    assert ((new - exact).norm() / exact.norm()).item() < 1e-2
+    assert ((new - exact).norm() / exact.norm()).item() < 1e-3
 
 
 def test_the_start_does_not_matter():
     target, h = reference.problem()
     mask = choose(magnitude(target), Pattern("row"), 0.6)
     for start in (torch.zeros_like(target), target, 3 * torch.randn_like(target)):
-        assert_solves(refit(start, mask, target, h), mask, target, h, 1e-4)
+        assert_solves(refit(start, mask, target, h), mask, target, h, 1e-3)
 
 
 def test_an_inverse_that_is_known_changes_nothing():
@@ -48,7 +49,7 @@ def test_an_inverse_that_is_known_changes_nothing():
     mask = choose(magnitude(target), Pattern("row"), 0.6)
     inverse = torch.linalg.inv(h.double()).float()
     new = refit(target * mask, mask, target, h, inverse)
-    assert_solves(new, mask, target, h, 1e-4)
+    assert_solves(new, mask, target, h, 1e-3)
     other = refit(target * mask, mask, target, h)
     assert ((new - other).norm() / other.norm()).item() < 1e-2
 
@@ -101,7 +102,7 @@ def test_a_better_solver_never_has_a_larger_error_on_the_mask_of_sparsegpt():
     for text, sparsity in PATTERNS.items():
         start, mask = sparsegpt(target, factor, Pattern.parse(text), sparsity)
         new = refit(start, mask, target, factor.hessian)
-        assert_solves(new, mask, target, factor.hessian, 1e-4)
+        assert_solves(new, mask, target, factor.hessian, 1e-3)
         before = reference.error(start, target, factor.hessian)
         assert reference.error(new, target, factor.hessian) < before
 
