@@ -1,0 +1,125 @@
+"""Run directories: of other runs, in use, on full disks."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cap_llm.blockwise import plan
+
+# the run directory
+
+
+def test_a_directory_of_other_files_is_refused(refuse, out):
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    message = refuse(started=True)
+    assert f"output_dir {out} holds other files (thesis.tex" in message
+    assert "choose a new directory" in message
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_as_the_run_directory_is_refused(refuse, out):
+    out.write_text("a file")
+    assert f"output_dir {out} is a file" in refuse(started=True)
+    assert f"output_dir {out} is a file" in refuse("--dry-run", started=True)
+    assert out.read_text() == "a file"
+
+
+def test_a_dry_run_refuses_the_directory_of_another_run(accept, refuse, out):
+    accept()
+    message = refuse("--oneshot.sparsity", "0.6", "--dry-run", started=True)
+    assert "oneshot.sparsity was 0.5 there and is 0.6 now" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "was", "now"),
+    [
+        (["--oneshot.sparsity", "0.6"], "oneshot.sparsity", "0.5", "0.6"),
+        (["--oneshot.method", "wanda"], "oneshot.method", "'sparsegpt'", "'wanda'"),
+        (["--calibration.seed", "3"], "calibration.seed", "0", "3"),
+        (["--oneshot.layers", '{"*.q_proj": 0}'], "oneshot.layers.*.q_proj", "None", "0"),
+    ],
+)
+def test_a_directory_of_another_run_is_refused(accept, refuse, out, args, field, was, now):
+    accept()
+    before = (out / "oneshot" / "recipe.json").read_text()
+    message = refuse(*args, started=True)
+    assert f"holds another run: {field} was {was} there and is {now}" in message
+    assert "output_dir" in message
+    assert (out / "oneshot" / "recipe.json").read_text() == before
+
+
+def test_a_refused_run_leaves_the_settings_of_the_finished_one(accept, refuse, out):
+    accept()
+    before = (out / "config.yaml").read_text()
+    refuse("--oneshot.sparsity", "0.6", started=True)
+    assert (out / "config.yaml").read_text() == before
+
+
+def test_a_directory_of_another_dense_model_is_refused(accept, refuse, tiny, scored):
+    stage = ["--stages", "[evaluate]", "--evaluate.corpora", f"[{scored}]"]
+    accept(*stage)
+    assert "model" in refuse(*stage, "--model.path", tiny("llama", seed=1), started=True)
+
+
+def test_a_directory_with_another_models_conversion_is_refused(
+    accept, refuse, llama, scored, tmp_path
+):
+    for i in (1, 2):
+        folder = Path(shutil.copytree(llama, tmp_path / f"bin{i}"))
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save({k: v * i for k, v in tensors.items()}, folder / "pytorch_model.bin")
+    stage = ["--stages", "[evaluate]", "--evaluate.corpora", f"[{scored}]"]
+    accept(*stage, "--model.path", tmp_path / "bin1")
+    other = ["--model.path", tmp_path / "bin2", "--evaluate.window", "64"]
+    assert "bin1" in refuse(*stage, *other, started=True)
+
+
+def test_a_directory_in_use_is_refused(refuse, accept, out):
+    accept()
+    with open(out / "run.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        message = refuse(started=True)
+    assert f"output_dir {out} is in use by another job" in message
+    assert "wait" in message
+    assert "done already" in accept()  # the lock goes with its holder
+
+
+def test_a_mask_only_grows(accept, refuse, out, tmp_path):
+    accept()
+    args = ["--model.path", out / "oneshot", "--oneshot.sparsity", "0.3"]
+    for source in ("auto", "zeros"):
+        attempt = ["--output_dir", tmp_path / source, "--oneshot.earlier_mask", source]
+        message = refuse(*args, *attempt, started=True)
+        assert "model.layers.0.self_attn.q_proj.weight is 50.0 % zeros already" in message
+        assert "30 %" in message and "--oneshot.earlier_mask ignore" in message
+    accept(*args, "--output_dir", tmp_path / "third", "--oneshot.earlier_mask", "ignore")
+
+
+def test_the_remedy_for_a_short_text_works_in_the_same_directory(refuse, accept, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words of text")
+    corpus = ["--calibration.corpus", tmp_path / "short.txt"]
+    assert "lower --calibration.length" in refuse(*corpus, started=True)
+    accept(*corpus, "--calibration.length", "6")
+
+
+def test_the_remedy_for_an_earlier_mask_works_in_the_same_directory(accept, refuse, out, tmp_path):
+    accept()
+    args = ["--model.path", out / "oneshot", "--oneshot.sparsity", "0.3"]
+    args += ["--output_dir", tmp_path / "second"]
+    assert "set --oneshot.earlier_mask ignore" in refuse(*args, started=True)
+    accept(*args, "--oneshot.earlier_mask", "ignore")
+
+
+def test_too_little_disk_is_refused_before_the_work(refuse, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: usage)
+    message = refuse()
+    assert "needs" in message and "are free" in message and "output_dir" in message

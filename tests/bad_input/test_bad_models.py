@@ -1,0 +1,316 @@
+"""Model directories and tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from damage import DOWN_1, change_config, change_weights
+from safetensors.torch import load_file, save_file
+
+from cap_llm.blockwise import prune
+from cap_llm.runtime.errors import UserError
+
+# the model
+
+
+def test_an_unknown_model_directory_is_refused_with_the_near_one(refuse, llama):
+    wrong = str(llama)[:-1] + "x"
+    message = refuse("--model.path", wrong)
+    assert f"model.path {wrong} is not a directory" in message
+    assert "did you mean " in message
+
+
+def test_a_file_as_a_model_is_not_offered_itself(refuse, text_file):
+    message = refuse("--model.path", text_file)
+    assert str(text_file) in message
+    assert "did you mean" not in message
+
+
+def test_a_hub_name_with_the_hub_switched_off_is_refused(refuse):
+    message = refuse("--model.path", "nobody/no-model")
+    assert "'nobody/no-model' is neither a directory" in message
+    assert "HF_HUB_OFFLINE" in message
+
+
+def test_a_directory_without_a_configuration_is_refused(refuse, broken):
+    (broken / "config.json").unlink()
+    assert f"{broken} is no model directory: it has no config.json" in refuse(
+        "--model.path", broken
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": ', "is not valid JSON"),
+        ("{}", "cannot read"),
+        ('{"model_type": "martian"}', "martian"),
+        pytest.param("[]", "config.json"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(refuse, broken, text, expected):
+    (broken / "config.json").write_text(text)
+    message = refuse("--model.path", broken)
+    assert str(broken / "config.json") in message
+    assert expected in message
+
+
+def test_a_configuration_that_contradicts_itself_is_refused(refuse, broken):
+    change_config(broken, num_attention_heads=5)
+    assert "5" in refuse("--model.path", broken)
+
+
+def test_weights_and_configuration_of_different_models_are_refused(refuse, broken):
+    change_config(broken, hidden_size=48)
+    message = refuse("--model.path", broken, started=True)
+    assert "model.embed_tokens.weight" in message
+    assert "[512, 32]" in message and "[512, 48]" in message
+
+
+def test_weights_that_lack_a_block_are_refused(refuse, broken):
+    change_config(broken, num_hidden_layers=3)
+    assert "model.layers.2" in refuse("--model.path", broken, started=True)
+
+
+def test_a_quantised_model_is_refused(refuse, broken):
+    change_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
+    message = refuse("--model.path", broken)
+    assert "quantised (gptq)" in message and "unquantised" in message
+
+
+def test_weights_stored_as_integers_are_refused(refuse, broken):
+    change_weights(broken, lambda t: t.update({DOWN_1: t[DOWN_1].to(torch.int8)}))
+    message = refuse("--model.path", broken, started=True)
+    assert DOWN_1 in message and "I8" in message and "float32" in message
+
+
+def test_a_model_with_fused_experts_is_refused_by_the_modules_name(refuse, tokenizer, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_local_experts": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = MixtralConfig(vocab_size=512, max_position_embeddings=256, **small, **heads)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    message = refuse("--model.path", tmp_path / "mixtral")
+    assert "model.layers.0.mlp." in message
+    assert "no linear layer" in message and "fused experts" in message
+
+
+def test_blocks_without_linears_are_refused():
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+
+    class NoLinears(PreTrainedModel):
+        config_class = PreTrainedConfig
+        _no_split_modules = ["Block"]
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.layers = nn.ModuleList([Block(), Block()])
+            self.post_init()
+
+    with pytest.raises(UserError, match="blocks layers of NoLinears hold no linear layer"):
+        prune.prune(NoLinears(PreTrainedConfig()), None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "silly"},
+        {"architectures": ["BertForMaskedLM"]},
+        {"architectures": ["AutoModel"]},
+        {"max_position_embeddings": "many"},
+        {"num_attention_heads": 5},
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(refuse, broken, change):
+    facts = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(facts | change))
+    assert f"cannot read {broken}/config.json: " in refuse("--model.path", broken)
+
+
+def test_weights_that_changed_since_a_run_was_begun_are_refused(refuse, accept, broken):
+    accept("--model.path", broken)
+    flip_a_byte(broken / "model.safetensors")
+    message = refuse("--model.path", broken, started=True)
+    assert f"the weights in {broken} have changed since" in message
+    flip_a_byte(broken / "model.safetensors")
+    accept("--model.path", broken)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_dry_run_sees_a_mask_that_would_have_to_shrink(refuse, accept, broken, out, tmp_path):
+    accept("--model.path", broken, "--oneshot.sparsity", "0.6")
+    again = ["--model.path", out / "oneshot", "--output_dir", tmp_path / "again", "--dry-run"]
+    message = refuse(*again, started=True)
+    assert "60.0 % zeros already and 50 % are asked for; masks only grow" in message
+
+
+def test_a_dry_run_predicts_what_a_model_in_bin_takes(accept, broken):
+    import torch
+    from safetensors.torch import load_file
+
+    said = accept("--model.path", broken, "--dry-run")
+    stored = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    torch.save(stored, broken / "pytorch_model.bin")
+    converted = accept("--model.path", broken, "--dry-run")
+    assert "rewritten once" in converted and "estimate: memory" in converted and ", time" in said
+
+
+def test_a_truncated_shard_is_refused(refuse, broken):
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    message = refuse("--model.path", broken)
+    assert f"{file} is truncated or corrupt" in message and "again" in message
+
+
+def test_an_empty_shard_is_refused(refuse, broken):
+    (broken / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors is truncated or corrupt" in refuse("--model.path", broken)
+
+
+def test_a_directory_without_weights_is_refused(refuse, broken):
+    (broken / "model.safetensors").unlink()
+    assert "model.safetensors" in refuse("--model.path", broken, started=True)
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Splits a model's file in two; the map of the index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first = {k: v for k, v in tensors.items() if ".1." not in k}
+    second = {k: v for k, v in tensors.items() if ".1." in k}
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name, part in zip(names, (first, second), strict=True):
+        save_file(part, folder / name, metadata={"format": "pt"})
+    weight_map = {k: names[k in second] for k in tensors}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return weight_map
+
+
+def test_a_missing_shard_is_refused(refuse, broken):
+    shard(broken)
+    (broken / "model-00002-of-00002.safetensors").unlink()
+    message = refuse("--model.path", broken)
+    assert "model-00002-of-00002.safetensors does not exist" in message
+    assert "not complete" in message
+
+
+def test_an_index_that_is_no_json_is_refused(refuse, broken):
+    shard(broken)
+    (broken / "model.safetensors.index.json").write_text("[1")
+    message = refuse("--model.path", broken)
+    assert "model.safetensors.index.json cannot be read as JSON" in message
+
+
+def test_an_index_that_leaves_a_shard_out_is_refused_by_the_missing_tensor(refuse, broken):
+    kept = {k: v for k, v in shard(broken).items() if ".1." not in k}
+    index = {"weight_map": kept}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.layers.1." in refuse("--model.path", broken, started=True)
+
+
+def test_a_matrix_that_the_pattern_does_not_divide_is_named(refuse, tiny):
+    odd = tiny("llama", intermediate_size=66)
+    message = refuse("--model.path", odd, "--oneshot.pattern", "2:4")
+    assert "model.layers.0.mlp.down_proj.weight [32, 66]" in message
+    assert "66 inputs are no multiple of 4" in message and "--oneshot.layers" in message
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ('{"*.nothing": 0.3}', ["'*.nothing'", "matches no", "model.layers.0.self_attn.q_proj"]),
+        ('{"*": 0}', ["leaves every matrix dense"]),
+    ],
+)
+def test_layers_that_name_nothing_are_refused(refuse, layers, expected):
+    message = refuse("--oneshot.layers", layers)
+    for part in expected:
+        assert part in message
+
+
+# tokenizers
+
+
+def test_a_model_without_a_tokenizer_is_refused(refuse, broken):
+    for file in broken.glob("token*"):
+        file.unlink()
+    message = refuse("--model.path", broken)
+    assert f"no tokenizer can be read from {broken}" in message
+    assert "--model.tokenizer" in message
+
+
+def test_a_tokenizer_directory_that_is_not_there_is_said_not_to_exist(refuse):
+    message = refuse("--model.tokenizer", "/nowhere/tokenizer")
+    assert "Repo id" not in message
+    assert "/nowhere/tokenizer" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{"),
+        pytest.param("tokenizer.json", "{}"),
+        ("tokenizer.model", "no pieces"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused(refuse, broken, file, text):
+    (broken / "tokenizer.json").unlink()
+    (broken / file).write_text(text)
+    assert str(broken) in refuse("--model.path", broken)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(refuse, tiny):
+    message = refuse("--model.path", tiny("llama", vocab_size=300))
+    assert "512 entries but the model 300" in message and "--model.tokenizer" in message
+
+
+def test_lengths_beyond_the_models_positions_are_refused(refuse, scored):
+    message = refuse("--calibration.length", "257")
+    assert "calibration.length is 257" in message and "--calibration.length 256" in message
+    stages = ["--stages", "[oneshot, evaluate]", "--evaluate.corpora", f"[{scored}]"]
+    message = refuse(*stages, "--evaluate.window", "257")
+    assert "evaluate.window is 257" in message and "--evaluate.window 256" in message
+
+
+def test_positions_that_the_padding_takes_are_not_the_models(refuse, accept, tmp_path, broken):
+    """RoBERTa numbers its positions from pad_token_id + 1 on."""
+    import transformers
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.RobertaConfig(
+        **size, intermediate_size=64, vocab_size=512, max_position_embeddings=34, pad_token_id=1
+    )
+    folder = tmp_path / "roberta"
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((broken / name).read_bytes())
+    message = refuse("--model.path", folder, "--calibration.length", "33")
+    assert "--calibration.length 32 or less" in message
+    accept("--model.path", folder)  # 32
+
+
+@pytest.mark.parametrize("stages", ["[evaluate]", "[oneshot, evaluate]"])
+def test_an_encoder_has_no_perplexity(refuse, tiny, scored, stages):
+    corpora = ["--evaluate.corpora", f"[{scored}]"]
+    message = refuse("--model.path", tiny("bert"), "--stages", stages, *corpora)
+    assert "BertForMaskedLM gives no next-token logits" in message
+    if "oneshot" in stages:
+        assert "--stages [oneshot]" in message
