@@ -607,6 +607,15 @@ class Config:
                 "evaluate.corpora is empty, and so is evaluate.tasks; name a corpus or a task, or "
                 "leave evaluate out"
             )
+        if "recover" in self.stages and (rungs := self.recover.rungs):
+            for rung in rungs:
+                rung.apply(self.oneshot)  # refused now, not after the rungs before it
+            o = self.oneshot
+            if "oneshot" in self.stages and not o.layers and rungs[0].sparsity <= o.amount:
+                raise UserError(
+                    f"recover.ladder begins with {rungs[0]}, and oneshot prunes to {o.amount:g} "
+                    "before it; masks only grow: begin above that, or leave oneshot out of stages"
+                )
         names = [Path(name).name for name in self.evaluate.corpora]
         for name in names:
             if names.count(name) > 1:

@@ -21,9 +21,9 @@ Finished runs are kept in `eval/results/study_recovery.json` and not repeated, a
 written beside it; a run that was stopped goes on from its checkpoint in WORK_DIR, one that failed
 is named at the end. WORK_DIR keeps each run's model, 0.3 to 0.5 GB of SmolLM2. The training text
 holds 888,509 tokens of SmolLM2's, 879,616 of them beside each run's own held-out part: a larger
-budget passes some of it again, and the study says so.
+budget passes some of it again, and each run says so.
 
-The defaults are the screen for two cores. At 160 tokens/s an arm trains for 10 minutes; with what
+The defaults are the screen for two cores. At 158 tokens/s an arm trains for 10 minutes; with what
 is pruned, banked, measured and scored it takes about 15, on a ladder 25 to 40, and all of them 11
 hours: 3.5 for the first arms, an hour and ten minutes a seed. With a GPU give --tokens 1007616
 --whole, or 860160 for text that is seen but once.
@@ -52,11 +52,8 @@ import assets  # noqa: E402
 import torch  # noqa: E402
 from studies import STOPS, entry, markdown, spread  # noqa: E402
 
-from cap_llm.config import ObjectiveConfig, RecoverConfig  # noqa: E402
+from cap_llm.config import ObjectiveConfig  # noqa: E402
 from cap_llm.runtime.files import atomic, read_json, write_json  # noqa: E402
-from cap_llm.text.corpora import read_corpus  # noqa: E402
-from cap_llm.text.packing import pack  # noqa: E402
-from cap_llm.text.tokenizers import load_tokenizer  # noqa: E402
 
 RESULTS = ROOT / "eval" / "results" / "study_recovery.json"
 UP, TO_2_4 = "0.3, 0.4, 0.5", "3:4, 2:4"
@@ -140,8 +137,6 @@ def main() -> int:
     texts = split(work)
     todo, failed = plan(options), []
     study = Study(model, texts, work, options)
-    if any(study.key(cell) not in results() for cell in todo):
-        study.say_what_the_text_holds(console)
     for n, cell in enumerate(todo, 1):
         key = study.key(cell)
         if key in results():
@@ -241,18 +236,6 @@ class Study:
     texts: dict[str, Path]
     work: Path
     options: argparse.Namespace
-
-    def say_what_the_text_holds(self, console: Console) -> None:
-        """Says how often the text is passed, where the budget is larger than it."""
-        o, corpus = self.options, read_corpus(str(self.texts["training"]), "train")
-        held_out = RecoverConfig.held_out
-        n = pack(load_tokenizer(str(self.model)), corpus, o.tokens // LENGTH, held_out, LENGTH, 0)
-        if (distinct := n.ids.numel()) < o.tokens:
-            console.say(
-                f"warning: the training text holds {distinct} tokens; --tokens {o.tokens} passes "
-                f"it {o.tokens / distinct:.2f} times",
-                style="yellow",
-            )
 
     def key(self, cell: Cell) -> str:
         """How a run is called in the results."""

@@ -101,6 +101,22 @@ def test_a_bank_of_other_facts_is_refused_by_their_name_and_left_as_it_is(tmp_pa
     assert torch.equal(again.read(torch.tensor([3])), stored(rows(1)))
 
 
+@pytest.mark.parametrize("name", ["rows.bin", "there.bin"])
+@pytest.mark.parametrize("left", [None, 7])
+def test_a_bank_that_lacks_a_part_of_its_files_is_made_anew(tmp_path, name, left):
+    bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
+    bank.write(torch.tensor([3]), rows(1))
+    bank.settle(torch.arange(4.0), 0.25, 3.5)
+    bank.flush()
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if left:
+        (tmp_path / name).write_bytes(content[:left])
+    again = Bank(tmp_path, FACTS, SHAPE, ALONE)
+    assert not again.has(torch.arange(10)).any()
+    assert again.centre is None
+
+
 # Contrasts on banks.
 
 N, T, WIDTH, BATCH = 24, 20, 16, 4

@@ -163,15 +163,25 @@ def test_square_head_is_the_mean_of_relative_errors(skip):
     student, teacher = outputs(seed=0), outputs(seed=1)
     ratios = []
     for s, t in zip(student, teacher, strict=True):
-        wrong, size = 0.0, 0.0
         for b in range(2):
+            wrong, size = 0.0, 0.0
             for i in range(skip, 7):
                 for h in range(5):
                     wrong += (s[b, i, h].item() - t[b, i, h].item()) ** 2
                     size += t[b, i, h].item() ** 2
-        n = 2 * (7 - skip) * 5
-        ratios.append((wrong / n) / (size / n + 1e-6))
-    assert square_head(student, teacher, skip).item() == pytest.approx(sum(ratios) / 3, rel=1e-5)
+            n = (7 - skip) * 5
+            ratios.append((wrong / n) / (size / n + 1e-6))
+    assert square_head(student, teacher, skip).item() == pytest.approx(sum(ratios) / 6, rel=1e-5)
+
+
+def test_square_head_is_the_mean_over_sequences_however_they_are_batched():
+    student, teacher = outputs(seed=0), outputs(seed=1)
+    alone = [
+        square_head([s[b, None] for s in student], [t[b, None] for t in teacher], 1)
+        for b in range(2)
+    ]
+    together = square_head(student, teacher, 1).item()
+    assert together == pytest.approx(sum(alone).item() / 2, rel=1e-6)
 
 
 def test_square_head_of_equal_outputs_is_zero_and_of_nothing_is_one():

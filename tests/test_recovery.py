@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from cap_llm import train
 from cap_llm.command_line import read_config
 from cap_llm.config import ObjectiveConfig, RecoverConfig
+from cap_llm.models.checkpoint import fingerprint
 from cap_llm.recovery import checkpoints as checkpoints_module
 from cap_llm.recovery import engines
 from cap_llm.recovery.training import learning_rate
@@ -64,6 +65,7 @@ LADDER = {
 # Checkpoints of two ranks, by the number that goes on: a conversion takes seconds.
 RESUMED_ON = {1: ("zero0", "zero1", "zero3"), 3: ("zero0", "zero2", "zero3")}
 NO_CONTRAST = {f"recover.objective.{name}": 0 for name in ("prc", "snc", "fic")}
+FEATURE = {"recover.objective.feature": 0.5}
 
 
 # the three launches
@@ -233,7 +235,7 @@ def two(assets, tmp_path_factory) -> Cases:
     for name in ("cpu", "zero3_offload"):
         cases.add(name, recover__deepspeed=name)
     cases.add("half", **MIXED | {"recover.dtype": "float16"})
-    cases.add("accumulated", **NO_CONTRAST, recover__micro_batch=1)
+    cases.add("accumulated", **NO_CONTRAST, **FEATURE, recover__micro_batch=1)
     cases.add("crashed", ("crash", "recover", 6), recover__deepspeed="zero3")
     cases.add("after the crash", out="crashed", recover__deepspeed="zero3")
     cases.add("ladder", **LADDER)
@@ -381,7 +383,7 @@ def test_the_norm_of_the_gradient_is_logged(two, kind, zero):
 
 def test_micro_batches_and_ranks_make_the_same_step(one, two):
     whole, parts = one.finished("no contrast"), two.finished("accumulated")
-    assert names(losses(whole)) == {"loss", "ce", "kl", "held_out_ppl", "grad_norm"}
+    assert names(losses(whole)) == {"loss", "ce", "kl", "feature", "held_out_ppl", "grad_norm"}
     assert_close(losses(whole), losses(parts), 1e-4)
 
 
@@ -760,7 +762,7 @@ def add_ablations(cases: Cases) -> None:
     cases.add("all terms", **everything)
     for term in TERMS:
         cases.add(f"without {term}", **everything | {f"recover.objective.{term}": 0})
-    cases.add("no contrast", **NO_CONTRAST)
+    cases.add("no contrast", **NO_CONTRAST, **FEATURE)
     worse = {"recover.finetuned": "train", "recover.lr": 1.0, "recover.tokens": 2 * BATCH * LENGTH}
     cases.add("fine-tuned, and worse", **worse)
     wide = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=3)}
@@ -769,6 +771,9 @@ def add_ablations(cases: Cases) -> None:
     tuned |= {"recover.objective.prc": 0, "recover.tokens": 2 * BATCH * LENGTH}
     cases.add("wide teacher, fine-tuned", **wide | tuned)
     cases.add("wide teacher, snapshots", **wide, recover__objective__prc=0, recover__ladder="0.6")
+    short = {"recover.tokens": 2 * BATCH * LENGTH, "recover.sequences": 8}
+    large = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=4)}
+    cases.add("large teacher", **large, **short, model__dense=cases.assets.dense)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(one):
@@ -815,6 +820,22 @@ def test_a_wider_teacher_gives_the_kl(one, assets):
 
 def test_a_wider_teacher_goes_with_the_students_own_snapshots(one):
     assert "snc" in names(losses(one.finished("wide teacher, snapshots"), "recover/1"))
+
+
+def test_the_dense_model_is_contrasted_with_and_not_a_larger_teacher(one, assets):
+    run = one.finished("large teacher")
+    assert {"kl", "prc"} <= names(losses(run))
+    bank = json.loads((run / "recover" / "banks" / "pretrained" / "bank.json").read_text())
+    assert bank["facts"]["model"] == fingerprint(assets.dense)
+
+
+def test_text_that_is_passed_more_than_once_is_told(one):
+    run = one.finished("large teacher")
+    log = (run / "log.txt").read_text()
+    assert "fills 8 sequences of 64 tokens; the training passes them 1.50 times" in log
+    summary = json.loads((run / "recover" / "recovery.json").read_text())
+    assert summary["distinct_tokens"] == 8 * LENGTH
+    assert "passes them" not in (one.finished("plain") / "log.txt").read_text()
 
 
 def test_the_dense_model_is_fine_tuned_and_measured_not_a_wider_teacher(one, assets):
@@ -950,6 +971,22 @@ REFUSED = {
         lambda a: deepspeed_file(a, "micro", train_micro_batch_size_per_gpu=2),
         ["micro.json sets train_micro_batch_size_per_gpu to 2", "makes it 6", 'write "auto"'],
     ),
+    "another type": (
+        lambda a: deepspeed_file(a, "type", bf16={"enabled": True}),
+        ["type.json sets bf16.enabled to true", "recipe makes it false", 'write "auto"'],
+    ),
+    "another clip": (
+        lambda a: deepspeed_file(a, "clip", gradient_clipping=0.3),
+        ["clip.json sets gradient_clipping to 0.3", "makes it 1.0", 'write "auto"'],
+    ),
+    "no section": (
+        lambda a: deepspeed_file(a, "section", zero_optimization=[2]),
+        ["section.json", "zero_optimization is no section"],
+    ),
+    "no stage": (
+        lambda a: deepspeed_file(a, "stage", zero_optimization={"stage": "2"}),
+        ["stage.json", "zero_optimization.stage is '2'", "0, 1, 2 or 3"],
+    ),
     "no JSON": (
         lambda a: {"recover.deepspeed": no_json(a)},
         ["recover.deepspeed", "broken.json cannot be read as JSON"],
@@ -971,8 +1008,11 @@ REFUSED = {
         ["recover.teacher_deepspeed is 'sharded'", "teacher_zero3"],
     ),
     "whole teacher of a sharded student": (
-        lambda a: {"recover.deepspeed": "zero3", "recover.teacher_deepspeed": "teacher"},
-        ["recover.deepspeed zero3 is ZeRO-3", "teacher is ZeRO-0", "at auto"],
+        lambda a: {
+            "recover.deepspeed": "zero3",
+            "recover.teacher_deepspeed": a.write("whole.json", {}),
+        },
+        ["recover.deepspeed zero3 is ZeRO-3", "whole.json is ZeRO-0", "at auto"],
     ),
     "sharded teacher of a whole student": (
         lambda a: {"recover.teacher_deepspeed": "teacher_zero3"},
@@ -981,6 +1021,37 @@ REFUSED = {
     "positions": (
         lambda a: {"recover.length": 512, "recover.tokens": 512 * BATCH},
         ["recover.length is 512", "256 positions", "--recover.length 256"],
+    ),
+    "positions of the teacher": (
+        lambda a: {
+            "recover.teacher": a.tiny("opt", vocab_size=512, max_position_embeddings=32),
+            **NO_CONTRAST,
+        },
+        ["recover.length is 64, but recover.teacher", "32 positions", "--recover.length 32"],
+    ),
+    "no teacher there": (
+        lambda a: {"recover.teacher": a.folder / "nobody"},
+        ["recover.teacher", "nobody is not a directory"],
+    ),
+    "no fine-tuned model there": (
+        lambda a: {"recover.finetuned": a.folder / "nobody"},
+        ["recover.finetuned", "nobody is not a directory"],
+    ),
+    "no checkpoint there": (
+        lambda a: {"recover.resume": a.folder / "nowhere"},
+        ["recover.resume", "nowhere is no complete checkpoint"],
+    ),
+    "ladder below oneshot": (
+        lambda a: {
+            "model.path": a.dense,
+            "stages": "[oneshot, recover]",
+            "recover.ladder": "0.3, 0.6",
+        },
+        ["recover.ladder begins with 0.3, and oneshot prunes to 0.5", "leave oneshot out"],
+    ),
+    "a budget and a later pattern": (
+        lambda a: {"oneshot.budget": "owl", "recover.ladder": "0.6, 1:4"},
+        ["oneshot.budget owl", "1:4", "use budget uniform"],
     ),
     "scored text": (
         lambda a: {"stages": "[recover, evaluate]", "evaluate.corpora": f"[{a.text}]"},
@@ -1014,6 +1085,10 @@ def add_refusals(cases: Cases) -> None:
     for package, value in zip(PACKAGES, ("true", "a-project"), strict=True):
         if not importlib.util.find_spec(package):
             cases.add(package, **{f"recover.{package}": value})
+    refused_late = deepspeed_file(
+        assets, "late", zero_optimization={"stage": 3}, prescale_gradients=True
+    )
+    cases.add("settings refused at the start", **refused_late)
     for name in ("bank of another seed", "bank of another text", "bank of another model"):
         recover = cases.out(name) / "recover"
         edits = [("copy", cases.out("plain"), cases.out(name))]
@@ -1039,6 +1114,21 @@ def test_bad_input_is_refused_before_the_work(one, name):
 def test_the_remedy_can_be_given_in_the_same_directory(one, name):
     one.refused(name)
     assert not (one.out(name) / "recover" / "recipe.json").exists()
+
+
+def test_what_deepspeed_refuses_only_when_it_starts_is_one_line_too(one):
+    message = one.refused("settings refused at the start")
+    assert "recover.deepspeed" in message and "late.json is refused by DeepSpeed" in message
+
+
+def test_what_a_deepspeed_file_leaves_out_is_the_recipes(tmp_path):
+    path = tmp_path / "bare.json"
+    path.write_text('{"zero_optimization": {"stage": 1}}')
+    settings = RecoverConfig(deepspeed=str(path), batch=8, dtype="bfloat16", clip=0.25)
+    resolved = engines.student_settings(settings, World.alone(CPU))
+    assert resolved["bf16"]["enabled"] is True and resolved["fp16"]["enabled"] is False
+    assert resolved["gradient_clipping"] == 0.25
+    assert resolved["gradient_accumulation_steps"] == 8
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -1120,8 +1210,7 @@ def test_every_deepspeed_file_resolves_for_one_rank(path):
     world = World.alone(torch.device("cpu"))
     settings = RecoverConfig(batch=8, micro_batch=2, dtype="bfloat16")
     if path.stem.startswith("teacher"):
-        student = "zero3" if "zero3" in path.stem else "zero2"
-        settings.deepspeed, settings.teacher_deepspeed = student, path.stem
+        settings.deepspeed, settings.teacher_deepspeed = "zero3", path.stem
         resolved = engines.student_settings(settings, world)
         resolved = engines.teacher_settings(settings, world, resolved)
     else:

@@ -73,6 +73,13 @@ def test_zeros_stay_exact_and_would_regrow_without_the_keeper(kind):
             assert all((w != 0).all() for w in masked(model, masks))
 
 
+def test_shards_have_no_zeros_to_see():
+    model = nn.Linear(4, 4)
+    model.weight.ds_id = 7  # as ZeRO-3 marks what it shards
+    with pytest.raises(UserError, match="sharded by ZeRO-3.*before deepspeed.initialize"):
+        masks_of_zeros(model)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_optimizers_moments_never_see_a_pruned_weight(kind):
     model = network()

@@ -99,7 +99,8 @@ def check_everything(
     estimate = _estimate(model, n_bytes, config, world)
     estimate["disk"] += copied
     estimate["memory"] = max(estimate["memory"], copied)
-    _check_disk(estimate["disk"], config)
+    made = [stage for stage in BLOCKWISE if stage in config.stages]
+    check_disk(estimate["disk"], made, config)
     text = f"memory {size(estimate['memory'])} a rank, disk {size(estimate['disk'])}"
     if estimate["activations"]:
         text += f", of the memory {size(estimate['activations'])} for activations"
@@ -111,12 +112,18 @@ def check_everything(
     console.say(f"estimate: {text}")
 
 
-def _check_positions(config: Config, model: PreTrainedModel, facts: dict) -> None:
+def positions_of(model: PreTrainedModel, facts: dict) -> int | None:
+    """The most tokens that a model takes at once, by its config.json; None where that sets none."""
     most = facts.get("max_position_embeddings") or facts.get("n_positions")
     for name, part in model.named_modules():
         numbered = isinstance(part, nn.Embedding) and "position" in name
         if numbered and part.padding_idx is not None:  # RoBERTa counts on from the padding's
             most = part.num_embeddings - part.padding_idx - 1
+    return most
+
+
+def _check_positions(config: Config, model: PreTrainedModel, facts: dict) -> None:
+    most = positions_of(model, facts)
     asked = {}
     if config.uses_calibration:
         asked["calibration.length"] = config.calibration.length
@@ -154,14 +161,20 @@ def _check_dense(model: BlockModel, folder: Path) -> None:
                 )
 
 
-def _check_disk(needed: int, config: Config) -> None:
+def check_disk(needed: int, made: list[str], config: Config) -> None:
+    """Refuses a run whose stages `made` write more than is free; what is there already counts.
+
+    Raises:
+        UserError: it does not fit.
+    """
     place = Path(config.output_dir).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    made = [Path(config.output_dir) / stage for stage in config.stages if stage in BLOCKWISE]
-    done = made and all((folder / "done.json").exists() for folder in made)
-    written = sum(p.stat().st_size for folder in made for p in folder.glob("*.safetensors"))
+    folders = [Path(config.output_dir) / stage for stage in made]
+    done = made and all((folder / "done.json").exists() for folder in folders)
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    written = sum(p.stat().st_size for p in files)
     if not done and needed - written > free:
         raise UserError(
             f"output_dir {config.output_dir} needs {size(needed - written)} of disk and "

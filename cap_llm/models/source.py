@@ -20,10 +20,11 @@ from cap_llm.text.corpora import offline
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
-def locate(config: ModelConfig, download: bool = True) -> Path | None:
+def locate(config: ModelConfig, download: bool = True, option: str = "model.path") -> Path | None:
     """The local directory (or .gguf file) of a model; a hub name is downloaded once.
 
-    With `download` off, None stands for a model that is on the hub and not in its cache.
+    With `download` off, None stands for a model that is on the hub and not in its cache. Messages
+    name `option`.
 
     Raises:
         UserError: there is no such model, or it cannot be fetched.
@@ -31,20 +32,20 @@ def locate(config: ModelConfig, download: bool = True) -> Path | None:
     path = Path(config.path)
     if path.is_dir() or path.suffix == ".gguf":
         if not path.exists():
-            raise UserError(f"model.path {path} does not exist")
+            raise UserError(f"{option} {path} does not exist")
         quantised = config_dict(path).get("quantization_config") if path.is_dir() else None
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise UserError(f"model.path {path} is quantised ({method}); give it unquantised")
+            raise UserError(f"{option} {path} is quantised ({method}); give it unquantised")
         return path
     if path.is_file():
-        raise UserError(f"model.path {path} is a file; give the model's directory, or a .gguf file")
+        raise UserError(f"{option} {path} is a file; give the model's directory, or a .gguf file")
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
         near = []
         if path.parent.is_dir():
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"model.path {config.path} is not a directory{hint}")
+        raise UserError(f"{option} {config.path} is not a directory{hint}")
     return _download(config, download)
 
 
@@ -95,7 +96,8 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     start = run.stage(earlier, config.recipe(earlier))[0] if earlier else source
     if config.model.dense:
         model = ModelConfig(path=config.model.dense)
-        return start, prepare(locate(model), model, run, "dense-source")
+        located = locate(model, option="model.dense")
+        return start, prepare(located, model, run, "dense-source")
     recovers = stage == "recover"
     dense_is_here = start is not source and has_weights(source, run.world)
     if recovers and config.recover.teacher and not dense_is_here:
@@ -117,7 +119,7 @@ def teacher_of(config: Config, run: Run) -> Path:
         UserError: it is not to be had, or cannot be read.
     """
     model = ModelConfig(path=config.recover.teacher)
-    return prepare(locate(model), model, run, "teacher-source")
+    return prepare(locate(model, option="recover.teacher"), model, run, "teacher-source")
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -25,7 +25,7 @@ class Bank:
     """An open bank.
 
     Args:
-        folder: where it lies; made if it is not there.
+        folder: where it lies; made if it is not there, or lacks a part of its files.
         facts: of what the rows are made (text, model, sizes); a bank of other facts is refused.
         shape: (N, U, d).
         world: the ranks; all open the bank together.
@@ -55,12 +55,13 @@ class Bank:
                 f"{known['facts'].get(other[0])!r} and is {facts[other[0]]!r} now; remove that "
                 "folder to build it anew"
             )
-        if not known:
-            n, units, dim = self.shape
+        n, units, dim = self.shape
+        sizes = {self.folder / "there.bin": n, self.folder / "rows.bin": 2 * n * units * dim}
+        if not known or any(not f.exists() or f.stat().st_size != sizes[f] for f in sizes):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for name, size in (("there.bin", n), ("rows.bin", 2 * n * units * dim)):
-                    with open(self.folder / name, "wb") as file:
+                for place, size in sizes.items():
+                    with open(place, "wb") as file:
                         # all of it now: a disk that fills up later ends a writer without a word
                         os.posix_fallocate(file.fileno(), 0, size)
                 write_json(path, {"facts": facts})

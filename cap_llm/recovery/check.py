@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cap_llm.blockwise.plan import matrix_rate
-from cap_llm.config import Config, RecoverConfig
+from cap_llm.blockwise.plan import check_disk, matrix_rate, positions_of
+from cap_llm.config import Config, ModelConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
 from cap_llm.models.checkpoint import config_dict
-from cap_llm.models.source import needs_conversion
-from cap_llm.recovery import engines
+from cap_llm.models.masks import Masks
+from cap_llm.models.source import locate, needs_conversion
+from cap_llm.recovery import checkpoints, engines
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
@@ -45,18 +46,23 @@ def check_recovery(
     for package in ("tensorboard", "wandb"):
         if getattr(settings, package):
             require(package, f"recover.{package}")
+    checkpoints.named(settings)
     finetuned = None if settings.finetuned == "train" else settings.finetuned
-    named = (settings.teacher or config.model.dense, config.model.dense, finetuned)
-    # names of the hub are checked when they are here
-    teacher, dense, finetuned = (Path(p) if p and Path(p).is_dir() else None for p in named)
+    dense = _here(config.model.dense, "model.dense")
+    teacher = _here(settings.teacher, "recover.teacher") if settings.teacher else dense
     check_models(located, teacher, dense, settings)
-    if finetuned:
-        check_pair(located, finetuned, "recover.finetuned", same_width=True)
+    if finetuned := _here(finetuned, "recover.finetuned"):
+        check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
+    earlier = config.start("recover")
+    start = Path(config.output_dir) / earlier if earlier else located
+    if settings.rungs and (start / "masks.safetensors").exists():
+        check_first_rung(settings.rungs, start, Masks(start, world).sparsity)
     if not needs_conversion(located):  # what is converted is looked at afterwards
         with contextlib.suppress(NamesDiffer):
             refuse_changed_logits(located, world)
-    memory, flops = _estimate(located, config, world, engines.stage_of(student))
-    text = f"about {size(memory)} a rank"
+    memory, disk, flops = _estimate(located, config, world, engines.stage_of(student))
+    check_disk(disk, ["recover"], config)
+    text = f"about {size(memory)} a rank, disk {size(disk)}"
     if predict:
         text += f", {duration(flops / matrix_rate(world.device) / world.size)}"
     console.say(f"estimate of recover: {text}")
@@ -70,21 +76,46 @@ def check_models(
     Raises:
         UserError: see `check_pair`.
     """
-    o = settings.objective
-    compared = bool(o.feature or o.prc)
-    tuned = bool(o.fic) and settings.finetuned == "train"  # the dense one
+    o, length = settings.objective, settings.length
+    contrasted = bool(o.prc or (o.fic and settings.finetuned == "train"))  # with the dense model
     if teacher:
         option = "recover.teacher" if settings.teacher else "model.dense"
-        check_pair(student, teacher, option, compared or (tuned and teacher == dense))
+        width = bool(o.feature) or (contrasted and dense in (None, teacher))
+        check_pair(student, teacher, option, length, same_width=width, same_depth=bool(o.feature))
     if dense and dense != teacher:
-        check_pair(student, dense, "model.dense", tuned)
+        check_pair(student, dense, "model.dense", length, same_width=contrasted)
 
 
-def check_pair(student: Path, teacher: Path, name: str, same_width: bool) -> None:
+def check_first_rung(rungs: list[Rung], start: Path, sparsity: float) -> None:
+    """Raises:
+    UserError: a ladder's first rung is no sparser than the model that it starts from.
+    """
+    if rungs and rungs[0].sparsity <= sparsity + 1e-6:
+        raise UserError(
+            f"recover.ladder begins with {rungs[0]}, but {start} is {100 * sparsity:.1f} % sparse "
+            "already; masks only grow: begin above that"
+        )
+
+
+def check_pair(
+    student: Path,
+    teacher: Path,
+    name: str,
+    length: int,
+    *,
+    same_width: bool,
+    same_depth: bool = False,
+) -> None:
     """Holds two models against each other.
 
+    Args:
+        student, teacher: directories.
+        name: the option that names the teacher.
+        length: tokens of a sequence.
+        same_width, same_depth: what a term that compares states needs.
+
     Raises:
-        UserError: other vocabularies, or other widths or depths where a term compares states.
+        UserError: other vocabularies, widths or depths, or too few positions.
     """
     a, b = config_dict(student), config_dict(teacher)
     if a.get("vocab_size") != b.get("vocab_size"):
@@ -99,13 +130,32 @@ def check_pair(student: Path, teacher: Path, name: str, same_width: bool) -> Non
             f"{name} {teacher} has another tokenizer than the student: {same} of {len(ours)} "
             "entries have the same id; they must share their tokenizer"
         )
-    for key in ("hidden_size", "n_embd", "num_hidden_layers", "n_layer"):
-        if same_width and a.get(key) != b.get(key):
+    compared = {"hidden_size": same_width, "n_embd": same_width}
+    compared |= {"num_hidden_layers": same_depth, "n_layer": same_depth}
+    for key, must_be_equal in compared.items():
+        if must_be_equal and a.get(key) != b.get(key):
             raise UserError(
-                f"{name} {teacher} has {key} {b.get(key)}, the student {a.get(key)}; the feature "
-                "and contrast terms compare states of equal width: switch them off "
-                "(recover.objective.feature, prc, fic 0) or give another model"
+                f"{name} {teacher} has {key} {b.get(key)}, the student {a.get(key)}; the contrasts "
+                "compare states of equal width, the feature term those of equally many blocks: "
+                "switch them off (recover.objective.feature, prc, fic 0) or give another model"
             )
+    most = None if needs_conversion(teacher) else positions_of(skeleton(teacher), b)
+    if most and length > most:
+        raise UserError(
+            f"recover.length is {length}, but {name} {teacher} has {most} positions; give "
+            f"--recover.length {most} or less"
+        )
+
+
+def _here(path: str | None, option: str) -> Path | None:
+    """The directory of a model that an option names; None for one that is only on the hub, which
+    is looked at when it is here.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    found = locate(ModelConfig(path=path), download=False, option=option) if path else None
+    return found if found and found.is_dir() else None
 
 
 def _entries(folder: Path) -> dict[str, int]:
@@ -159,8 +209,8 @@ def _changed_logits(folder: Path) -> UserError | None:
     )
 
 
-def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[float, float]:
-    """Bytes a rank and floating-point operations of all rungs, roughly."""
+def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[float, int, float]:
+    """Bytes of memory a rank and of disk, and floating-point operations of all rungs, roughly."""
     settings = config.recover
     n = sum(p.numel() for p in skeleton(located).parameters())
     facts = config_dict(located)
@@ -179,5 +229,15 @@ def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[
     # the reduction, copies while weights are loaded and moments made.
     memory = 1.3 * memory + 2**29
     per_token = (8 if settings.gradient_checkpointing else 6) + (2 if teacher else 0)
-    rungs = max(1, len(settings.rungs))
-    return memory, rungs * settings.tokens * per_token * n
+    rungs, o = max(1, len(settings.rungs)), settings.objective
+    # checkpoints (fp32 weights, two moments, the model), with the one that is being written; two
+    # models a rung, and the fine-tuned one
+    disk = n * (12 + width) * (settings.keep_checkpoints + 1)
+    disk += 4 * n * (2 * rungs + (settings.finetuned == "train"))
+    if settings.contrasts:
+        c = settings.contrast
+        snapshots = min(c.snapshots, len(settings.rungs)) if o.snc else 0
+        banks = bool(o.prc) + bool(o.fic and settings.finetuned) + snapshots
+        units = settings.n_sequences * (c.segments + c.token_positions)
+        disk += banks * 2 * units * min(c.dim, hidden or c.dim)
+    return memory, disk, rungs * settings.tokens * per_token * n

@@ -42,6 +42,20 @@ class Found:
     state: dict
 
 
+def named(config: RecoverConfig) -> Path | None:
+    """The checkpoint's folder that `recover.resume` names, if it names one.
+
+    Raises:
+        UserError: it is none.
+    """
+    if config.resume in (True, False, "auto"):
+        return None
+    path = Path(str(config.resume))
+    if not (path / COMPLETE).exists():
+        raise UserError(f"recover.resume {path} is no complete checkpoint: no {COMPLETE} in it")
+    return path
+
+
 def find(
     folder: Path,
     settings: dict,
@@ -70,9 +84,7 @@ def find(
         if path is None and config.resume is True:
             raise UserError(f"recover.resume is true, but {folder} holds no complete checkpoint")
     else:
-        path = Path(str(config.resume))
-        if not (path / COMPLETE).exists():
-            raise UserError(f"recover.resume {path} is no complete checkpoint: no {COMPLETE} in it")
+        path = named(config)
     path = world.gather(path)[0]  # the first rank's view counts
     if path is None:
         return None

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Units:
-    """What units are, [n] each: which one, which documents it covers, and its label.
+    """What units are, of any shape: which one, which documents it covers, and its label.
 
     Attributes:
         key: one number for each unit of the recovery text.
@@ -35,6 +35,10 @@ class Units:
 
     def __getitem__(self, index) -> Units:
         return Units(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def flatten(self) -> Units:
+        """The same units in one row."""
+        return Units(*(getattr(self, name).flatten() for name in self.__dataclass_fields__))
 
     @classmethod
     def join(cls, parts: list[Units]) -> Units:
@@ -60,9 +64,9 @@ def contrastive_loss(
 
     Args:
         anchors: [A, d], of length 1, with gradient.
-        anchor_units: what they are.
+        anchor_units: what they are, [A].
         candidates: [C, d], of length 1.
-        candidate_units: what they are.
+        candidate_units: what they are, [C].
         from_bank: [C], false for the student's own vectors.
         temperature: of the softmax.
         unsupervised: weight of the part whose positives are the anchor's own bank rows.

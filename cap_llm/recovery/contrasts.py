@@ -99,48 +99,41 @@ class Contrasts:
                 # as the bank keeps them, so that a row is the same whenever it is read
                 rows = rows.to(torch.bfloat16).float()
                 term.banks[0].write(mine, rows)
-                rows = self.world.concat(rows)[:, None]
+                rows = self.world.concat(rows)[None]
             else:
-                rows = torch.stack([bank.read(everyone) for bank in term.banks], 1).to(device)
+                rows = torch.stack([bank.read(everyone) for bank in term.banks]).to(device)
             extra = self._extra(term, place, micro)
-            further = torch.stack([bank.read(extra) for bank in term.banks], 1).to(device)
+            further = torch.stack([bank.read(extra) for bank in term.banks]).to(device)
             centre = term.centre.to(device)
             losses[term.name] = self._loss(
                 normalise(raw, centre),
                 own_units,
                 normalise(all_raw, centre),
                 all_units,
-                rows,
-                further,
-                encoder.units(extra),
+                torch.cat([rows, further], 1),
+                Units.join([all_units, encoder.units(extra)]),
             )
         return losses
 
-    def _loss(self, anchors, own_units, seen, all_units, rows, further, extra_units):
-        s, n_snapshots, encoder = self.settings, rows.shape[1], self.encoder
-        total = anchors.new_zeros(())
-        kinds = (
-            (False, s.segment_weight if s.segments else 0, s.segment_temperature, 0.0),
-            (True, s.token_weight if s.token_positions else 0, s.token_temperature, s.supervised),
-        )
-        for token, weight, temperature, supervised in kinds:
+    def _loss(self, anchors, own_units, seen, seen_units, banked, banked_units):
+        """A contrast of anchors [B, U, d] with what all ranks' students have `seen` [W * B, U, d]
+        and with the rows of R banks [R, W * B + E, U, d]."""
+        s, total = self.settings, anchors.new_zeros(())
+        segments, tokens = slice(0, s.segments), slice(s.segments, None)
+        for part, weight, temperature, supervised in (
+            (segments, s.segment_weight * bool(s.segments), s.segment_temperature, 0.0),
+            (tokens, s.token_weight * bool(s.token_positions), s.token_temperature, s.supervised),
+        ):
             if not weight:
                 continue
-            own, everyone, more = (
-                encoder.is_token(n) == token for n in (len(anchors), len(seen), len(further))
-            )
-            vectors = [seen.flatten(0, 1)[everyone]]
-            units = [all_units[everyone]]
-            for source, kind, unit in ((rows, everyone, all_units), (further, more, extra_units)):
-                for r in range(n_snapshots):
-                    vectors.append(source[:, r].flatten(0, 1)[kind])
-                    units.append(unit[kind])
-            from_bank = torch.ones(sum(map(len, vectors)), dtype=torch.bool, device=anchors.device)
-            from_bank[: len(vectors[0])] = False
+            ours, theirs = seen[:, part].flatten(0, 1), banked[:, :, part].flatten(0, 2)
+            units = [seen_units[:, part].flatten()]
+            units += [banked_units[:, part].flatten()] * len(banked)
+            from_bank = torch.arange(len(ours) + len(theirs), device=anchors.device) >= len(ours)
             loss, n = contrastive_loss(
-                anchors.flatten(0, 1)[own],
-                own_units[own],
-                torch.cat(vectors),
+                anchors[:, part].flatten(0, 1),
+                own_units[:, part].flatten(),
+                torch.cat([ours, theirs]),
                 Units.join(units),
                 from_bank,
                 temperature,

@@ -74,23 +74,25 @@ def student_settings(settings: RecoverConfig, world: World) -> dict:
     return _resolve(name, "recover.deepspeed", settings, world, trains=True)
 
 
-def teacher_settings(settings: RecoverConfig, world: World, student: dict) -> dict:
-    """The teachers' DeepSpeed settings, resolved: sharded if the student is.
+def teacher_settings(settings: RecoverConfig, world: World, student: dict) -> dict | None:
+    """The teachers' DeepSpeed settings, resolved: sharded if the student is; else None, as a
+    frozen model that every rank holds whole needs no engine.
 
     Raises:
         UserError: as for the student, or exactly one of the two is ZeRO-3.
     """
     name = settings.teacher_deepspeed
-    zero = student["zero_optimization"]
     if name == "auto":
-        offload = "_offload" if "offload_param" in zero else ""
-        name = f"teacher_zero3{offload}" if stage_of(student) == 3 else "teacher"
+        if stage_of(student) != 3:
+            return None
+        offload = "_offload" if "offload_param" in student["zero_optimization"] else ""
+        name = f"teacher_zero3{offload}"
     resolved = _resolve(name, "recover.teacher_deepspeed", settings, world, trains=False)
-    if (stage_of(resolved) == 3) != (stage_of(student) == 3):
+    if stage_of(resolved) != 3 or stage_of(student) != 3:
         raise UserError(
             f"recover.deepspeed {settings.deepspeed} is ZeRO-{stage_of(student)} and "
-            f"recover.teacher_deepspeed {name} is ZeRO-{stage_of(resolved)}: either both are "
-            "ZeRO-3 or none is; leave teacher_deepspeed at auto"
+            f"recover.teacher_deepspeed {name} is ZeRO-{stage_of(resolved)}: a teacher has "
+            "settings only where both are ZeRO-3; leave teacher_deepspeed at auto"
         )
     return resolved
 
@@ -100,19 +102,18 @@ def stage_of(settings: dict) -> int:
     return settings["zero_optimization"]["stage"]
 
 
-def load_teacher(folder: Path, settings: dict, config: RecoverConfig, world: World):
+def load_teacher(folder: Path, settings: dict | None, config: RecoverConfig, world: World):
     """A frozen model as an engine whose module is a `Decoder`.
 
     Raises:
         UserError: transformers cannot read it.
     """
-    import deepspeed
-
     model = _load(folder, settings, compute_dtype(config, world))
     decoder = Decoder(model.requires_grad_(False)).eval()
-    if stage_of(settings) != 3:
+    if settings is None:
         return _Plain(decoder.to(world.device))
-    engine, *_ = deepspeed.initialize(model=decoder, config=settings)
+    option = f"recover.teacher_deepspeed {config.teacher_deepspeed}"
+    engine = _initialize(option, model=decoder, config=settings)
     engine.eval()
     return engine
 
@@ -121,10 +122,8 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
     """The model to train as an engine whose module is a `Student`, with a fresh AdamW.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: transformers cannot read it, or DeepSpeed refuses the settings.
     """
-    import deepspeed
-
     model = _load(folder, settings, compute_dtype(config, world))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -137,7 +136,8 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
         weight_decay=config.weight_decay,
         fused=True,  # on CPUs too: the plain one makes several copies of all weights a step
     )
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
+    option = f"recover.deepspeed {config.deepspeed}"
+    engine = _initialize(option, model=student, optimizer=optimizer, config=settings)
     for state in engine.basic_optimizer.state.values():
         # At stage 0 in 16 bits that step would shift the bias corrections of all to come by one.
         state["step"].zero_()
@@ -154,6 +154,19 @@ def gathered(parameters):
     return deepspeed.zero.GatheredParameters(parameters)
 
 
+def _initialize(option: str, **arguments):
+    """A DeepSpeed engine; what it refuses only now is said in one line."""
+    import deepspeed
+
+    try:
+        return deepspeed.initialize(**arguments)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # assertions and errors of every kind
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{option} is refused by DeepSpeed: {what}") from error
+
+
 class _Plain:
     """A replicated teacher: the module itself, called like an engine."""
 
@@ -168,7 +181,7 @@ class _Plain:
         self.module = None
 
 
-def _load(folder: Path, settings: dict, dtype: torch.dtype):
+def _load(folder: Path, settings: dict | None, dtype: torch.dtype):
     """The model of a directory, whole on every rank or sharded while it is read (ZeRO-3)."""
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -177,7 +190,8 @@ def _load(folder: Path, settings: dict, dtype: torch.dtype):
         # Dropout would blur what the two models are compared in.
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
-    sharded = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None  # must stay alive
+    zero3 = settings is not None and stage_of(settings) == 3
+    sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive
     try:
         model = model_class(folder).from_pretrained(folder, config=config, dtype=dtype)
     except Exception as error:  # every format fails in a way of its own
@@ -216,22 +230,38 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
         "fp16.enabled": dtype == torch.float16,
     }
     content = _filled(content, values, option)
-    zero = content.setdefault("zero_optimization", {"stage": 0})
+    for section in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(content.setdefault(section, {}), dict):
+            raise UserError(f"{option} {path}: {section} is no section of settings")
+    zero = content["zero_optimization"]
+    if zero.setdefault("stage", 0) not in range(4):
+        raise UserError(
+            f"{option} {path}: zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 "
+            "or 3"
+        )
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if not trains and not section:
+            content[name] = value  # a teacher's batches are the student's
+        # What a file leaves out is the recipe's too, not a default of DeepSpeed's.
+        given = (content[section] if section else content).setdefault(name, value)
+        if given != value:
+            raise UserError(
+                f"{option} {path} sets {key} to {json.dumps(given)}, the recipe makes it "
+                f'{json.dumps(value)}; write "auto" there'
+            )
     if trains:
-        for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-            if content.get(key) != values[key]:
-                raise UserError(
-                    f"{option} {path} sets {key} to {content.get(key)}, the recipe makes it "
-                    f'{values[key]}; write "auto" there'
-                )
         if "optimizer" in content or "scheduler" in content:
             raise UserError(
                 f"{option} {path} sets an optimizer or scheduler; recovery brings its own "
                 "(recover.lr, warmup, weight_decay): take that block out"
             )
+        if "offload_optimizer" in zero:  # it would insist on DeepSpeed's own Adam
+            content.setdefault("zero_force_ds_cpu_optimizer", False)
     if world.device.type == "cpu":
         for place in ("offload_param", "offload_optimizer"):
-            zero.get(place, {}).pop("pin_memory", None)
+            if isinstance(zero.get(place), dict):
+                zero[place].pop("pin_memory", None)
     content.setdefault("steps_per_print", 10**9)
     from deepspeed.runtime.config import DeepSpeedConfig
 

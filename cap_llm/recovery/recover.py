@@ -31,7 +31,12 @@ from cap_llm.models.masks import Masks
 from cap_llm.models.source import locate, prepare, teacher_of
 from cap_llm.recovery import engines
 from cap_llm.recovery.bank import Bank
-from cap_llm.recovery.check import check_models, check_pair, refuse_changed_logits
+from cap_llm.recovery.check import (
+    check_first_rung,
+    check_models,
+    check_pair,
+    refuse_changed_logits,
+)
 from cap_llm.recovery.contrasts import Contrast, Contrasts
 from cap_llm.recovery.export import export
 from cap_llm.recovery.training import Job, train
@@ -74,7 +79,14 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     check_models(student, teacher, dense, settings)
     for model in dict.fromkeys((student, teacher, dense)):
         refuse_changed_logits(model, world)
-    rungs = settings.rungs
+    rungs, text = settings.rungs, texts.recovery
+    passed = settings.steps * settings.batch * max(1, len(rungs)) / len(text.ids)
+    if passed > 1:
+        run.console.say(
+            f"recover: {text.origin} fills {len(text.ids):,} sequences of {settings.length} "
+            f"tokens; the training passes them {passed:.2f} times",
+            style="yellow",
+        )
     work = _Recovery(student, teacher, dense, texts.recovery, config, run, folder)
     work.check()
     run.bind(folder, recipe)
@@ -96,6 +108,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         "calibration": texts.origin if rungs else None,
         "recovery": texts.recovery.origin,
         "tokens": settings.steps * settings.batch * settings.length * max(1, len(rungs)),
+        "distinct_tokens": texts.recovery.ids.numel(),
         "rungs": work.records,
     }
     if world.first:
@@ -142,12 +155,8 @@ class _Recovery:
             it is, or a bank would be too large.
         """
         self.masks.check()
-        rungs, sparsity = self.settings.rungs, self.masks.sparsity if self.masks else 0.0
-        if rungs and rungs[0].sparsity <= sparsity + 1e-6:
-            raise UserError(
-                f"recover.ladder begins with {rungs[0]}, but {self.start} is "
-                f"{100 * sparsity:.1f} % sparse already; masks only grow: begin above that"
-            )
+        sparsity = self.masks.sparsity if self.masks else 0.0
+        check_first_rung(self.settings.rungs, self.start, sparsity)
         if self.settings.contrasts:
             s, encoder = self.settings, self.encoder
             gib = 2 * math.prod(self._bank_shape) / 2**30
@@ -163,7 +172,8 @@ class _Recovery:
         """Writes the DeepSpeed settings as used to the run directory."""
         if self.world.first:
             write_json(self.run.path / "ds_config.json", self.student_ds)
-            write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
+            if self.teacher_ds:
+                write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
 
     @property
     def _bank_shape(self) -> tuple[int, int, int]:
@@ -209,16 +219,14 @@ class _Recovery:
         if self._dense_ppl is None:
             self._dense_ppl = self._held_out_perplexity(self.dense)
             run.console.say(f"{title}: {self._measure}'s held-out ppl is {self._dense_ppl:.3f}")
-        teacher = self._open_teacher()
-        contrasts = self._contrasts(teacher, n)
-        if not self._online:
-            self.close()
+        if self._online and self._teacher is None:
+            self._teacher = engines.load_teacher(self.teacher, self.teacher_ds, settings, run.world)
         held_out, summary = self._train(
             rung=n,
             student=pruned,
             masks=masks,
-            teacher=teacher if self._online else None,
-            contrasts=contrasts,
+            teacher=self._teacher,
+            contrasts=self._contrasts(n),
             title=title,
             stage=STAGE if not of else f"{STAGE}/{n}",
             before=(n - 1) * settings.steps,
@@ -319,14 +327,6 @@ class _Recovery:
         """Whether the teacher runs in every step."""
         return bool(self.settings.objective.kl or self.settings.objective.feature)
 
-    def _open_teacher(self):
-        settings = self.settings
-        if self._teacher is None and (self._online or settings.objective.prc):
-            self._teacher = engines.load_teacher(
-                self.teacher, self.teacher_ds, settings, self.world
-            )
-        return self._teacher
-
     def close(self) -> None:
         """Lets go of the teacher."""
         if self._teacher is not None:
@@ -334,7 +334,7 @@ class _Recovery:
             self._teacher = None
             gc.collect()
 
-    def _contrasts(self, teacher, n: int) -> Contrasts:
+    def _contrasts(self, n: int) -> Contrasts:
         """The contrasts of rung `n` that are on, their banks filled as far as it needs them."""
         settings, o = self.settings, self.settings.objective
         if not settings.contrasts:
@@ -343,9 +343,13 @@ class _Recovery:
         share = self.text.draws((n - 1) * a_rung, n * a_rung, settings.seed).unique()
         contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world, share)
         if o.prc:
-            bank = self._bank("pretrained", self.teacher)
-            self._fill(contrasts, bank, teacher, "PrC", everything=not self._online)
-            contrasts.terms.append(Contrast("prc", o.prc, [bank], self._online))
+            bank = self._bank("pretrained", self.dense)
+            online = self._online and self.teacher == self.dense  # its forward gives the rows
+            if online:
+                self._fill(contrasts, bank, self._teacher, "PrC", everything=False)
+            else:
+                self._fill_from(contrasts, bank, self.dense, "PrC")
+            contrasts.terms.append(Contrast("prc", o.prc, [bank], online))
         if o.fic and not settings.finetuned:
             self.run.console.say("FiC is off: recover.finetuned names no fine-tuned model")
         elif o.fic:
@@ -413,8 +417,9 @@ class _Recovery:
         settings, run = self.settings, self.run
         if settings.finetuned != "train":
             model = ModelConfig(path=settings.finetuned)
-            path = prepare(locate(model), model, run, "finetuned-source")
-            check_pair(self.start, path, "recover.finetuned", same_width=True)
+            located = locate(model, option="recover.finetuned")
+            path = prepare(located, model, run, "finetuned-source")
+            check_pair(self.start, path, "recover.finetuned", settings.length, same_width=True)
             return path
         folder = self.folder / "finetuned"
         if run.world.gather((folder / "done.json").exists())[0]:

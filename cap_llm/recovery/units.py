@@ -80,7 +80,7 @@ class Encoder:
         return torch.from_numpy(np.array(places, dtype=np.int64).reshape(len(ids), self.n_tokens))
 
     def units(self, ids: torch.Tensor) -> Units:
-        """What the units of sequences [B] are, [B * (S + m)], in the order of `raw`, flattened."""
+        """What the units of sequences [B] are, [B, S + m]."""
         documents, tokens = self.text.documents[ids], self.text.ids[ids]
         at = self._at(ids)
         cuts = torch.from_numpy(self._cuts)
@@ -92,12 +92,7 @@ class Encoder:
             torch.cat([documents[:, cuts[1:] - 1], documents.gather(1, at)], 1),
             torch.cat([torch.full((len(ids), self.n_segments), -1), label], 1),
         )
-        return Units(*(p.long().flatten().to(self.device) for p in parts))
-
-    def is_token(self, n_sequences: int) -> torch.Tensor:
-        """Which of the flattened units of `n_sequences` are tokens, boolean."""
-        kind = torch.arange(self.n_units, device=self.device) >= self.n_segments
-        return kind.repeat(n_sequences)
+        return Units(*(p.long().to(self.device) for p in parts))
 
 
 def normalise(raw: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:

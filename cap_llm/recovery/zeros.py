@@ -35,13 +35,18 @@ def masks_of_zeros(model: nn.Module, names: list[str] | None = None) -> dict[str
     """Masks of a model in memory, from its zeros: true where a weight is not zero.
 
     Args:
-        model: with whole parameters, not ZeRO-3 shards.
+        model: with whole parameters.
         names: of the parameters to keep; by default the matrices that hold any zero.
 
     Raises:
-        UserError: a name is no parameter's.
+        UserError: a name is no parameter's, or the parameters are ZeRO-3 shards.
     """
     masks = {}
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise UserError(
+            "masks_of_zeros: the model is sharded by ZeRO-3, and a shard does not show its zeros; "
+            "take the masks before deepspeed.initialize, or read them from masks.safetensors"
+        )
     unknown = set(names or ()) - {name for name, _ in model.named_parameters()}
     if unknown:
         raise UserError(f"masks_of_zeros: the model has no parameter {sorted(unknown)[0]}")

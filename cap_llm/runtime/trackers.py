@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import uuid
 from pathlib import Path
 
 from cap_llm.runtime.errors import UserError
@@ -34,13 +35,16 @@ class Wandb:
         require("wandb", "recover.wandb")
         import wandb
 
+        name_here = folder / "wandb_id"  # a repeated command goes on with its own curves
+        if not name_here.exists():
+            name_here.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
             project=project,
             name=title,
             dir=str(folder),
             config=settings,
             resume="allow",
-            id=folder.name,
+            id=name_here.read_text(),
         )
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:

@@ -104,7 +104,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(
 ):
     run = small_disk / "run"
     args = ["--model.path", six_blocks, "--output_dir", run]
-    monkeypatch.setattr(plan, "_check_disk", lambda needed, config: None)
+    monkeypatch.setattr(plan, "check_disk", lambda needed, made, config: None)
     message = refuse(*args, started=True)
     assert f"the disk of {run / 'oneshot'}" in message and "is full" in message
     assert "free some space and give the same command again" in message
@@ -120,7 +120,7 @@ def test_a_disk_that_is_full_from_the_start_is_named_and_can_be_freed(
     refuse, accept, small_disk, monkeypatch
 ):
     run = small_disk / "run"
-    monkeypatch.setattr(plan, "_check_disk", lambda needed, config: None)
+    monkeypatch.setattr(plan, "check_disk", lambda needed, made, config: None)
     with pytest.raises(OSError) as full, open(small_disk / "ballast", "wb", buffering=0) as ballast:
         while True:
             ballast.write(bytes(4096))
