@@ -190,7 +190,7 @@ def measure(name: str, model: Path, args: argparse.Namespace, scratch: Path) -> 
                 "out": str(out),
                 "result": str(result),
                 "sparsity": SPARSITY,
-                "activation_bytes": None if gib is None else int(gib * GIB),
+                "activation_gib": gib,
             }
         )
     )
@@ -252,13 +252,14 @@ def texts(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 def score(folder: Path, windows: torch.Tensor, scratch: Path) -> float:
     """Perplexity in fp32 of a model directory on ids [N, T]; the same code for every contender."""
+    from cap_llm.blockwise.cache import Memory
     from cap_llm.blockwise.perplexity import streamed_nll
     from cap_llm.models.blocks import BlockModel
     from cap_llm.runtime.world import World
 
     world = World("cpu")
     model = BlockModel.open(folder, world.device)
-    nll = streamed_nll(model, windows, world, None, scratch)
+    nll = streamed_nll(model, windows, world, Memory.plan(world.device), scratch)
     return math.exp(nll / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
@@ -343,6 +344,7 @@ class Clock:
 
 def run_ours(job: dict) -> None:
     """cap_llm's own walk and solver, with a clock around their parts."""
+    from cap_llm.blockwise.cache import Memory
     from cap_llm.blockwise.oneshot import STAGE  # noqa: F401 (what the stage imports, counts)
     from cap_llm.blockwise.prune import matrix, prune_block, uniform
     from cap_llm.blockwise.walk import Walk
@@ -386,7 +388,8 @@ def run_ours(job: dict) -> None:
             model = BlockModel.open(source, world.device)
             plan = uniform(model, settings)
             writer = ShardWriter(out, len(model))
-            walk = TimedWalk(model, ids, job["activation_bytes"], Path(scratch))
+            memory = Memory.plan(world.device, job["activation_gib"])
+            walk = TimedWalk(model, ids, memory, Path(scratch))
         for i in range(len(model)):
             with contextlib.ExitStack() as stack:
                 with clock("load"):

@@ -16,9 +16,10 @@ on from its run in WORK_DIR. A cell that fails is named at the end (exit code 1)
 Weights go once they are scored and no cell of this call starts from them, so that WORK_DIR holds at
 most seven models (4 GB). The tables are written beside the results.
 
-The controls of Sparse-Dense-Sparse (SDS), all from the same first prune: C1, a refit on its mask,
-is "+ refit"; C2 is the adjustment alone, without the dense step; C3 is the dense step without
-regularisers and without adjustment, which must give the first prune again. Reconstruction starts
+The controls of Sparse-Dense-Sparse (SDS): C1 is "+ refit", which refits each matrix as soon as it
+is pruned, so that later ones are pruned on refitted inputs: the same method, but not the same masks;
+C2 is the adjustment alone, from SDS' own first prune, without the dense step; C3 is the dense step
+without regularisers and without adjustment, which must give that prune again. Reconstruction starts
 from ALPS and, as its control, from SparseGPT: what it gains may not be the solver's merit.
 """
 
@@ -204,9 +205,6 @@ def run(cell: Cell, model: Path, work: Path, scores: list[str]) -> int:
     arm, pattern, seed = cell
     options = ["--calibration.length", "512", "--calibration.seed", str(seed)]
     options += PATTERNS.get(pattern, [])
-    if "Wanda" in arm and "%" in pattern:
-        # as Wanda chooses by either name; and the adjustment shall keep to the same budget
-        options += ["--oneshot.pattern", "row"]
     stages, start, made = [], model, model_of(cell, work)
     if arm in ONESHOT:
         stages, options = ["oneshot"], [*options, *ONESHOT[arm]]
@@ -401,9 +399,9 @@ which they judge what they made; the one-shot methods do not.
 
 "To SparseGPT" and "gap closed" (of the gap between SparseGPT and the dense model) are of
 WikiText-2's first {FIRST} windows, paired by seed. Under SDS stands what it gives less the better
-of its controls from the same first prune, also paired by seed: C1 is the refit, C2 the adjustment
-without the dense step, and "within the spread" means a mean that is no larger than its standard
-deviation. The layer error is the mean, over matrices, of the relative squared error that the last
+of its controls, also paired by seed: C1 is the refit (of each matrix as soon as it is pruned, so
+that its later masks are not SDS'), C2 the adjustment of SDS' own first prune without the dense
+step, and "within the spread" means a mean that is no larger than its standard deviation. The layer error is the mean, over matrices, of the relative squared error that the last
 stage left on its calibration text (of Wanda, on its first 16 sequences). It, seconds and memory are
 of the first seed; seconds and memory those of all its pruning on two cores; other work may have run
 beside it.""".split("\n")

@@ -7,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.owl import allocate, outlier_shares
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OwlConfig
@@ -122,7 +123,7 @@ def test_outlier_shares_are_those_of_the_dense_model(tmp_path):
     expected = [outlier_share(model, ids, i, 3.0) for i in range(3)]
     blocks = BlockModel(model, torch.device("cpu"))
     advanced = []
-    walk = Walk(blocks, ids, None, tmp_path)
+    walk = Walk(blocks, ids, Memory.plan(blocks.device), tmp_path)
     shares = outlier_shares(blocks, walk, 3.0, World("cpu"), lambda: advanced.append(1))
     assert shares == pytest.approx(expected, abs=0.02)
     assert len(set(shares)) == 3

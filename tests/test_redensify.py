@@ -4,8 +4,10 @@ import pytest
 import reference
 import torch
 
-from cap_llm.solvers.hessian import Moments
+from cap_llm.solvers.hessian import Moments, factorise
 from cap_llm.solvers.redensify import adjust, largest_eigenvalue, redensify, redensify_by_sgd
+from cap_llm.solvers.refit import refit
+from cap_llm.solvers.sparsegpt import sparsegpt
 from cap_llm.sparsity.patterns import Pattern, choose
 
 
@@ -88,6 +90,20 @@ def test_adjusting_lowers_the_error_and_keeps_the_pattern(pattern):
     assert not new[~adjusted].any()
     reference.assert_exact(adjusted, pattern, 0.5)
     assert reference.error(new, dense, h) < reference.error(dense * mask, dense, h)
+
+
+@pytest.mark.parametrize("name", reference.REAL_LAYERS)
+def test_adjusting_moves_the_mask_of_a_real_layer_to_a_better_one(smollm2, calibration_ids, name):
+    layer = reference.real_layers(smollm2, calibration_ids)[name]
+    rows = slice(0, 96)
+    dense = layer.weight[rows]
+    factor = factorise(layer.hessian.float(), 0.01, name)
+    start, mask = sparsegpt(dense, factor, Pattern.parse("2:4"), 0.5)
+    new, adjusted = adjust(start, dense, factor.hessian, Pattern.parse("2:4"), 0.5)
+    assert (mask ^ adjusted).any()
+    on_both = [refit(w, m, dense, factor.hessian) for w, m in ((start, mask), (new, adjusted))]
+    before, after = (reference.error(w, dense, factor.hessian) for w in on_both)
+    assert after < before
 
 
 def test_adjusting_stays_inside_an_earlier_mask():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, environment, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cap_llm.blockwise.reconstruct as reconstruct_module
+from cap_llm.blockwise import stage as stage_module
 from cap_llm.blockwise.perplexity import perplexity
+from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
 from cap_llm.sparsity.masks import MaskFile
 from cap_llm.train import main
@@ -166,6 +169,79 @@ def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, caps
     before, after = weights(pruned), weights(folder / "reconstruct")
     for row in rows:
         assert torch.equal(before[row["name"]] == 0, after[row["name"]] == 0)
+
+
+@pytest.mark.parametrize(
+    "made, asked, words",
+    [
+        (["--oneshot.pattern", "2:4"], [], ["is pruned to 2:4", "give --oneshot.pattern 2:4"]),
+        ([], ["--oneshot.sparsity", "0.7"], ["to 50.0 % zeros", "give --oneshot.sparsity 0.5"]),
+    ],
+)
+def test_sds_does_not_change_what_a_model_was_pruned_to_elsewhere(
+    tiny, entry, capsys, made, asked, words
+):
+    dense = tiny("llama")
+    folder, code = entry(dense, "--stages", "[oneshot]", *made, out="first")
+    assert code == 0
+    pruned = folder / "oneshot"
+    (pruned / "masks.safetensors").unlink()
+    (pruned / "sparsity.json").unlink()
+    capsys.readouterr()
+    more = ("--stages", "[sds]", "--model.dense", dense)
+    assert entry(pruned, *more, *asked, out="second")[1] == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert entry(pruned, *more, *made, out="second")[1] == 0
+
+
+@pytest.mark.parametrize("stage", ["sds", "reconstruct"])
+def test_a_dense_model_that_is_none_is_refused(tiny, entry, capsys, stage):
+    folder, code = entry(tiny("llama"), "--stages", "[oneshot]", out="first")
+    assert code == 0
+    more = ("--stages", f"[{stage}]", "--model.dense", folder / "oneshot")
+    for start in (folder / "oneshot", tiny("llama")):
+        assert entry(start, *more, out="second")[1] == 2
+        assert "give the model that it was pruned from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sds", "reconstruct"])
+def test_a_dense_model_that_changed_on_the_way_is_refused(
+    tiny, entry, capsys, monkeypatch, tmp_path, stage
+):
+    dense = shutil.copytree(tiny("llama", num_hidden_layers=3), tmp_path / "dense")
+    folder, code = entry(dense, "--stages", "[oneshot]", out="first")
+    assert code == 0
+    more = ("--stages", f"[{stage}]", "--model.dense", dense)
+    write = stage_module.BlockStage.write
+
+    def stop_at_the_second(work, i, *rest):
+        if i == 1:
+            raise UserError("the plug was pulled")
+        write(work, i, *rest)
+
+    monkeypatch.setattr(stage_module.BlockStage, "write", stop_at_the_second)
+    assert entry(folder / "oneshot", *more, out="second")[1] == 2
+    monkeypatch.undo()
+    stored = load_file(dense / "model.safetensors")
+    stored = {k: 1.5 * v if "proj" in k else v for k, v in stored.items()}
+    save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert entry(folder / "oneshot", *more, out="second")[1] == 2
+    message = capsys.readouterr().err
+    assert f"the weights in {dense} have changed since" in message
+
+
+def test_sds_on_wanda_keeps_wandas_budget_by_row(tiny, entry):
+    folder, code = entry(
+        tiny("llama"), "--stages", "[oneshot, sds]", "--oneshot.method", "wanda", "--sds.redensify",
+        "false", "--calibration.held_out", 0,
+    )  # fmt: skip
+    assert code == 0
+    masks = MaskFile(folder / "sds" / "masks.safetensors")
+    for name in masks.columns:
+        kept = masks.read(name).sum(1)
+        assert kept.min() == kept.max()
 
 
 def blocks_of(folder) -> list[dict]:
@@ -401,8 +477,8 @@ def test_a_diverging_block_is_named(tiny, entry, capsys):
 
 @pytest.mark.parametrize("stage", ["sds", "reconstruct"])
 def test_a_start_that_nobody_pruned_is_refused(tiny, entry, capsys, stage):
-    model = tiny("llama")
-    folder, code = entry(model, "--stages", f"[{stage}]", "--model.dense", model)
+    model, dense = tiny("llama"), tiny("llama", seed=1)
+    folder, code = entry(model, "--stages", f"[{stage}]", "--model.dense", dense)
     assert code == 2
     assert "is not pruned" in capsys.readouterr().err
     assert not list(folder.glob("*/model*.safetensors"))

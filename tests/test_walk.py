@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import FAMILIES
 
-from cap_llm.blockwise.cache import ActivationCache
+from cap_llm.blockwise.cache import ActivationCache, Memory
 from cap_llm.blockwise.prune import prune
 from cap_llm.blockwise.walk import MICRO_TOKENS, Walk
 from cap_llm.config import OneshotConfig
@@ -20,7 +20,7 @@ WINDOWS = torch.randint(3, 512, (150, 32), generator=torch.Generator().manual_se
 def walked(folder, memory: int, tmp_path, change=None) -> list[torch.Tensor]:
     """The last block's outputs, and the inputs of every linear group, in order."""
     model = BlockModel.open(folder, CPU)
-    walk = Walk(model, WINDOWS, memory, tmp_path)
+    walk = Walk(model, WINDOWS, Memory(memory), tmp_path)
     seen = []
 
     def note(block):
@@ -94,7 +94,7 @@ def test_pruning_in_memory_gives_the_exact_sparsity(tiny, method, pattern, refit
 def test_waiting_micro_batches_hold_no_more_than_is_planned(tiny, tmp_path, family):
     model = BlockModel(transformers.AutoModelForCausalLM.from_pretrained(tiny(family)), CPU)
     windows = torch.randint(0, 500, (5, 250), generator=torch.Generator().manual_seed(0))
-    walk = Walk(model, windows, 2**30, tmp_path, micro_tokens=250)
+    walk = Walk(model, windows, Memory(2**30), tmp_path, micro_tokens=250)
     planned = walk._held_bytes(model.blocks[0], model.groups(0, walk.calls[0][0], walk.hidden[0]))
     held = []
 
@@ -126,7 +126,7 @@ def test_conv1d_is_pruned_along_its_inputs(tiny):
 
 
 def test_overwriting_the_cache_takes_no_further_memory(tmp_path):
-    cache = ActivationCache(CPU, 2**20, tmp_path)
+    cache = ActivationCache(CPU, Memory(2**20), tmp_path)
     for _ in range(5):
         for k in range(3):
             cache[k] = torch.full((1000,), float(k))

@@ -5,6 +5,7 @@ import reference
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.prune import MEASURED, _measured_tokens, prune, prune_block, uniform
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OneshotConfig
@@ -176,7 +177,8 @@ def test_wandas_error_is_that_of_the_first_sequences(tmp_path):
     model(input_ids=windows[:MEASURED])
     handle.remove()
     blocks, wanda = BlockModel(model, CPU), OneshotConfig(method="wanda")
-    walk, plan = Walk(blocks, windows, None, tmp_path), uniform(blocks, wanda)
+    walk = Walk(blocks, windows, Memory.plan(blocks.device), tmp_path)
+    plan = uniform(blocks, wanda)
     rows = prune_block(blocks, 0, blocks.blocks[0], walk, wanda, plan, World.alone(CPU)).rows
     error = next(row.error for row in rows if "q_proj" in row.name)
     wrong = seen[0] @ (linear.weight - dense).T

@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -33,21 +34,33 @@ def free_memory(device: torch.device) -> int:
     return max(0, free) // ranks_on_node()
 
 
+class Memory(NamedTuple):
+    """Bytes that a store of activations may take: on its device and, on a GPU, of pinned main
+    memory, before the rest goes to disk."""
+
+    device: int
+    host: int = 0
+
+    @classmethod
+    def plan(cls, device: torch.device, gib: float | None = None, parts: int = 1) -> Memory:
+        """For each of `parts` stores: a part of `gib`, or of half of what is free now."""
+        own = free_memory(device) // 2 if gib is None else int(gib * 2**30)
+        host = free_memory(torch.device("cpu")) // 2 if device.type == "cuda" else 0
+        return cls(own // parts, host // parts)
+
+
 class ActivationCache:
     """A list of tensors, each kept on the device, in main memory or on disk.
 
     Args:
         device: where tensors come from and go to.
-        budget: bytes to take on the device; None takes half of what is free.
+        memory: what it may take.
         folder: where to spill; the file has no name and vanishes with the process.
     """
 
-    def __init__(self, device: torch.device, budget: int | None, folder: Path):
+    def __init__(self, device: torch.device, memory: Memory, folder: Path):
         self.device, self.folder = device, folder
-        budget = free_memory(device) // 2 if budget is None else budget
-        # On a GPU the overflow goes to pinned main memory before it goes to disk.
-        host = free_memory(torch.device("cpu")) // 2 if device.type == "cuda" else 0
-        self._left = {"device": budget, "host": host}
+        self._left = memory._asdict()
         self._place: dict[int, str] = {}
         self._memory: dict[int, torch.Tensor] = {}
         self._on_disk: dict[int, tuple[int, torch.Size, torch.dtype]] = {}

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from cap_llm.blockwise import owl
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import head_nll
 from cap_llm.blockwise.prune import matches, matrix, plan_sparsities, prune_block
-from cap_llm.blockwise.stage import BlockStage, activation_bytes
+from cap_llm.blockwise.stage import BlockStage
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config, OneshotConfig
 from cap_llm.models.blocks import BlockModel
@@ -63,7 +64,8 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
         if windows is not None and len(work.finished) < len(model):
             bar.phase("embedding")
             mine = windows[list(world.share(len(windows)))]
-            walk = Walk(model, mine, activation_bytes(config), scratch)
+            memory = Memory.plan(model.device, config.runtime.activation_gib)
+            walk = Walk(model, mine, memory, scratch)
         model.drop_outside()
         for i in range(len(model)):
             if i in work.finished and not walk:
@@ -122,7 +124,8 @@ def _owl(
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
         mine = seen[list(run.world.share(len(seen)))]
         with run.console.bar("OWL", len(model), "blocks") as bar:
-            walk = Walk(model, mine, activation_bytes(config), Path(scratch))
+            memory = Memory.plan(model.device, config.runtime.activation_gib)
+            walk = Walk(model, mine, memory, Path(scratch))
             shares = owl.outlier_shares(model, walk, settings.threshold, run.world, bar.advance)
         for names, s in _owl_sparsities(model, named, shares, config.oneshot):
             uneven |= dict.fromkeys(names, round(s, 6))
@@ -178,7 +181,8 @@ def _proxy_nll(
 ) -> float:
     """Mean loss a token of the model pruned by Wanda to `plan`, on held-out ids [N, T]."""
     settings = OneshotConfig(method="wanda", pattern=config.oneshot.pattern, sparsity=0.5)
-    world, memory = run.world, activation_bytes(config, parts=2)
+    world = run.world
+    memory = Memory.plan(model.device, config.runtime.activation_gib, parts=2)
     walk = Walk(model, seen[list(world.share(len(seen)))], memory, scratch)
     mine = held_out[list(world.share(len(held_out)))]
     scored = Walk(model, mine, memory, scratch) if len(mine) else None

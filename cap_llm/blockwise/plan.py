@@ -19,6 +19,7 @@ from cap_llm.blockwise.sds import plan_second_prune
 from cap_llm.config import MODELS, Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, config_dict
+from cap_llm.models.masks import Masks
 from cap_llm.models.source import needs_conversion
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
@@ -79,9 +80,10 @@ def check_everything(
         if "oneshot" in config.stages and config.oneshot.budget == "uniform":
             earlier_mask(located, config.oneshot, plan)
     if config.model.dense and Path(config.model.dense).is_dir():  # those of the hub when here
-        _check_dense(model, Path(config.model.dense))
+        starts = [s for s in ("sds", "reconstruct") if s in config.stages and not config.start(s)]
+        _check_dense(located if starts else None, model, Path(config.model.dense))
     if "sds" in config.stages and not config.start("sds"):
-        plan_second_prune(located, model, config)
+        plan_second_prune(Masks(located, world), model, config)
     copied = 0  # bytes of a model that is rewritten first
     if needs_conversion(located):
         console.say(
@@ -139,8 +141,12 @@ def _check_positions(config: Config, model: PreTrainedModel, facts: dict) -> Non
             )
 
 
-def _check_dense(model: BlockModel, folder: Path) -> None:
-    """Refuses a dense model whose blocks are not those of the pruned one."""
+def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
+    """Refuses a dense model that is pruned, or whose blocks are not those of the pruned one."""
+    same = pruned and folder.resolve() == pruned.resolve()
+    if same or (folder / "masks.safetensors").exists():
+        is_ = "the model to start from" if same else "pruned itself: it has masks.safetensors"
+        raise UserError(f"model.dense {folder} is {is_}; give the model that it was pruned from")
     dense = BlockModel(skeleton(folder), torch.device("cpu"))
     ours, theirs = (
         [[(n, list(p.shape)) for n, p in m.blocks[i].named_parameters()] for i in range(len(m))]
@@ -210,6 +216,8 @@ def _estimate(model: BlockModel, n_bytes: int, config: Config, world: World) -> 
             # walks of the text: one for oneshot, three more for OWL and its guard, two for sds
             walks = ("oneshot" in made) * (4 if config.oneshot.budget == "owl" else 1)
             walks += 2 * ("sds" in made)
+            if "sds" in made:  # the dense block; sparse, dense and free weights in fp32
+                work += (width + 3 * 4) * max(block_weights)
             forwards = walks
             if "reconstruct" in made:  # a backward counts twice
                 forwards += 1 + 3 * config.reconstruct.epochs
@@ -230,22 +238,36 @@ def _estimate(model: BlockModel, n_bytes: int, config: Config, world: World) -> 
         tokens.append(windows * config.evaluate.window)
         work = max(work, 2 * 4 * config.evaluate.window * model.model.config.vocab_size)
     if tokens:
-        share = max(tokens) // world.size
-        held = max(sum(r + c for r, c in shapes) for shapes in linears)
-        wanted = share * width * hidden + (
-            config.calibration.sequences * config.calibration.length // world.size * width * held
-            if config.uses_calibration
-            else 0
-        )
+        streams = [max(tokens) // world.size * width]
+        for stage in made:  # a block is trained in fp32
+            value = 4 if stage == "reconstruct" else width
+            streams.append(_stream_tokens(stage, config, world) * value)
+        kept = hidden * max(streams)
+        waiting = 0  # inputs of linears, until all micro-batches are there
+        if config.uses_calibration:
+            n = config.calibration.sequences * config.calibration.length
+            waiting = n // world.size * width * max(sum(map(sum, shapes)) for shapes in linears)
         gib = config.runtime.activation_gib
         allowed = free_memory(world.device) // 2 if gib is None else int(gib * 2**30)
-        estimate["activations"] = min(wanted, allowed)
-        estimate["disk"] += max(0, share * width * hidden - allowed) * world.size
+        estimate["activations"] = min(kept + waiting, allowed)
+        estimate["disk"] += max(0, kept - allowed) * world.size
     outside = n_weights - sum(block_weights)
     estimate["memory"] = width * (outside + 2 * max(block_weights)) + work + estimate["activations"]
     if "evaluate" in config.stages and config.evaluate.tasks:
         estimate["memory"] = max(estimate["memory"], width * n_weights)  # the whole model at once
     return estimate
+
+
+def _stream_tokens(stage: str, config: Config, world: World) -> int:
+    """Tokens whose hidden states a rank keeps between blocks, over all streams of a stage."""
+    c = config.calibration
+    every, share = (c.sequences + c.held_out) * c.length, c.sequences * c.length // world.size
+    if stage == "reconstruct":
+        dense = config.reconstruct.inputs == "dense"  # every rank needs all of the text
+        return (4 if config.reconstruct.halves else 3) * (every if dense else every // world.size)
+    if stage == "sds":
+        return share * config.sds.redensify + every // world.size
+    return share
 
 
 def _second_moments(block: nn.Module) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OneshotConfig
 from cap_llm.models.blocks import BlockModel, Group
@@ -107,7 +108,8 @@ def prune(
         plan = plan_sparsities(blocks, config)
         world = World.alone(model.device)
         with tempfile.TemporaryDirectory() as scratch:
-            walk = None if windows is None else Walk(blocks, windows, None, Path(scratch))
+            memory = Memory.plan(model.device)
+            walk = None if windows is None else Walk(blocks, windows, memory, Path(scratch))
             for i in range(len(blocks)):
                 with blocks.block(i) as block:
                     masks |= prune_block(blocks, i, block, walk, config, plan, world).masks
@@ -327,6 +329,13 @@ def spread(
     result.rows += [everyone[name] for name in names]
 
 
+def pattern_of(config: OneshotConfig) -> Pattern:
+    """Where zeros may be: Wanda compares the weights of an output row, never those of two rows."""
+    pattern = Pattern.parse(config.pattern)
+    by_row = config.method == "wanda" and pattern.kind == "unstructured"
+    return Pattern("row") if by_row else pattern
+
+
 class Solver:
     """The configured method on the matrices that read one input; factorises their Hessian once.
 
@@ -342,7 +351,7 @@ class Solver:
         sample: Moments | None = None,
     ):
         self.config, self.measure = config, moments if moments and moments.full else sample
-        self.pattern = Pattern.parse(config.pattern)
+        self.pattern = pattern_of(config)
         self.factor = self.added = None
         refits = needs_factor or config.refit or config.method == "alps"
         if moments and (config.method in SECOND_ORDER or refits):
@@ -374,13 +383,9 @@ class Solver:
         elif config.method == "admm_grad":
             new, mask = admm_grad(weight, self.factor.hessian, pattern, sparsity, allowed)
         else:
-            if config.method == "wanda":
-                score = scores.wanda(weight, self.mean_square)
-                # Wanda compares the weights of an output row, never those of two rows.
-                by_row = Pattern("row") if pattern.kind == "unstructured" else pattern
-                mask = choose(score, by_row, sparsity, allowed)
-            else:
-                mask = choose(scores.magnitude(weight), pattern, sparsity, allowed)
+            wanda = config.method == "wanda"
+            score = scores.wanda(weight, self.mean_square) if wanda else scores.magnitude(weight)
+            mask = choose(score, pattern, sparsity, allowed)
             new = weight * mask
         if config.refit or config.method == "alps":
             new = self.refit(new, mask, weight if target is None else target)

@@ -26,9 +26,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.blockwise.cache import ActivationCache
+from cap_llm.blockwise.cache import ActivationCache, Memory
 from cap_llm.blockwise.prune import PrunedBlock, Row, matrix, stored_dtype
-from cap_llm.blockwise.stage import BlockStage, activation_bytes, masks_of_block, start_masks
+from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, Call, states_of
@@ -58,7 +58,7 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     Raises:
         UserError: see the messages; whatever is finished is kept.
     """
-    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run, pruned)
+    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run, pruned, dense)
     if work.done:
         return work.folder
     work.begin(texts, config, dtype=torch.float32)
@@ -145,7 +145,8 @@ class _Trainer:
         self.judges = range(len(mine), len(mine) + len(held_out))
         self.n_judges = len(texts.held_out)
         windows = torch.cat([texts.calibration[list(mine)], texts.held_out[list(held_out)]])
-        memory = activation_bytes(config, parts=4 if self.settings.halves else 3)
+        parts = 4 if self.settings.halves else 3
+        memory = Memory.plan(device, config.runtime.activation_gib, parts)
         self.new_store = lambda: ActivationCache(device, memory, scratch)
         length = windows.shape[1]  # one sequence at a time, so that steps can mix them freely
         self.given = Walk(dense, windows, memory, scratch, length)

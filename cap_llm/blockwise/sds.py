@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import (
     PrunedBlock,
@@ -25,20 +26,21 @@ from cap_llm.blockwise.prune import (
     Solver,
     matrix,
     owners,
+    pattern_of,
     plan_sparsities,
     spread,
 )
-from cap_llm.blockwise.stage import BlockStage, activation_bytes, masks_of_block, start_masks
+from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, Group
-from cap_llm.models.masks import recorded, removed
+from cap_llm.models.masks import Masks, recorded, removed
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 from cap_llm.runtime.rundir import Run
 from cap_llm.solvers.hessian import Moments, factorise
 from cap_llm.solvers.redensify import adjust, redensify, redensify_by_sgd
-from cap_llm.sparsity.patterns import Pattern, choose
+from cap_llm.sparsity.patterns import Pattern, choose, obeys
 from cap_llm.text.reading import Texts
 
 STAGE = "sds"
@@ -61,17 +63,18 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     Raises:
         UserError: see the messages; whatever is finished is kept.
     """
-    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run, pruned)
+    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run, pruned, dense)
     if work.done:
         return work.folder
     dense_model = BlockModel.open(dense, run.world.device)
-    plan = plan_second_prune(pruned, dense_model, config)
+    masks = start_masks(pruned, run)
+    plan = plan_second_prune(masks, dense_model, config)
     work.begin(texts, config)
     todo = len(work.finished) < len(work.model)
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")
-            step = _Step(work, dense_model, pruned, dense, plan, texts, config, scratch)
+            step = _Step(work, dense_model, masks, dense, plan, texts, config, scratch)
         for i in range(len(work.model) if todo else 0):
             with work.model.block(i) as block, dense_model.block(i) as dense_block:
                 if i in work.finished:
@@ -90,20 +93,24 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     return work.finish()
 
 
-def plan_second_prune(pruned: Path, dense: BlockModel, config: Config) -> dict[str, float]:
-    """The sparsity of every weight by name: as recorded with the first prune, or as asked for.
+def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[str, float]:
+    """The sparsity of every weight by name: that of the first prune, or as asked for.
 
     Raises:
-        UserError: a start of another run is recorded with another pattern or another sparsity than
-            `oneshot` asks for, so that the second prune would not be the first one's.
+        UserError: a start of another run has another pattern or another sparsity than `oneshot`
+            asks for, so that the second prune would not be the first one's.
     """
-    settings = config.oneshot
+    settings, pruned = config.oneshot, masks.folder
     plan = plan_sparsities(dense, settings)
     rows = recorded(pruned)
     found = {row["name"]: removed(row) for row in rows}
-    if not found or config.start(STAGE):  # this run's own, whose settings are held already
+    if config.start(STAGE):  # this run's own, whose settings are held already
         return plan | found
     first = sorted({row["pattern"] for row in rows} - {"as found"})
+    if not first:  # pruned elsewhere
+        found, first = _look_at(masks)
+    if not found:
+        return plan
     same = {settings.pattern}
     if settings.method == "wanda" and not Pattern.parse(settings.pattern).m:
         same = {"unstructured", "row"}  # Wanda compares the weights of an output row either way
@@ -117,7 +124,7 @@ def plan_second_prune(pruned: Path, dense: BlockModel, config: Config) -> dict[s
         )
     if Pattern.parse(settings.pattern).m:
         return plan | found
-    rounding = 1e-3 + 1 / min(row["shape"][1] for row in rows)
+    rounding = 1e-3 + 1 / min(matrix(m).shape[1] for m in dense.linears(0).values())
     even = max(found.values()) - min(found.values()) <= rounding  # an uneven budget stays as it is
     for name, share in found.items():
         asked = plan.get(name, 0)
@@ -131,6 +138,16 @@ def plan_second_prune(pruned: Path, dense: BlockModel, config: Config) -> dict[s
     return plan | found
 
 
+def _look_at(masks: Masks) -> tuple[dict[str, float], list[str]]:
+    """The share that each mask removes, by weight, and the N:M pattern that all of them obey."""
+    shares = {}
+    patterns = [Pattern.parse(text) for text in ("2:4", "4:8")]
+    for name, mask in masks.items():
+        shares[name] = 1 - mask.sum().item() / mask.numel()
+        patterns = [p for p in patterns if obeys(mask, p)]
+    return shares, [str(p) for p in patterns[:1]]
+
+
 class _Step:
     """The two streams, and what happens to a block between them."""
 
@@ -138,7 +155,7 @@ class _Step:
         self,
         work: BlockStage,
         dense_model: BlockModel,
-        pruned: Path,
+        masks: Masks,
         dense: Path,
         plan: dict[str, float],
         texts: Texts,
@@ -147,8 +164,8 @@ class _Step:
     ):
         self.work, self.model, self.world = work, work.model, work.run.world
         self.settings, self.oneshot = config.sds, config.oneshot
-        self.pattern = Pattern.parse(config.oneshot.pattern)
-        self.masks = start_masks(pruned, work.run)
+        self.pattern = pattern_of(config.oneshot)
+        self.masks = masks
         self.inside = earlier_mask(dense, config.oneshot, plan)
         mine = self.world.share(len(texts.calibration))
         calibration = texts.calibration[list(mine)]
@@ -158,7 +175,8 @@ class _Step:
         self.n_batches = -(-len(texts.calibration) // BATCH) if self.settings.mode == "paper" else 1
         batch = BATCH if self.settings.mode == "paper" else len(texts.calibration)
         self.batch_of = [n // batch for n in mine]  # of each calibration sequence
-        memory = activation_bytes(config, parts=2 if self.settings.redensify else 1)
+        parts = 2 if self.settings.redensify else 1
+        memory = Memory.plan(self.model.device, config.runtime.activation_gib, parts)
         self.first = None
         if self.settings.redensify:
             seen = dense_model if self.settings.data == "dense" else self.model
@@ -316,9 +334,8 @@ class _Step:
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """What a matrix may become, with its mask: the first prune, the second, the adjusted."""
         sparsity = (~mask).sum().item() / mask.numel()
-        m, n_kept = self.pattern.m, self.pattern.n
-        fits = not m or bool((mask.reshape(-1, m).sum(1) <= n_kept).all())
-        found = {"first": (sparse, mask)} if fits else {}  # pruned elsewhere to another pattern
+        # elsewhere it may have been pruned to another pattern
+        found = {"first": (sparse, mask)} if obeys(mask, self.pattern) else {}
         weight = sparse
         if n in self.free:
             found["again"] = solver(self.free[n], sparsity, inside, target)

@@ -45,6 +45,7 @@ class BlockStage:
         recipe: what its result depends on.
         run: the run directory.
         source: the model directory that it starts from.
+        dense: that of the model whose outputs it aims at, if it is not the source.
 
     Attributes:
         folder: where the result lies.
@@ -55,13 +56,23 @@ class BlockStage:
         UserError: the stage was begun with other settings, or from other weights.
     """
 
-    def __init__(self, name: str, title: str, recipe: dict, run: Run, source: Path):
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        recipe: dict,
+        run: Run,
+        source: Path,
+        dense: Path | None = None,
+    ):
         self.title, self.recipe, self.run, self._source = title, recipe, run, source
         self.folder, done = run.stage(name, recipe)
         self.done = done is not None
         self.parts = self.folder / "blocks"
-        self._inputs = {"model": fingerprint(source) if run.world.first else None}
-        self._refuse_other_inputs("model", f"the weights in {source} have")
+        self._inputs = {}
+        for field, model in (("model", source), ("dense", dense)):
+            self._inputs[field] = fingerprint(model) if model and run.world.first else None
+            self._refuse_other_inputs(field, f"the weights in {model} have")
         if self.done:
             if run.world.first:
                 shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
@@ -254,7 +265,7 @@ class BlockStage:
         path, now = self.folder / INPUTS, self._inputs[field]
         begun = path.exists() and (self.folder / "recipe.json").exists()
         was = read_json(path).get(field, now) if begun else now
-        if now != was and (now or field != "model"):  # weights may be gone when they are done
+        if now != was and (now or field == "ids_sha256"):  # weights may be gone when they are done
             raise UserError(
                 f"{what} changed since {self.folder} was begun; bring back what it was, or choose "
                 "another output_dir"
@@ -294,12 +305,6 @@ def masks_of_block(model: BlockModel, i: int, masks: Masks) -> dict[str, torch.T
     """The masks [R, C] of block i by the linears' names in it, on the model's device."""
     names = {n: model.weight_name(i, n) for n in model.linears(i)}
     return {n: masks[name].to(model.device) for n, name in names.items() if name in masks}
-
-
-def activation_bytes(config: Config, parts: int = 1) -> int | None:
-    """Bytes for each of `parts` stores of activations; None: decide when the work starts."""
-    gib = config.runtime.activation_gib
-    return None if gib is None else int(gib * 2**30) // parts
 
 
 def kind(name: str) -> str:

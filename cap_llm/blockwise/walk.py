@@ -17,7 +17,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from cap_llm.blockwise.cache import ActivationCache
+from cap_llm.blockwise.cache import ActivationCache, Memory
 from cap_llm.models.blocks import BlockModel, Call, Group
 from cap_llm.runtime.errors import UserError
 
@@ -30,7 +30,7 @@ class Walk:
     Args:
         model: the model.
         windows: token ids [N, T] of this rank.
-        memory: bytes for activations on the device; None takes half of what is free.
+        memory: for the hidden states.
         scratch: a folder to spill to.
         micro_tokens: tokens a forward.
     """
@@ -39,7 +39,7 @@ class Walk:
         self,
         model: BlockModel,
         windows: torch.Tensor,
-        memory: int | None,
+        memory: Memory,
         scratch: Path,
         micro_tokens: int = MICRO_TOKENS,
     ):

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config
 from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.tasks import Task
@@ -145,7 +145,7 @@ def _score(
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".scratch-") as place:
         model = BlockModel.open(folder, world.device)
         with console.bar(title, len(model), "blocks") as bar:
-            memory = activation_bytes(config)
+            memory = Memory.plan(world.device, config.runtime.activation_gib)
             nll = streamed_nll(model, text.windows, world, memory, Path(place), bar.advance)
     if not math.isfinite(nll):
         raise UserError(f"the perplexity of {folder} is not finite: the model overflows")

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.blockwise.stage import activation_bytes
 from cap_llm.config import Config, ModelConfig, ObjectiveConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import config_dict, fingerprint, remove_weights
@@ -461,7 +461,7 @@ class _Recovery:
         dtype = engines.compute_dtype(self.settings, self.world)
         with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
             model = BlockModel.open(folder, run.world.device, dtype)
-            memory = activation_bytes(self.config)
+            memory = Memory.plan(run.world.device, self.config.runtime.activation_gib)
             nll = streamed_nll(model, text.held_out, run.world, memory, Path(scratch))
         return math.exp(min(700.0, nll / (len(text.held_out) * (text.held_out.shape[1] - 1))))
 

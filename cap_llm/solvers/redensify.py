@@ -14,6 +14,7 @@ Inputs are scaled to unit energy (see `admm`), so that one mu, l1 and l2 mean th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,8 +22,9 @@ import torch
 from cap_llm.solvers.admm import regularised_inverse, unit_diagonal
 from cap_llm.sparsity.patterns import Pattern, choose
 
-STEPS = 200
-TOLERANCE = 1e-4  # relative change of the weights at which the iterations of the L1 term end
+STEPS = 200  # of the L1 term's iterations at most, and of SGD
+ADJUST = 60  # steps of the adjustment
+TOLERANCE = 1e-3  # relative change of the weights at which the iterations of the L1 term end
 
 
 def redensify(
@@ -123,9 +125,10 @@ def adjust(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Iterative hard thresholding of the layer's error against W_d, from `weight`.
 
-    At most 200 gradient steps of length 1 / lambda_max(H), each followed by a choice of the largest
-    weights; it ends when ten steps have changed no weight of the mask in ten thousand. `refit` on
-    the mask that was found takes the weights to where further steps would.
+    60 gradient steps of length 1 / lambda_max(H), each followed by a choice of the largest weights,
+    with Nesterov's momentum: without it 200 steps do not reach as far. Where zeros may be anywhere
+    the mask hardly moves either way. `refit` on the mask that was found takes the weights to where
+    further steps would.
 
     Args:
         weight: where to start, [R, C] fp32.
@@ -141,15 +144,14 @@ def adjust(
     scale, h = unit_diagonal(hessian)
     w, target = weight * scale, dense * scale
     h /= largest_eigenvalue(h)
-    mask = earlier = choose(w.abs(), pattern, sparsity, allowed)
-    for step in range(1, STEPS + 1):
-        w = torch.addmm(w, w - target, h, alpha=-1)
-        mask = choose(w.abs(), pattern, sparsity, allowed)
-        w *= mask
-        if step % 10 == 0:
-            if int((mask ^ earlier).sum()) <= 1e-4 * int(mask.sum()):
-                break
-            earlier = mask
+    ahead, t = w, 1.0
+    for _ in range(ADJUST):
+        new = torch.addmm(ahead, ahead - target, h, alpha=-1)
+        mask = choose(new.abs(), pattern, sparsity, allowed)
+        new *= mask
+        t, before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
+        ahead = torch.lerp(w, new, 1 + (before - 1) / t)
+        w = new
     return w / scale, mask
 
 

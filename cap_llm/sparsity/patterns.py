@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from cap_llm.runtime.errors import UserError
@@ -99,6 +100,14 @@ def choose(
     return drop_lowest(scores, n_drop, inside).reshape(score.shape)
 
 
+def obeys(mask: torch.Tensor, pattern: Pattern) -> bool:
+    """Whether no group of a mask [R, C] keeps more than N:M allows; true for other patterns."""
+    if not pattern.m:
+        return True
+    groups = mask.shape[1] % pattern.m == 0
+    return groups and bool((mask.reshape(-1, pattern.m).sum(1) <= pattern.n).all())
+
+
 def drop_lowest(
     score: torch.Tensor, n_drop: torch.Tensor, inside: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -122,9 +131,7 @@ def drop_lowest(
     if inside is not None:
         bits = bits.masked_fill(~inside, _LAST)
     if len(n_drop) == 1 and (len(bits) > 1 or bits.device.type == "cpu"):
-        most = int(n_drop)
-        high = bits.kthvalue(most, dim=1).values if most else bits.new_full((len(bits),), -1)
-        n_drop = n_drop.to(bits.device)
+        high, n_drop = _kth(bits, int(n_drop)), n_drop.to(bits.device)
     else:
         n_drop = n_drop.to(bits.device)
         low = torch.full_like(n_drop, -1)  # count(bits <= low) < n_drop, or low == -1
@@ -143,6 +150,15 @@ def drop_lowest(
         equal = bits == high
         keep |= equal & (equal.cumsum(1, dtype=torch.int32) > (equal.sum(1) - surplus)[:, None])
     return keep if inside is None else keep & inside
+
+
+def _kth(bits: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th smallest of each row of bits [R, C], [R]; -1 for k = 0."""
+    if not k:
+        return bits.new_full((len(bits),), -1)
+    if bits.device.type == "cpu":  # numpy's selection has vector instructions: twice as fast
+        return torch.from_numpy(np.partition(bits.numpy(), k - 1, axis=1)[:, k - 1])
+    return bits.kthvalue(k, dim=1).values
 
 
 def _keep_n_of_m(score, pattern: Pattern, allowed) -> torch.Tensor:
