@@ -17,8 +17,8 @@ Weights go once they are scored and no cell of this call starts from them, so th
 most seven models (4 GB). The tables are written beside the results.
 
 The controls of Sparse-Dense-Sparse (SDS): C1 is "+ refit", which refits each matrix as soon as it
-is pruned, so that later ones are pruned on refitted inputs: the same method, but not the same masks;
-C2 is the adjustment alone, from SDS' own first prune, without the dense step; C3 is the dense step
+is pruned, so that later ones are pruned on refitted inputs: the same method, not the same masks; C2
+is the adjustment alone, from SDS' own first prune, without the dense step; C3 is the dense step
 without regularisers and without adjustment, which must give that prune again. Reconstruction starts
 from ALPS and, as its control, from SparseGPT: what it gains may not be the solver's merit.
 """
@@ -401,10 +401,10 @@ which they judge what they made; the one-shot methods do not.
 WikiText-2's first {FIRST} windows, paired by seed. Under SDS stands what it gives less the better
 of its controls, also paired by seed: C1 is the refit (of each matrix as soon as it is pruned, so
 that its later masks are not SDS'), C2 the adjustment of SDS' own first prune without the dense
-step, and "within the spread" means a mean that is no larger than its standard deviation. The layer error is the mean, over matrices, of the relative squared error that the last
-stage left on its calibration text (of Wanda, on its first 16 sequences). It, seconds and memory are
-of the first seed; seconds and memory those of all its pruning on two cores; other work may have run
-beside it.""".split("\n")
+step, and "within the spread" means a mean that is no larger than its standard deviation. The layer
+error is the mean, over matrices, of the relative squared error that the last stage left on its
+calibration text (of Wanda, on its first 16 sequences). It, seconds and memory are of the first
+seed; seconds and memory those of all its pruning on two cores; other work may have run beside it.""".split("\n")
 
 
 def figure(path: Path) -> bool:
