@@ -404,7 +404,8 @@ that its later masks are not SDS'), C2 the adjustment of SDS' own first prune wi
 step, and "within the spread" means a mean that is no larger than its standard deviation. The layer
 error is the mean, over matrices, of the relative squared error that the last stage left on its
 calibration text (of Wanda, on its first 16 sequences). It, seconds and memory are of the first
-seed; seconds and memory those of all its pruning on two cores; other work may have run beside it.""".split("\n")
+seed; seconds and memory those of all its pruning on two cores; other work may have run beside
+it.""".split("\n")
 
 
 def figure(path: Path) -> bool:
