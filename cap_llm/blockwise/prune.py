@@ -240,7 +240,8 @@ def prune_block(
         name = f"{model.block_name(i)}.{names[0]}"
         solver = Solver(config, moments, name, sample=sample)
 
-        def one(full_name: str, dense: torch.Tensor, dtype: torch.dtype) -> Solved:
+        def one(name: str, dtype: torch.dtype) -> Solved:
+            dense, full_name = matrix(linears[name]).float(), model.weight_name(i, name)
             inside = _check(earlier(full_name, dense), full_name)
             new, mask = solver(dense, sparsities[full_name], inside)
             new = new.to(dtype)
@@ -284,7 +285,7 @@ def spread(
     names: list[str],
     pattern: str,
     world: World,
-    solve: Callable[[str, torch.Tensor, torch.dtype], Solved],
+    solve: Callable[[str, torch.dtype], Solved],
     result: PrunedBlock,
 ) -> None:
     """Solves matrices of block i, each on one of the ranks, and gives all ranks the results.
@@ -295,8 +296,8 @@ def spread(
         names: of the linears in their block.
         pattern: for the rows.
         world: the ranks.
-        solve: gets a weight's name, the weight [R, C] in fp32 and the type it is stored in; what
-            follows must see the weights as they will be stored.
+        solve: gets one of `names` and the type that its weight is stored in; what follows must see
+            the weights as they will be stored.
         result: takes masks and rows.
     """
     linears = model.linears(i)
@@ -308,7 +309,7 @@ def spread(
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         if owner[name] == world.rank:
             tick = time.monotonic()
-            solved = solve(full_name, weight.float(), stored_dtype(model, full_name))
+            solved = solve(name, stored_dtype(model, full_name))
             mask = solved.mask.contiguous()  # as the other ranks receive it
             rows[name] = Row(
                 full_name,

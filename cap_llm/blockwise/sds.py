@@ -231,9 +231,8 @@ class _Step:
                 self.oneshot, Moments.total(batches), prefix + names[0], needs_factor=True
             )
 
-            def solve(name: str, _: torch.Tensor, dtype: torch.dtype) -> Solved:
-                n = name.removeprefix(prefix).removesuffix(".weight")
-                inside = self.inside(name, target[n])
+            def solve(n: str, dtype: torch.dtype) -> Solved:
+                inside = self.inside(self.model.weight_name(i, n), target[n])
                 found = self._candidates(n, sparse[n], masks[n], target[n], inside, solver, grams)
                 found = {kept: (w.to(dtype), mask) for kept, (w, mask) in found.items()}
                 kept = list(found)[-1]
