@@ -35,6 +35,7 @@ class Wandb:
         require("wandb", "recover.wandb")
         import wandb
 
+        self._stages: set[str] = set()
         name_here = folder / "wandb_id"  # a repeated command goes on with its own curves
         if not name_here.exists():
             name_here.write_text(uuid.uuid4().hex)
@@ -44,11 +45,15 @@ class Wandb:
             dir=str(folder),
             config=settings,
             resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),  # the run has a log of its own
             id=name_here.read_text(),
         )
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """One point of each curve."""
+        """One point of each curve, over the steps of its stage."""
+        if stage not in self._stages:
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._stages.add(stage)
         self._run.log({f"{stage}/{k}": v for k, v in values.items()} | {f"{stage}/step": step})
 
     def close(self) -> None:
