@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from cap_llm.evaluation.report import write_report
 from cap_llm.evaluation.runs import Figure, Result, collect, run_directories
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.rundir import environment
+from cap_llm.runtime.world import World
 from cap_llm.train import main
 
 
@@ -136,6 +139,40 @@ def test_a_model_is_traced_to_the_job_that_made_it_and_not_to_the_last_one(copy)
     assert all("another one" not in f.facts["machine"] for f in made.figures_of("time"))
 
 
+def test_a_score_is_traced_to_the_job_that_scored_it(copy, report):
+    by = {"command": "python eval/perplexity.py 'a b'", "directory": "/elsewhere"}
+    by["hardware"] = {"processor": "another one", "cores": 3, "ranks": 2}
+    out = report(copy("a", {PERPLEXITY: scored(**by)}))
+    lines = list(csv.DictReader((out / "report.csv").open()))
+    score, time = ({x["stage"]: x for x in lines if x["measure"] == m} for m in ("ppl", "time"))
+    assert score["oneshot"]["command"] == by["command"]
+    assert score["oneshot"]["machine"] == "another one, 3 cores, 2 ranks"
+    assert (
+        "--output_dir" in score["dense"]["command"] and "another" not in score["dense"]["machine"]
+    )
+    assert "--output_dir" in time["oneshot"]["command"]
+    text = (out / "report.md").read_text()
+    assert f"- command (scores of oneshot): `{by['command']}`" in text
+    assert "- directory (scores of oneshot): /elsewhere" in text
+    assert "- machine (scores of oneshot): another one, 3 cores, 2 ranks" in text
+
+
+def test_every_job_of_a_run_is_listed_with_its_machine(copy, report):
+    def on_two_ranks(content):
+        content["environment"]["hardware"].update(ranks=2)
+
+    text = (report(copy("a", {"oneshot/done.json": on_two_ranks})) / "report.md").read_text()
+    assert re.search(r"- machine \(oneshot\): .* cores, 2 ranks\n", text)
+    assert re.search(r"- machine \(dense, scores of dense, .*\): .* cores\n", text)
+    assert len(re.findall("- command: ", text)) == 1  # one job made and scored them all
+
+
+def test_a_command_can_be_given_to_a_shell_again(monkeypatch):
+    words = ["cap-llm", "--name", "a method's, 50 %", "--evaluate.corpora", "[a b.txt]"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert shlex.split(environment(World("cpu"))["command"]) == words
+
+
 def test_a_models_name_leads_to_its_run_and_command(copy, report):
     a, b = copy("a", named("first")), copy("b", named("second") | {"oneshot/recipe.json": other})
     page = (report(a, b) / "report.html").read_text()
@@ -170,6 +207,7 @@ def test_bit_packed_bytes_are_what_a_packed_file_would_take(real):
 
 # columns
 
+STAGES = ("dense", "oneshot")
 PERPLEXITY = "oneshot/perplexity.json"
 SPLITS = {
     "windows": ({PERPLEXITY: scored(windows=5, text_sha256="x")}, "windows (9, 5)"),
@@ -181,8 +219,12 @@ SPLITS = {
         "torch (",
     ),
     "calibration": (
-        {"oneshot/recipe.json": lambda c: other(c) or c["calibration"].update(sequences=99)},
-        "calibration (8 x 64 of text.txt, 99 x 64 of text.txt)",
+        {"oneshot/done.json": lambda c: c.update(calibration="8 x 64 tokens of b.txt, seed 0")},
+        "calibration (8 x 64 tokens of text.txt, 8 x 64 tokens of b.txt)",
+    ),
+    "another calibration text of the same name": (
+        {"oneshot/calibration.json": lambda c: c.update(ids_sha256="fff")},
+        "8 x 64 tokens of text.txt (ids fff)",
     ),
 }
 
@@ -205,7 +247,7 @@ def test_another_build_of_the_same_release_compares(copy):
 
 
 def test_dense_and_uncalibrated_models_stand_beside_every_calibration(copy):
-    more = {"oneshot/recipe.json": lambda c: c["calibration"].update(sequences=99)}
+    more = {"oneshot/done.json": lambda c: c.update(calibration="99 x 64 tokens of b, seed 0")}
     without = {"oneshot/recipe.json": lambda c: other(c) or (c.pop("calibration") and None)}
     runs = [copy("a", named("first")), copy("b", named("second") | more)]
     _, rows, _ = quality(*runs, copy("c", named("third") | without))
@@ -222,6 +264,20 @@ def test_models_of_another_dense_model_have_tables_of_their_own(copy):
     sections = compare([r for run in runs for r in collect(run)])
     assert sections[1].title == "another-model" and len(sections) == 2
     assert all(len(section.rows) == 2 for section in sections)
+
+
+def test_dense_models_of_one_folder_name_have_pictures_of_their_own(copy, report):
+    def moved(to):
+        change = {f"{s}/recipe.json": lambda c: c["model"].update(path=to) for s in STAGES}
+        return change | named(to)
+
+    out = report(copy("a", moved("m1/base")), copy("b", moved("m2/base")), copy("c", moved("x/y")))
+    assert {p.name for p in (out / "figures").iterdir()} == {
+        *("1-base-layers.png", "2-base-layers.png", "3-y-layers.png"),
+    }
+    first, second = (out / "report.md").read_text().split("\n## m2/base\n")
+    assert "\n## m1/base\n" in first and "2-base" not in first
+    assert "2-base-layers.png" in second.partition("\n## y\n")[0] and "1-base" not in second
 
 
 def test_the_best_is_bold_among_models_of_its_own_pattern(copy):
@@ -258,6 +314,20 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_row(copy):
     _, rows, notes = quality(*runs)
     assert rows["method (2 seeds)"][0] == "32.00 ± 2.83"
     assert len(rows) == 2 and any("standard deviation" in note for note in notes)
+
+
+def test_seeds_draw_other_ids_of_one_text_and_still_are_one_row(copy):
+    def drawn(seed):
+        return seeded(seed, 30.0 + seed) | {
+            "oneshot/calibration.json": lambda c: c.update(ids_sha256=f"of seed {seed}"),
+            "oneshot/done.json": lambda c: c.update(
+                calibration=c["calibration"].replace("seed 0", f"seed {seed}")
+            ),
+        }
+
+    labels, rows, _ = quality(*(copy(f"s{seed}", drawn(seed)) for seed in (0, 1)))
+    assert sum("ppl_token" in label for label in labels) == 1
+    assert rows["method (2 seeds)"][0] == "30.50 ± 0.71"
 
 
 def test_the_same_model_scored_twice_is_one_row_and_no_spread(copy):
@@ -489,6 +559,37 @@ def test_damaged_and_foreign_files_are_named_and_the_rest_is_shown(copy, report)
     assert "dense" in text
 
 
+FOREIGN = {
+    "calibration": ("oneshot/recipe.json", {"calibration": 3}),
+    "method": ("oneshot/recipe.json", {"oneshot": {"method": ["a"]}}),
+    "ladder": ("oneshot/recipe.json", {"recover": {"ladder": 5}}),
+    "recover": ("oneshot/recipe.json", {"recover": 3}),
+    "environment": ("oneshot/done.json", {"environment": "y"}),
+    "versions": ("environment.json", {"versions": 3}),
+    "hardware": ("environment.json", {"hardware": ["a"]}),
+    "settings": ("config.yaml", {"model": 3}),
+}
+
+
+@pytest.mark.parametrize("file, content", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_run_is_shown_as_such_and_the_others_beside_it(copy, report, file, content):
+    good, foreign = copy("good", named("good")), copy("foreign")
+    # JSON is YAML too
+    known = yaml.safe_load((foreign / file).read_text())
+    (foreign / file).write_text(json.dumps(known | content))
+    text = (report(good, foreign) / "report.md").read_text()
+    assert "foreign (not as this version writes it)" in text
+    assert re.search(r"\| good \(1\) +\| \d", text)
+
+
+def test_a_fact_that_cannot_be_compared_is_not_as_this_version_writes_it(copy, report):
+    def odd(_):
+        return {"versions": {}, "tasks": {"piqa": {"acc": 0.6, "limit": {"a": 1}}}}
+
+    text = (report(copy("a", {"oneshot/zeroshot.json": odd})) / "report.md").read_text()
+    assert "zeroshot.json is not as this version writes it" in text
+
+
 def test_a_folder_without_a_recipe_is_still_read(copy):
     run = copy("a")
     (run / "dense" / "recipe.json").unlink()
@@ -518,7 +619,7 @@ def test_without_matplotlib_the_report_has_no_pictures_and_says_so(real, tmp_pat
 # published figures
 
 
-def as_opt(run: Path, window: int = 2048, **oneshot) -> Path:
+def as_opt(run: Path, window: int = 2048, origin: str = "allenai/c4  train", **oneshot) -> Path:
     """Rewrites a run as one of OPT-125m in the papers' protocol."""
 
     def recipe(content):
@@ -527,15 +628,19 @@ def as_opt(run: Path, window: int = 2048, **oneshot) -> Path:
             content["oneshot"].update(oneshot)
             content["calibration"].update(corpus="c4", sequences=128, length=2048)
 
+    def done(content):
+        content["calibration"] = f"128 x 2048 tokens of {origin}, seed 0"
+
     def score(content):
         (entry,) = content["corpora"].values()
         content["corpora"] = {f"wikitext2@{window}": entry | {"window": window}}
 
-    for stage in ("dense", "oneshot"):
-        for name, change in (("recipe.json", recipe), ("perplexity.json", score)):
-            content = json.loads((run / stage / name).read_text())
-            change(content)
-            (run / stage / name).write_text(json.dumps(content))
+    changes = [(f"{s}/recipe.json", recipe) for s in STAGES]
+    changes += [(f"{s}/perplexity.json", score) for s in STAGES] + [("oneshot/done.json", done)]
+    for name, change in changes:
+        content = json.loads((run / name).read_text())
+        change(content)
+        (run / name).write_text(json.dumps(content))
     return run
 
 
@@ -552,6 +657,13 @@ def test_a_measured_figure_stands_beside_the_published_one(copy):
     assert row in [r[:5] for r in rows]
     assert ["dense", "27.66"] in [[r[0], r[3]] for r in rows]
     assert all(row[5] for row in rows)  # a source each
+
+
+def test_what_a_sample_of_c4_calibrated_is_not_set_against_published_figures(copy):
+    sample = as_opt(copy("a"), origin="c4.sample-2000.jsonl.gz, all but the last 400 documents")
+    assert {row[0] for row in published_table(sample)} == {"dense"}
+    fetched = as_opt(copy("b"), origin="c4-train.00000-of-01024.json.gz")  # the hub's own file
+    assert {row[0] for row in published_table(fetched)} == {"dense", "a method"}
 
 
 @pytest.mark.parametrize("window, oneshot", [(1024, {}), (2048, {"pattern": "1:4"})])

@@ -329,9 +329,13 @@ def test_two_ranks_give_what_one_gives(llama, rows, tmp_path):
     assert "it/s" not in done.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     assert list(two["tasks"]) == ["arc_easy", "boolq", "lambada_openai", "wikitext", "colours"]
+    assert all("zeroshot.py" in entry["command"] for entry in two["tasks"].values())
+    assert all(entry["hardware"]["ranks"] == 2 for entry in two["tasks"].values())
     assert all(entry["versions"]["lm_eval"] for entry in two["tasks"].values())
     for entry in (*one["tasks"].values(), *two["tasks"].values()):
-        del entry["seconds"], entry["versions"]  # the latter are the caller's to give
+        del entry["seconds"]
+        for name in zeroshot.JOB:  # the caller's to give
+            entry.pop(name, None)
     assert two["tasks"] == one["tasks"]
     assert two["versions"]["lm_eval"] and two["model"] == str(llama)
 
@@ -601,6 +605,21 @@ def test_figures_of_other_weights_are_not_taken(tiny, text_file, tmp_path, monke
         (entry,) = json.loads(file.read_text())["corpora"].values()
         figures.append(entry["ppl_token"])
     assert figures[0] != figures[1]
+
+
+@pytest.mark.parametrize("content", [{}, [], {"corpora": 3}, {"corpora": {"x@64": 3}}], ids=str)
+def test_a_file_that_holds_no_perplexities_is_refused(
+    content, llama, text_file, tmp_path, monkeypatch, capfd
+):
+    import perplexity as perplexity_script
+
+    file = tmp_path / "perplexity.json"
+    file.write_text(json.dumps(content))
+    args = [llama, "--corpora", text_file, "--window", 64, "--output", file]
+    monkeypatch.setattr(sys, "argv", ["perplexity.py", *map(str, args)])
+    assert perplexity_script.main() == 2
+    said = capfd.readouterr().err
+    assert "holds no perplexities; remove it" in said and said.count("\n") == 1
 
 
 def test_the_scripts_refuse_in_one_line(tiny, llama, tmp_path, monkeypatch, capfd):

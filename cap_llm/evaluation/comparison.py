@@ -115,8 +115,11 @@ def compare(results: list[Result]) -> list[Section]:
     by_dense: dict[str, list[Result]] = {}
     for result in results:
         by_dense.setdefault(result.dense, []).append(result)
+    short = [short_name(dense) for dense in by_dense]
     sections = []
     for dense, group in by_dense.items():
+        title = short_name(dense)
+        _tell_texts_apart(group)
         _add_means(group)
         rows = _rows(group, runs)
         splits: list[str] = []
@@ -129,11 +132,28 @@ def compare(results: list[Result]) -> list[Section]:
         kinds |= {kind: _columns(group, kind, splits) for kind in COSTS}
         tables = _tables(rows, kinds)
         tables[0].notes = splits + _remarks(rows, kinds)
-        sections.append(Section(short_name(dense), rows, kinds, tables))
+        sections.append(Section(dense if short.count(title) > 1 else title, rows, kinds, tables))
     if len(sections) > 1:
         note = "Models that come from different dense models do not compare: each has its tables."
         sections[0].tables[0].notes.insert(0, note)
     return sections
+
+
+def _tell_texts_apart(results: list[Result]) -> None:
+    """Adds a checksum to the name of a calibration text where other texts are called the same.
+
+    They are others where one seed drew other ids. Which of them a further seed drew from nobody
+    knows, so that seeds do not fold there.
+    """
+    drawn: dict[tuple, set] = {}
+    for result in (r for r in results if r.calibration):
+        seed, ids = result.drawn
+        drawn.setdefault((result.calibration, seed), set()).update([ids] if ids else [])
+    several = {text for (text, _), ids in drawn.items() if len(ids) > 1}
+    for result in (r for r in results if r.calibration in several):
+        result.calibration += f" (ids {result.drawn[1][:8]})"
+        for figure in (f for f in result.figures if f.facts.get("calibration")):
+            figure.facts["calibration"] = result.calibration
 
 
 # rows
@@ -167,7 +187,8 @@ def _one_row(known: Result, result: Result) -> bool:
     """Whether two results are one model made with two seeds, or the same model scored twice."""
     if known.stage == result.stage == "dense":
         return True
-    if (known.stage, known.recipe) != (result.stage, result.recipe):
+    of_known = (known.stage, known.recipe, known.calibration)
+    if of_known != (result.stage, result.recipe, result.calibration):
         return False
     if known.status or result.status:
         return False
@@ -416,10 +437,12 @@ def _beside_published(rows: list[Row], columns: list[Column]) -> Table | None:
     table.columns.append("source")
     others: dict[tuple, dict[str, float]] = {}
     matched = set()
-    for column in (c for c in columns if of_protocol(c.name, c.facts)):
+    for column in columns:
         for row in rows:
             measured, first = row.value(column), row.results[0]
-            if measured is None or row.status:
+            # a dense model stands in the columns of every calibration and has none
+            facts = column.facts | {"calibration": first.calibration}
+            if measured is None or row.status or not of_protocol(column.name, facts):
                 continue
             method = first.method if row.group else "dense"
             for p in published():
@@ -430,10 +453,13 @@ def _beside_published(rows: list[Row], columns: list[Column]) -> Table | None:
                     others.setdefault(place[1:], {}).setdefault(p.method, p.ppl)
                     continue
                 matched.add((p.method, *place[1:]))
-                where = ", ".join([f"{p.corpus}@{p.window}", *column.label[2:]])
+                others_text = None if first.calibration else column.facts["calibration"]
+                told = [line for line in column.label[2:] if line != others_text]
+                where = ", ".join([f"{p.corpus}@{p.window}", *told])
                 texts = [row.name, where, show("ppl", measured), f"{p.ppl:g}"]
                 texts += [f"{measured - p.ppl:+.2f}", p.source]
-                table.rows.append([Cell(t) for t in texts])
+                if texts not in [[cell.text for cell in known] for known in table.rows]:
+                    table.rows.append([Cell(t) for t in texts])
     if not table.rows:
         return None
     table.rows.sort(key=lambda cells: [row.name for row in rows].index(cells[0].text))

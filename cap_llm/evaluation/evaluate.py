@@ -21,7 +21,7 @@ from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
-from cap_llm.runtime.rundir import LIBRARIES, Run, environment
+from cap_llm.runtime.rundir import Run, environment
 from cap_llm.runtime.world import World
 from cap_llm.text.reading import ScoredText, Texts
 
@@ -74,9 +74,8 @@ def evaluate(
 
 
 def facts_of(config: Config, world: World) -> dict:
-    """What results say of a model besides its scores."""
-    versions = {name: environment(world)["versions"][name] for name in LIBRARIES}
-    return {"model": config.model.path, "versions": versions}
+    """What results say of a model besides its scores: which it is, and who scored it on what."""
+    return {"model": config.model.path} | environment(world)
 
 
 def score_corpora(
@@ -109,27 +108,40 @@ def score_corpora(
         UserError: the model has no perplexity or overflows.
     """
     stage = facts.get("stage", folder.name)
-    empty = {"corpora": {}}
-    earlier = read_json(path) if world.first and path and path.exists() else empty
-    results = world.gather(earlier)[0]  # a shared file system may show ranks different things
-    weights = facts.get("weights_sha256")  # a run directory's models are known by their recipes
-    if weights and results.get("weights_sha256", weights) != weights:
-        console.say(f"{path} scores other weights; it will be written anew")
-        results = empty
+    weights = facts.get("weights_sha256")
+    # a shared file system may show ranks different things
+    results = world.gather(_earlier(path, weights, console) if world.first else None)[0]
     for text in scored:
-        known = results["corpora"].get(text.key)
+        known = results.get(text.key)
         if not known or known["text_sha256"] != text.digest:
             title = f"{stage} on {text.name}"
             known = _score(folder, title, text, config, scratch, world, console)
-            known["versions"] = facts["versions"]  # a later one may be scored by other ones
-            results["corpora"][text.key] = known
+            results[text.key] = known = known | zeroshot.job(facts)
             if world.first and path:
-                write_json(path, facts | {"corpora": results["corpora"]})
+                write_json(path, facts | {"corpora": results})
         console.say(
             f"{stage}: ppl_token@{known['window']} {known['ppl_token']:.4f} on {text.name} "
             f"({known['windows']} windows, BOS {known['bos']}, {duration(known['seconds'])})"
         )
-    return {text.key: results["corpora"][text.key] for text in scored}
+    return {text.key: results[text.key] for text in scored}
+
+
+def _earlier(path: Path | None, weights: str | None, console: Console) -> dict[str, dict]:
+    """The entries that the file holds, of these weights.
+
+    `weights` None: any, as in a run directory, whose models are known by their recipes.
+    """
+    if path is None or not path.exists():
+        return {}
+    earlier = read_json(path)
+    try:
+        entries = {key: entry for key, entry in earlier["corpora"].items() if entry["text_sha256"]}
+        if not weights or earlier.get("weights_sha256", weights) == weights:
+            return entries
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} holds no perplexities; remove it") from None
+    console.say(f"{path} scores other weights; it will be written anew")
+    return {}
 
 
 def _score(

@@ -43,8 +43,10 @@ def draw(sections: list[Section], folder: Path) -> tuple[dict[str, list[Picture]
         from matplotlib.figure import Figure
     except ImportError:
         return pictures, "matplotlib is not installed, so the report has no pictures."
-    for section in sections:
-        prefix = re.sub(r"[^\w.-]+", "-", section.title) + "-" if len(sections) > 1 else ""
+    for n, section in enumerate(sections, 1):
+        # the number, as two models may share the rest
+        model = re.sub(r"[^\w.-]+", "-", Path(section.title).name)
+        prefix = f"{n}-{model}-" if len(sections) > 1 else ""
         painters = (_over_sparsity, _layers, _training, _zero_shot, _cost)
         for name, painter in zip(_NAMES, painters, strict=True):
             canvas = FigureCanvasAgg(Figure(figsize=_SIZE, layout="constrained"))

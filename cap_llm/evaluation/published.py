@@ -9,7 +9,11 @@ from importlib.resources import files
 
 import yaml
 
-CALIBRATION = "128 x 2048 of c4"
+# Of C4's first training shard: from the hub, or the same file in CAP_LLM_DATA.
+CALIBRATIONS = tuple(
+    f"128 x 2048 tokens of {origin}"
+    for origin in ("allenai/c4 train", "c4-train.00000-of-01024.json.gz")
+)
 C4_WINDOWS = 256
 
 
@@ -52,4 +56,4 @@ def of_protocol(corpus: str, facts: dict) -> bool:
     256 windows, which a local sample does not fill), and their calibration or none."""
     if corpus == "c4" and facts.get("windows") != C4_WINDOWS:
         return False
-    return facts.get("limit") is None and facts.get("calibration") in (None, CALIBRATION)
+    return facts.get("limit") is None and facts.get("calibration") in (None, *CALIBRATIONS)

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from cap_llm.evaluation.comparison import COST, PUBLISHED, Cell, Section, Table, compare
 from cap_llm.evaluation.figures import Picture, draw
-from cap_llm.evaluation.runs import Result, collect
+from cap_llm.evaluation.runs import Figure, Result, collect
 from cap_llm.runtime.console import PLAIN_WIDTH, Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
@@ -80,31 +80,21 @@ class Provenance:
 
 def _provenance(run: Path, results: Iterable[Result]) -> Provenance:
     own = [r for r in results if r.run == run]
-    environment = next((r.environment for r in own if r.environment), {})
-    hardware = environment.get("hardware") or {}
-    versions = environment.get("versions") or {}
     facts = [("models", ", ".join(f"{r.name} ({r.stage})" for r in own))]
-    commands = [c for r in own if (c := r.environment.get("command"))]
-    facts += [("command", command) for command in dict.fromkeys(commands or ["unknown"])]
-    for result in own:
-        if result.calibration:
-            c = result.calibration
-            text = f"{c.get('sequences')} x {c.get('length')} tokens of "
-            text += f"{Path(str(c.get('corpus'))).name}, seed {c.get('seed')}"
-            facts.append(("calibration", text))
-            break
-    training = next((r.training for r in own if r.training), None)
-    if training:
-        facts.append(("trained on", training))
-    names = [f"{k} {v}" for k, v in versions.items() if v]
-    if environment.get("commit"):
-        names.append(f"commit {environment['commit']}")
-    facts.append(("versions", ", ".join(names) or "unknown"))
-    machine = [f"{hardware.get('processor')}, {hardware.get('cores')} cores"] if hardware else []
-    machine += hardware.get("cuda") or []
-    ranks = hardware.get("ranks") or 1
-    machine += [f"{ranks} ranks"] if ranks > 1 else []
-    facts.append(("machine", ", ".join(machine) or "unknown"))
+    calibrated = [f"{r.calibration}, seed {r.drawn[0]}" for r in own if r.calibration]
+    facts += [("calibration", text) for text in dict.fromkeys(calibrated)]
+    trained = [r.training for r in own if r.training]
+    facts += [("trained on", text) for text in dict.fromkeys(trained)]
+    jobs = [(r.stage, r.environment) for r in own]
+    jobs += [(f"scores of {r.stage}", f.environment) for r in own for f in r.figures]
+    for name in ("command", "directory", "versions", "machine"):
+        told: dict[str, list[str]] = {}  # what made it: one line for each distinct answer
+        for work, environment in jobs:
+            if environment:
+                told.setdefault(environment[name], []).append(work)
+        for text, works in told.items():
+            whose = f" ({', '.join(dict.fromkeys(works))})" if len(told) > 1 else ""
+            facts.append((name + whose, text))
     facts += [("incomplete", f"{r.name}: {'; '.join(r.status)}") for r in own if r.status]
     return Provenance(str(run), facts)
 
@@ -195,7 +185,10 @@ def _markdown(page: Page) -> str:
     lines += [f"- all: {name}: {value}" for name, value in page.common] + [""] * bool(page.common)
     for n, run in enumerate(page.runs, 1):
         lines.append(f"{n}. `{run.run}`")
-        lines += [f"   - {k}: `{v}`" if k == "command" else f"   - {k}: {v}" for k, v in run.facts]
+        lines += [
+            f"   - {k}: `{v}`" if k.startswith("command") else f"   - {k}: {v}"
+            for k, v in run.facts
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -215,14 +208,15 @@ def _csv(results: list[Result]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = ["dense model", "model", "stage", "method", "amount", "seeds", "status", "measure"]
-    writer.writerow([*head, "name", "value", "stderr", "facts", "run", "command"])
+    head += ["name", "value", "stderr", "facts", "run", "command", "machine"]
+    writer.writerow(head)
     for r in results:
-        seeds, command = " ".join(map(str, r.seeds)), r.environment.get("command")
+        seeds = " ".join(map(str, r.seeds))
         about = [r.dense, r.name, r.stage, r.method, r.amount, seeds, "; ".join(r.status)]
         shares = zip(("sparsity", "sparsity of the whole model"), r.sparsity or (), strict=False)
-        lines = [(kind, "", share, None, {}) for kind, share in shares]
-        lines += [(f.kind, f.name, f.value, f.stderr, f.facts) for f in r.figures]
-        for kind, name, value, stderr, facts in lines:
-            told = "; ".join(f"{k}={v}" for k, v in facts.items() if v is not None)
-            writer.writerow([*about, kind, name, value, stderr, told, r.run, command])
+        for f in (*(Figure(kind, "", share) for kind, share in shares), *r.figures):
+            told = "; ".join(f"{k}={v}" for k, v in f.facts.items() if v is not None)
+            job = f.environment or r.environment
+            where = [r.run, job.get("command"), job.get("machine")]
+            writer.writerow([*about, f.kind, f.name, f.value, f.stderr, told, *where])
     return out.getvalue()

@@ -27,6 +27,7 @@ _ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
 _METRICS = {"task": "acc", "norm": "acc_norm", "word": "word_perplexity"}  # lm-eval's names
 LIBRARIES = ("torch", "transformers", "lm_eval")  # that compute a zero-shot score
 SCORES = ("ppl", "word", "task")  # what makes a model a scored one
+_FOREIGN = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # as other files cause
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -42,6 +43,7 @@ class Figure:
         value: shares are in [0, 1].
         facts: what must agree before it is compared. `calibration` None agrees with any.
         stderr: the standard error, where the measure has one.
+        environment: of the job that measured it, where that says so; as in `Result`.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Figure:
     value: float
     facts: dict[str, str | int | None] = field(default_factory=dict)
     stderr: float | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,14 +69,15 @@ class Result:
         sparsity: share of zeros in the pruned matrices and in the whole model.
         recipe: the settings of all stages up to this one, as text, without their seeds.
         seeds: those seeds.
-        calibration: the text that the solvers saw; None if none did.
+        calibration: how much of which text the solvers saw; None if none did.
+        drawn: the seed that drew it and a checksum of the ids.
         training: the text of the recovery.
         figures: what was measured.
         layers: name, sparsity and relative output error of each pruned matrix.
         curve: (tokens, held-out perplexity) along the recovery, a list for each rung.
         curve_dense: held-out perplexity of the dense model there.
         status: empty, or what is wrong: `unfinished`, `not scored`, ...
-        environment: versions, hardware and command of the job that made it.
+        environment: command, directory, versions and machine of the job that made it.
     """
 
     name: str
@@ -86,14 +90,15 @@ class Result:
     sparsity: tuple[float, float] | None = None
     recipe: str = ""
     seeds: tuple[int, ...] = ()
-    calibration: dict | None = None
+    calibration: str | None = None
+    drawn: tuple = ()
     training: str | None = None
     figures: list[Figure] = field(default_factory=list)
     layers: list[tuple[str, float, float | None]] = field(default_factory=list)
     curve: list[list[tuple[float, float]]] = field(default_factory=list)
     curve_dense: float | None = None
     status: list[str] = field(default_factory=list)
-    environment: dict = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def figures_of(self, *kinds: str) -> list[Figure]:
         """The figures of some kinds."""
@@ -130,6 +135,14 @@ def collect(folder: Path) -> list[Result]:
     """
     if not _is_run(folder):
         raise UserError(f"{folder} is no run directory: it has no environment.json")
+    try:
+        return _read(folder)
+    except _FOREIGN:
+        status = ["not as this version writes it"]
+        return [Result(folder.name, "none", folder, "unknown model", status=status)]
+
+
+def _read(folder: Path) -> list[Result]:
     troubles: list[str] = []
     facts = _part(folder / "environment.json", dict, troubles) or {}
     settings = _settings(folder / "config.yaml")
@@ -137,11 +150,11 @@ def collect(folder: Path) -> list[Result]:
     results = list(made.values())
     if results and not results[-1].figures_of(*SCORES):
         results[-1].status.append("not scored")
-    title = facts.get("run") or folder.name
+    title = _title(facts, folder)
     later = [r for stage, r in made.items() if stage != "dense"]
     asked = [s for s in settings.get("stages") or [] if s not in (*made, "evaluate")]
-    last = (later or results or [Result(title, "none", folder, _dense({}, settings))])[-1]
-    last.environment = last.environment or facts
+    nothing = Result(title, "none", folder, _dense({}, settings), environment=_job(facts))
+    last = (later or results or [nothing])[-1]
     if asked:
         last.status.append(f"{asked[0]} not begun")
     last.status += troubles
@@ -158,7 +171,7 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
     stages = [p.name for p in folder.iterdir() if any((p / mark).exists() for mark in marks)]
     stages = [s for s in stages if s != "source"]  # a conversion of the dense model
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
-    title = facts.get("run") or folder.name
+    title = _title(facts, folder)
     given = _given(settings, facts, folder)
     made: dict[str, Result] = {}
     for stage in stages:
@@ -177,6 +190,10 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
 
 def _is_run(path: Path) -> bool:
     return (path / "environment.json").is_file()
+
+
+def _title(facts: dict, folder: Path) -> str:
+    return str(facts.get("run") or folder.name)
 
 
 def _says_the_dense(settings: dict) -> bool:
@@ -220,12 +237,16 @@ def _result(
     own = {k: v for k, v in recipe.items() if not (before and k in ("model", "start"))}
     result.recipe = json.dumps([*history, [stage, _without_seeds(own)]], sort_keys=True)
     result.seeds = (*(before.seeds if before else ()), *_seeds(recipe))
-    result.calibration = before.calibration if before else None
+    hash(result.seeds)  # tables look results up by them: a list is none
+    if before:
+        result.calibration, result.drawn = before.calibration, before.drawn
     # of the job that made the model, where it says so; the run's own is its last job's
-    result.environment = (done or {}).get("environment") or environment
+    made_by = (done or {}).get("environment") or environment
+    result.environment = _job(made_by)
     if "calibration" in recipe:
         digest = _part(place / "calibration.json", dict, []) or {}
-        result.calibration = dict(recipe["calibration"], ids=digest.get("ids_sha256"))
+        result.calibration = _calibration((done or {}).get("calibration"), recipe["calibration"])
+        result.drawn = (recipe["calibration"].get("seed"), str(digest.get("ids_sha256", "")))
     result.training = (done or {}).get("recovery") or (before.training if before else None)
     if stage != "dense":
         _describe(result, recipe, before)
@@ -237,14 +258,14 @@ def _result(
         if (place / file).exists():
             result.figures += _part(place / file, lambda c, p=parse: p(c, versions), status) or []
     for figure in result.figures:
-        figure.facts["calibration"] = _calibration(result.calibration)
+        figure.facts["calibration"] = result.calibration
     weights = Path(recipe.get("model", {}).get("path") or "") if stage == "dense" else place
     counts = None
     if (weights / "sparsity.json").exists():
         counts = _part(weights / "sparsity.json", lambda c: _sparsity(c, result), status)
     result.figures += _sizes(weights, config, counts)
     if done is not None:
-        result.figures += _costs(done, before, result.environment)
+        result.figures += _costs(done, before, made_by)
     if stage == "recover":
         _curves(run / "metrics.jsonl", recipe.get("recover") or {}, done or {}, result)
     return result
@@ -256,7 +277,7 @@ def _part(path: Path, parse: Callable, troubles: list[str]):
         return parse(read_json(path))
     except UserError:
         troubles.append(f"{path.name} cannot be read")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except _FOREIGN:
         troubles.append(f"{path.name} is not as this version writes it")
     return None
 
@@ -317,8 +338,9 @@ def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
             "computed in": entry.get("computed_in"),
         }
         facts |= _versions(entry, content, run_versions, LIBRARIES[:2])
-        name = Path(key.partition("@")[0]).stem
-        figures.append(Figure("ppl", name, float(entry["ppl_token"]), facts))
+        hash(tuple(facts.values()))  # a list or a dict is no fact
+        name, ppl = Path(key.partition("@")[0]).stem, float(entry["ppl_token"])
+        figures.append(Figure("ppl", name, ppl, facts, environment=_scored_by(entry)))
     return figures
 
 
@@ -336,11 +358,20 @@ def _tasks(content: dict, run_versions: dict) -> list[Figure]:
         }
         facts |= _versions(entry, content, run_versions, LIBRARIES)
         facts["lm_eval"] = entry.get("lm_eval", facts["lm_eval"])
+        hash(tuple(facts.values()))
         for kind, metric in _METRICS.items():
             if entry.get(metric) is not None:
                 error = entry.get(f"{metric}_stderr")
-                figures.append(Figure(kind, task, float(entry[metric]), dict(facts), error))
+                error = None if error is None else float(error)
+                figure = Figure(kind, task, float(entry[metric]), dict(facts), error)
+                figure.environment = _scored_by(entry)
+                figures.append(figure)
     return figures
+
+
+def _scored_by(entry: dict) -> dict[str, str]:
+    """The job that scored; early versions did not say which."""
+    return _job(entry) if "command" in entry else {}
 
 
 def _versions(entry: dict, content: dict, of_run: dict, names: tuple[str, ...]) -> dict:
@@ -354,18 +385,35 @@ def _release(version: str | None) -> str | None:
     return version.partition("+")[0] if isinstance(version, str) else None
 
 
-def _calibration(settings: dict | None) -> str | None:
-    """The calibration text as a fact, without its seed."""
-    if not settings:
-        return None
+def _calibration(told: str | None, settings: dict) -> str:
+    """The calibration text as a fact, without its seed: what the stage says that it read.
+
+    A corpus by name, as in the settings, may be the hub's or a sample of it.
+    """
+    if told:
+        return " ".join(told.rpartition(", seed ")[0].split())
     corpus = Path(str(settings.get("corpus"))).name
-    return f"{settings.get('sequences')} x {settings.get('length')} of {corpus}"
+    return f"{settings.get('sequences')} x {settings.get('length')} tokens of {corpus}"
+
+
+def _job(environment: dict) -> dict[str, str]:
+    """Command, directory, versions and machine of a job, as they are printed."""
+    versions = [f"{k} {v}" for k, v in (environment.get("versions") or {}).items() if v]
+    versions += [f"commit {environment['commit']}"] if environment.get("commit") else []
+    hardware = environment.get("hardware") or {}
+    machine = [f"{hardware.get('processor')}, {hardware.get('cores')} cores"] if hardware else []
+    machine += hardware.get("cuda") or []
+    ranks = hardware.get("ranks") or 1
+    machine += [f"{ranks} ranks"] if ranks > 1 else []
+    told = {name: str(environment.get(name) or "unknown") for name in ("command", "directory")}
+    told["versions"] = ", ".join(versions) or "unknown"
+    return told | {"machine": ", ".join(machine) or "unknown"}
 
 
 def _sparsity(content: dict, result: Result) -> dict:
     """Fills in sparsity and layers; returns the number of bytes that packing needs to know."""
     pruned, whole = content["pruned_matrices"], content["whole_model"]
-    result.sparsity = (pruned["sparsity"], whole["sparsity"])
+    result.sparsity = (float(pruned["sparsity"]), float(whole["sparsity"]))
     mask_bytes = 0
     for row in content["rows"]:
         n_rows, columns = row["shape"]
@@ -432,7 +480,7 @@ def _curves(path: Path, recover: dict, done: dict, result: Result) -> None:
                     for step in [s for s in points if s >= entry["step"]]:
                         del points[step]
                     points[entry["step"]] = entry["value"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, *_FOREIGN):
         result.status.append("metrics.jsonl cannot be read")
     start = 0
     for points in rungs.values():

@@ -29,6 +29,7 @@ from cap_llm.runtime.world import World
 from cap_llm.text.tokenizers import load_tokenizer
 
 FILE = "zeroshot.json"
+JOB = ("command", "directory", "versions", "commit", "hardware")  # of a run's environment.json
 
 
 def score_tasks(
@@ -47,7 +48,7 @@ def score_tasks(
         folder: the model.
         tasks: what to score, see `find_tasks`.
         config: the limit, the batch size, and the sets that means are wanted of.
-        facts: what the file says of the model besides (`model`, `stage`, `versions`).
+        facts: what the file says of the model besides (`model`, `stage`), and the job.
         path: the file that is written after each task, and read for what it holds already.
         world: the ranks.
         console: where progress goes.
@@ -86,7 +87,7 @@ def score_tasks(
             lm = lm or _open(folder, tokenizer, config.batch_size, world, console)
             lm.title = f"{stage}{key}"
             entry = recipe | _score(lm, task, built, config.limit)
-            entry["versions"] = facts.get("versions")  # a later task may be scored by other ones
+            entry |= job(facts)
             console.say(f"{stage}{key}: {figures(entry)}, {duration(entry['seconds'])}")
             results["tasks"][key] = entry
             results["means"] |= means(results["tasks"], config)
@@ -98,6 +99,11 @@ def score_tasks(
             f"{stage}{name}: mean acc {mean['acc']:.4f} of {len(mean['tasks'])} tasks{part}"
         )
     return results
+
+
+def job(facts: dict) -> dict:
+    """What an entry keeps of the job that scored it: a later job may add to the same file."""
+    return {name: facts[name] for name in JOB if name in facts}
 
 
 def means(entries: dict[str, dict], config: EvaluateConfig) -> dict[str, dict]:
@@ -163,8 +169,8 @@ def _earlier(path: Path | None, weights: str, console: Console) -> dict:
     earlier = read_json(path)
     try:
         if earlier["weights_sha256"] == weights:
-            return {name: dict(earlier[name]) for name in empty}
-    except (KeyError, TypeError, ValueError):
+            return {name: {k: dict(v) for k, v in earlier[name].items()} for name in empty}
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} holds no zero-shot scores; remove it") from None
     console.say(f"{path} scores other weights; it will be written anew")
     return empty

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -203,7 +204,7 @@ def environment(world: World) -> dict:
     ).stdout.strip()
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "directory": os.getcwd(),
         "versions": versions,
         "commit": commit or None,
