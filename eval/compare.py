@@ -32,7 +32,7 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     try:
-        results = [r for run in run_directories(options.runs) for r in collect(run)]
+        results = [r for run in run_directories(options.runs, console) for r in collect(run)]
         page = write_report(results, options.out, options.title, console)
     except UserError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)

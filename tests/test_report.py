@@ -19,6 +19,7 @@ from cap_llm.evaluation import published as papers
 from cap_llm.evaluation.comparison import compare
 from cap_llm.evaluation.report import write_report
 from cap_llm.evaluation.runs import Figure, Result, collect, run_directories
+from cap_llm.runtime import console
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import environment
@@ -439,6 +440,40 @@ def test_a_chain_of_runs_is_named_and_measured_by_its_last_pruning(copy):
     assert rows[last.name][labels.index("gap closed, %")] == "50.0"
 
 
+def test_bytes_of_other_types_do_not_share_a_column(copy):
+    half = {
+        "oneshot/config.json": lambda c: c.update(dtype="bfloat16"),
+        "oneshot/recipe.json": other,
+    }
+    runs = [copy("a", named("first")), copy("b", named("second") | half)]
+    tables = compare([r for run in runs for r in collect(run)])[0].tables
+    (table,) = [t for t in tables if t.title == "Cost"]
+    rows = {row[0].text: [c.text for c in row] for row in table.rows}
+    wide, narrow = (
+        table.columns.index(WIDE),
+        table.columns.index(WIDE.replace("float32", "bfloat16")),
+    )
+    assert rows["first"][wide] != "-" != rows["second"][narrow]
+    assert rows["first"][narrow] == rows["second"][wide] == "-"
+
+
+WIDE = "on\ndisk\nstored as float32"
+
+
+def test_a_dense_model_that_the_scripts_scored_has_its_scores(copy, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    change = {f"{s}/recipe.json": lambda c: c["model"].update(path=str(model)) for s in STAGES}
+    run = copy("a", change)
+    (run / "dense" / "perplexity.json").rename(model / "perplexity.json")
+    (model / "zeroshot.json").write_text(json.dumps(zeroshot(piqa=0.7)({})))
+    labels, rows, _ = quality(run)
+    assert "-" not in rows["dense"][0]
+    (section,) = compare(collect(run))
+    (table,) = [t for t in section.tables if t.title.startswith("Zero-shot")]
+    assert [c.text for c in table.rows[0]] == ["dense", "70.0"]
+
+
 def test_types_of_computation_do_not_share_a_column(copy):
     half = copy("b", named("b") | {"oneshot/perplexity.json": scored(computed_in="bfloat16")})
     _, _, notes = quality(copy("a", named("a")), half)
@@ -524,6 +559,53 @@ def test_pictures_show_only_what_was_measured(copy, report):
     pair = [copy("b", named("second")), copy("c", named("third") | more | refit)]
     names = {p.name for p in (report(*pair) / "figures").iterdir()}
     assert names == {"layers.png", "zero-shot.png", "perplexity-over-sparsity.png", "cost.png"}
+
+
+def test_a_picture_shows_what_shares_its_text_and_names_the_rest(copy, report):
+    elsewhere = {"oneshot/done.json": lambda c: c.update(calibration="8 x 64 tokens of b, seed 0")}
+    refit = {"oneshot/recipe.json": other}
+
+    def blind(recipe):
+        recipe["oneshot"].update(method="magnitude")
+        del recipe["calibration"]
+
+    def without_errors(counts):
+        for row in counts["rows"]:
+            row["error"] = None
+
+    magnitude = {"oneshot/recipe.json": blind, "oneshot/sparsity.json": without_errors}
+    out = report(
+        *(copy("a", named("first")), copy("b", named("second") | elsewhere | refit)),
+        copy("c", named("blind") | magnitude),
+    )
+    (caption,) = re.findall(r"^Mean output error.*", (out / "report.md").read_text(), re.M)
+    assert "on 8 x 64 tokens of text.txt." in caption
+    assert "No errors are known of blind." in caption
+    assert "other text: second (8 x 64 tokens of b)." in caption
+
+
+def test_recoveries_on_other_text_are_not_drawn_together(copy, report):
+    runs = []
+    for name, corpus in (("first", "a.txt"), ("second", "a.txt"), ("third", "b.txt")):
+        run = copy(name, named(name))
+        (run / "oneshot").rename(run / "recover")
+        recipe = {"recover": {"corpus": corpus, "length": 64, "batch": 4, "weight": name}}
+        (run / "recover" / "recipe.json").write_text(json.dumps(recipe | {"model": MODEL}))
+        points = [
+            {"stage": "recover", "step": s, "name": "held_out_ppl", "value": 9.0 - s}
+            for s in (0, 1)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+        recipe = json.loads((run / "dense" / "recipe.json").read_text())
+        (run / "dense" / "recipe.json").write_text(json.dumps(recipe | {"model": MODEL}))
+        runs.append(run)
+    text = (report(*runs) / "report.md").read_text()
+    (caption,) = re.findall(r"^Perplexity along the recovery.*", text, re.M)
+    assert "held-out text of a.txt in sequences of 64 tokens" in caption
+    assert "other text: third (b.txt in sequences of 64 tokens)." in caption
+
+
+MODEL = {"path": "some/model"}
 
 
 def sparser(counts):
@@ -817,14 +899,43 @@ def test_the_command_takes_runs_or_a_folder_of_them(copy, tmp_path):
 
 
 def test_a_run_that_is_named_twice_counts_once(real):
-    assert run_directories([real, real.parent, real]) == [real]
+    assert run_directories([real, real.parent, real], Console(False)) == [real]
+
+
+def test_what_holds_no_run_is_left_out_beside_runs(real, tmp_path, capsys):
+    """As the shell gives it: the runs of a folder, and the report that lies beside them."""
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "report.csv").write_text("")
+    beside = [tmp_path / "figures", real, tmp_path / "report.csv"]
+    assert run_directories(beside, Console()) == [real]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"no runs, left out: {tmp_path / 'figures'}, {tmp_path / 'report.csv'}"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_console_shows_figures_beside_long_names_and_says_what_it_leaves_out(
+    copy, tmp_path, monkeypatch, capsys, columns
+):
+    monkeypatch.setattr(console, "PLAIN_WIDTH", columns)
+    monkeypatch.setenv("COLUMNS", "200")  # of a terminal that nothing is printed on
+    name = "a method of a name that goes on and on and on and on and on"
+    run = copy("a", named(name) | {PERPLEXITY: scored(ppl_token=37.0)})
+    write_report(collect(as_opt(run)), tmp_path / "out", "A title", Console())
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns and "…" not in text
+    quality, published = text.split("Beside published figures")
+    assert "37.00" in quality and "26.9" not in quality
+    assert ("arXiv 2301.00774" in published) == (columns == 120)
+    assert ("more column in report.html" in published) == (columns == 80)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, real):
     (tmp_path / "file").write_text("")
     for args, words in (
         ([tmp_path / "missing"], ["missing", "does not exist", "output_dir"]),
+        ([real, tmp_path / "missing"], ["missing", "does not exist"]),
         ([tmp_path], [str(tmp_path), "holds no run", "environment.json"]),
+        ([tmp_path / "file"], ["file is a file", "environment.json"]),
         ([real, "-o", tmp_path / "file" / "out"], ["cannot be written", "file"]),
     ):
         result = script("compare.py", *args)

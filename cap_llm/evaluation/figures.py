@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from cap_llm.evaluation.comparison import Column, Section, show
+from cap_llm.evaluation.comparison import Column, Row, Section, show
 from cap_llm.runtime.files import atomic
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; black is the dense model's.
@@ -168,19 +169,22 @@ def _over_sparsity(section: Section, figure) -> str:
 
 def _layers(section: Section, figure) -> str:
     """Sparsity and relative output error of each block's matrices."""
-    rows, known = [], set()
-    for row in section.rows:
-        layers = row.results[0].layers
-        if not row.group or not layers or row.results[0].stage == "recover":
-            continue
-        blocks = _by_block(layers)
+    rows, known, bare = [], set(), []
+    # errors are measured on the calibration text; a recovered model's are its start's
+    there = [r for r in section.rows if r.results[0].layers and r.results[0].stage != "recover"]
+    there, text, others = _alike([r for r in there if r.group], "calibration")
+    for row in there:
+        blocks = _by_block(row.results[0].layers)
         if len(blocks) > 1 and str(blocks) not in known:
             known.add(str(blocks))
             rows.append((row, blocks))
+            bare += [] if any(e for _, e in blocks) else [row.name]
     errors = any(e for _, blocks in rows for _, e in blocks)
     uneven = any(max(s) - min(s) > 0.002 for s in ([s for s, _ in blocks] for _, blocks in rows))
     if not (errors or uneven):
         return ""
+    if not uneven:  # there is nothing to draw of those without errors
+        rows = [(row, blocks) for row, blocks in rows if row.name not in bare]
     shown, styles = rows[: len(_COLOURS)], _styles(section)
     panels = figure.subplots(uneven + errors, 1, sharex=True, squeeze=False)[:, 0]
     if uneven and errors:
@@ -205,7 +209,21 @@ def _layers(section: Section, figure) -> str:
     what = [w for w, there in (("sparsity", uneven), ("output error", errors)) if there]
     even = "" if uneven else " Sparsity is the same in all blocks."
     rest = f" The first {len(shown)} of {len(rows)} models." * (len(shown) < len(rows))
-    return f"Mean {' and '.join(what)} of the matrices of each block.{even}{rest}"
+    rest += f" No errors are known of {', '.join(bare)}." * bool(errors and bare)
+    on = f", on {text}" * bool(errors and text)
+    return f"Mean {' and '.join(what)} of the matrices of each block{on}.{even}{rest}{others}"
+
+
+def _alike(rows: list[Row], fact: str) -> tuple[list[Row], str | None, str]:
+    """The rows of which a fact is what it is of most, or is not there; the fact; and a sentence
+    that names the rows of which it is another."""
+    told = [getattr(row.results[0], fact) for row in rows]
+    counts = Counter(text for text in told if text)
+    most = counts.most_common(1)[0][0] if counts else None
+    pairs = list(zip(rows, told, strict=True))
+    others = [f"{row.name} ({text})" for row, text in pairs if text not in (None, most)]
+    rest = f" Left out, as they are of other text: {', '.join(others)}." * bool(others)
+    return [row for row, text in pairs if text in (None, most)], most, rest
 
 
 def _by_block(
@@ -231,6 +249,7 @@ def _by_block(
 def _training(section: Section, figure) -> str:
     """Held-out perplexity along the recovery, a line a run."""
     rows = [row for row in section.rows if any(len(c) > 1 for r in row.results for c in r.curve)]
+    rows, text, others = _alike(rows, "training")
     if not rows:
         return ""
     axes, styles, values, dense = figure.add_subplot(), _styles(section), [], set()
@@ -253,7 +272,8 @@ def _training(section: Section, figure) -> str:
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
     _tidy(axes)
     _legend(figure, axes)
-    return "Perplexity on held-out text of the training corpus along the recovery."
+    of = text or "the training corpus"
+    return f"Perplexity along the recovery, on held-out text of {of}.{others}"
 
 
 def _zero_shot(section: Section, figure) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import shutil
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.markup import escape
 from cap_llm.evaluation.comparison import COST, PUBLISHED, Cell, Section, Table, compare
 from cap_llm.evaluation.figures import Picture, draw
 from cap_llm.evaluation.runs import Figure, Result, collect
-from cap_llm.runtime.console import PLAIN_WIDTH, Console
+from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 
@@ -47,12 +47,12 @@ def write_report(results: list[Result], folder: Path, title: str, console: Conso
     pictures, missing = draw(sections, folder / "figures")
     for section in sections:
         heading = title if len(sections) == 1 else f"{title}: {section.title}"
-        console.table(heading, *_plain(section.tables[0]))
+        _print(heading, section.tables[0], console)
         for _, _, meaning in (mark for mark in _legend(section) if mark[0] == "best"):
             console.say(f"* {meaning}")
         for table in section.tables[1:]:
             if table.title == PUBLISHED or (table.title == COST and len(table.rows) > 2):
-                console.table(table.title, *_plain(table))
+                _print(table.title, table, console)
         for note in section.tables[0].notes:
             console.say(note)
     if missing:
@@ -133,16 +133,22 @@ class Page:
     missing: str
 
 
-def _plain(table: Table) -> tuple[list[str], list[list[str]]]:
-    """A table for the console: as many columns as there is room for."""
-    rows = [[escape(_named(c)) + " *" * c.best for c in row] for row in table.rows]
+def _print(title: str, table: Table, console: Console) -> None:
+    """Prints a table: its texts wrapped, and as many columns as there is room for."""
+    longest = console.width // 4  # so that a name and a source leave the figures their half
+    rows = [
+        ["\n".join(textwrap.wrap(_named(c) + " *" * c.best, longest)) for c in row]
+        for row in table.rows
+    ]
     widths = [
         max(len(line) for text in (label, *texts) for line in text.split("\n")) + 3
         for label, *texts in zip(table.columns, *rows, strict=True)
     ]
-    room = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
-    n = sum(1 for i in range(len(widths)) if sum(widths[: i + 1]) + 1 <= room)
-    return table.columns[:n], [row[:n] for row in rows]
+    n = sum(1 for i in range(len(widths)) if sum(widths[: i + 1]) + 1 <= console.width)
+    console.table(title, table.columns[:n], [[escape(text) for text in row[:n]] for row in rows])
+    if n < len(widths):
+        more = len(widths) - n
+        console.say(f"{more} more column{'s' * (more > 1)} in report.html")
 
 
 def _legend(section: Section) -> list[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ damaged ones are read as far as they go; what is wrong with them is said, not ra
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import yaml
 
 import cap_llm
 from cap_llm.config import MODELS
+from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
 
@@ -71,7 +73,7 @@ class Result:
         seeds: those seeds.
         calibration: how much of which text the solvers saw; None if none did.
         drawn: the seed that drew it and a checksum of the ids.
-        training: the text of the recovery.
+        training: the text of the recovery and the length of its sequences.
         figures: what was measured.
         layers: name, sparsity and relative output error of each pruned matrix.
         curve: (tokens, held-out perplexity) along the recovery, a list for each rung.
@@ -105,25 +107,31 @@ class Result:
         return [figure for figure in self.figures if figure.kind in kinds]
 
 
-def run_directories(paths: list[Path]) -> list[Path]:
+def run_directories(paths: list[Path], console: Console) -> list[Path]:
     """The run directories among `paths`, and those directly inside the others.
 
+    What is neither, as the pictures and tables of a report beside its runs, is named to `console`.
+
     Raises:
-        UserError: a path is none and holds none.
+        UserError: none of `paths` holds a run, or one does not exist.
     """
-    found = []
+    found, others = [], []
     for path in paths:
         inside = [path] if _is_run(path) else []
         if not inside and path.is_dir():
             inside = sorted(p for p in path.iterdir() if _is_run(p))
-        if not inside:
-            what = "holds no run" if path.is_dir() else "does not exist"
-            raise UserError(
-                f"{path} {what}: give the output_dir of a run (it has an environment.json), or a "
-                "folder of such directories"
-            )
         known = {p.resolve() for p in found}
         found += [p for p in inside if p.resolve() not in known]
+        others += [] if inside else [path]
+    if missing := [path for path in others if not path.exists()] or (not found and others):
+        path = missing[0]
+        what = "holds no run" if path.is_dir() else "is a file" if path.exists() else None
+        raise UserError(
+            f"{path} {what or 'does not exist'}: give the output_dir of a run (it has an "
+            "environment.json), or a folder of such directories"
+        )
+    if others:
+        console.say(f"no runs, left out: {', '.join(map(str, others))}")
     return found
 
 
@@ -228,7 +236,6 @@ def _result(
     status: list[str] = []
     recipe = _part(place / "recipe.json", dict, status) or {}
     done = _part(place / "done.json", dict, status) if (place / "done.json").exists() else None
-    config = _part(place / "config.json", dict, []) or {}
     start = recipe.get("start", next(reversed(made), None))  # early versions did not say
     before = made[start] if start in made and start != "dense" else given
     dense = given.dense if given else _dense(recipe, settings)
@@ -247,23 +254,31 @@ def _result(
         digest = _part(place / "calibration.json", dict, []) or {}
         result.calibration = _calibration((done or {}).get("calibration"), recipe["calibration"])
         result.drawn = (recipe["calibration"].get("seed"), str(digest.get("ids_sha256", "")))
-    result.training = (done or {}).get("recovery") or (before.training if before else None)
+    result.training = before.training if before else None
+    if recover := recipe.get("recover"):
+        corpus = (done or {}).get("recovery") or Path(str(recover.get("corpus"))).name
+        result.training = f"{corpus} in sequences of {recover.get('length')} tokens"
     if stage != "dense":
         _describe(result, recipe, before)
         if done is None:
             blocks = len(list((place / "blocks").glob("*.json")))
             status.append("unfinished" + (f" after {blocks} blocks" if blocks else ""))
     versions = {k: _release(v) for k, v in (environment.get("versions") or {}).items()}
-    for file, parse in (("perplexity.json", _perplexities), ("zeroshot.json", _tasks)):
-        if (place / file).exists():
-            result.figures += _part(place / file, lambda c, p=parse: p(c, versions), status) or []
+    given_path = recipe.get("model", {}).get("path")
+    weights = Path(given_path) if stage == "dense" and given_path else place
+    scores = (("perplexity.json", _perplexities), ("zeroshot.json", _tasks))
+    # the scripts that score a dense model leave their results beside it
+    for folder, (file, parse) in itertools.product(dict.fromkeys((place, weights)), scores):
+        if (folder / file).exists():
+            found = _part(folder / file, lambda c, p=parse: p(c, versions), status) or []
+            known = [(f.kind, f.name, f.facts) for f in result.figures]
+            result.figures += [f for f in found if (f.kind, f.name, f.facts) not in known]
     for figure in result.figures:
         figure.facts["calibration"] = result.calibration
-    weights = Path(recipe.get("model", {}).get("path") or "") if stage == "dense" else place
     counts = None
     if (weights / "sparsity.json").exists():
         counts = _part(weights / "sparsity.json", lambda c: _sparsity(c, result), status)
-    result.figures += _sizes(weights, config, counts)
+    result.figures += _sizes(weights, counts)
     if done is not None:
         result.figures += _costs(done, before, made_by)
     if stage == "recover":
@@ -347,7 +362,7 @@ def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
 def _tasks(content: dict, run_versions: dict) -> list[Figure]:
     figures = []
     for key, entry in content["tasks"].items():
-        task = entry.get("task", key.partition(" first ")[0])
+        task = str(entry.get("task", key.partition(" first ")[0]))
         facts = {
             "items": entry.get("items"),
             "limit": entry.get("limit"),
@@ -422,7 +437,7 @@ def _sparsity(content: dict, result: Result) -> dict:
     return {"zeros": pruned["zeros"], "mask_bytes": mask_bytes}
 
 
-def _sizes(folder: Path, config: dict, counts: dict | None) -> list[Figure]:
+def _sizes(folder: Path, counts: dict | None) -> list[Figure]:
     """Bytes of the model's files as they are, and with the pruned matrices bit-packed.
 
     Bit-packed, a matrix is its non-zero values and one bit a weight that says where they stand.
@@ -431,11 +446,13 @@ def _sizes(folder: Path, config: dict, counts: dict | None) -> list[Figure]:
     n_bytes = sum(f.stat().st_size for f in files)
     if not n_bytes:
         return []
-    figures = [Figure("on disk", "", n_bytes)]
-    each = _BYTES.get(str(config.get("dtype") or config.get("torch_dtype")))
-    if counts and each:
-        packed = n_bytes - each * counts["zeros"] + counts["mask_bytes"]
-        figures.append(Figure("bit-packed", "", packed))
+    config = _part(folder / "config.json", dict, []) or {}
+    kind = str(config.get("dtype") or config.get("torch_dtype") or "unknown")
+    facts = {"stored as": kind}
+    figures = [Figure("on disk", "", n_bytes, facts)]
+    if counts and kind in _BYTES:
+        packed = n_bytes - _BYTES[kind] * counts["zeros"] + counts["mask_bytes"]
+        figures.append(Figure("bit-packed", "", packed, facts))
     return figures
 
 

@@ -52,6 +52,11 @@ class Console:
             file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the process)
             self._log = RichConsole(file=file, width=PLAIN_WIDTH, highlight=False, soft_wrap=True)
 
+    @property
+    def width(self) -> int:
+        """Columns that a table may take, on the screen and in the log."""
+        return min(out.width for out in (self._out, self._log) if out)
+
     def say(self, text: str, style: str | None = None) -> None:
         """Prints a line of plain text."""
         self._print(text, style=style, markup=False)
