@@ -139,7 +139,7 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
             "a stage's folder such as RUN/oneshot"
         )
     weights = {name: _weight(module) for name, module in modules.items()}
-    made, absent = _formats(weights, device, console)
+    made, absent = _formats(weights, device)
     result = {"machine": _machine(device), "model": str(folder), "absent": absent}
     result["sparsity"] = 1 - sum(int(w.count_nonzero()) for w in weights.values()) / sum(
         w.numel() for w in weights.values()
@@ -175,7 +175,7 @@ def _weight(module: torch.nn.Module) -> torch.Tensor:
 
 
 def _formats(
-    weights: dict[str, torch.Tensor], device: torch.device, console: Console
+    weights: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[dict[str, dict[str, Stored]], dict[str, str]]:
     """Each matrix in each format that works here, and why others do not."""
     makers = {DENSE: dense}
@@ -336,8 +336,8 @@ def _time(seconds: float) -> str:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    bf16 = torch.backends.cpu.get_cpu_capability()
-    return f"{torch.get_num_threads()} threads ({bf16}), torch {torch.__version__}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} threads ({instructions}), torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
 
 quiet_libraries()
 
-from zeroshot import add_model, place_of_results  # noqa: E402
+from zeroshot import add_model, place_of_results, without_sections  # noqa: E402
 
 from cap_llm.config import Config, EvaluateConfig, ModelConfig, RuntimeConfig  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
@@ -33,6 +33,7 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     options = parse()
 
+    @without_sections()
     def work(console: Console) -> None:
         from cap_llm.blockwise.plan import check_everything
         from cap_llm.evaluation.evaluate import FILE, facts_of, score_corpora

@@ -11,8 +11,11 @@ Tasks whose rows lie in DIR (by default `zeroshot` in `CAP_LLM_DATA`) need no ne
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +34,7 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     options = parse()
 
+    @without_sections()
     def work(console: Console) -> None:
         from cap_llm.config import Config
         from cap_llm.evaluation.evaluate import facts_of
@@ -60,6 +64,17 @@ def main() -> int:
         world.close()
 
     return guarded(work, "zeroshot.py")
+
+
+@contextlib.contextmanager
+def without_sections() -> Iterator[None]:
+    """Lets errors name options as these scripts spell them: `--window`, where the configuration
+    has `--evaluate.window`."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"\b(evaluate|runtime)\.(?=[a-z_]+\b)", "", str(error))
+        raise UserError(text.replace("[FILE]", "FILE")) from None
 
 
 def place_of_results(

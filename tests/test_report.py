@@ -20,7 +20,7 @@ from cap_llm.evaluation.comparison import compare
 from cap_llm.evaluation.report import write_report
 from cap_llm.evaluation.runs import Figure, Result, collect, run_directories
 from cap_llm.runtime import console
-from cap_llm.runtime.console import Console
+from cap_llm.runtime.console import Console, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import environment
 from cap_llm.runtime.world import World
@@ -440,24 +440,92 @@ def test_a_chain_of_runs_is_named_and_measured_by_its_last_pruning(copy):
     assert rows[last.name][labels.index("gap closed, %")] == "50.0"
 
 
-def test_bytes_of_other_types_do_not_share_a_column(copy):
-    half = {
-        "oneshot/config.json": lambda c: c.update(dtype="bfloat16"),
-        "oneshot/recipe.json": other,
-    }
+def test_bytes_stand_with_the_type_that_they_are_stored_in(copy):
+    half = {"oneshot/config.json": lambda c: c.update(dtype="bfloat16")}
+    half["oneshot/recipe.json"] = other
     runs = [copy("a", named("first")), copy("b", named("second") | half)]
     tables = compare([r for run in runs for r in collect(run)])[0].tables
     (table,) = [t for t in tables if t.title == "Cost"]
-    rows = {row[0].text: [c.text for c in row] for row in table.rows}
-    wide, narrow = (
-        table.columns.index(WIDE),
-        table.columns.index(WIDE.replace("float32", "bfloat16")),
-    )
-    assert rows["first"][wide] != "-" != rows["second"][narrow]
-    assert rows["first"][narrow] == rows["second"][wide] == "-"
+    for label in ("on\ndisk", "bit-packed"):
+        at = table.columns.index(label)
+        cells = {row[0].text: row[at].text for row in table.rows}
+        assert cells["first"].endswith("iB float32") and cells["second"].endswith("iB bfloat16")
 
 
-WIDE = "on\ndisk\nstored as float32"
+def test_headings_and_notes_speak_to_a_stranger(copy):
+    """One model scored whole, calibrated by nothing; one on the first windows."""
+    whole = copy("a", named("whole"))
+    settings = {"oneshot/recipe.json": other}
+    part = copy("b", named("part") | settings)
+    for run, limit in ((whole, ""), (part, " first 9")):
+        for stage in STAGES[run is whole :]:
+            file = run / stage / "perplexity.json"
+            content = json.loads(file.read_text())
+            (entry,) = content["corpora"].values()
+            entry |= {"windows": 9 if limit else 40, "text_sha256": limit or "whole"}
+            file.write_text(json.dumps(content | {"corpora": {f"text@64{limit}": entry}}))
+    recipe = json.loads((whole / "oneshot" / "recipe.json").read_text())
+    del recipe["calibration"]
+    (whole / "oneshot" / "recipe.json").write_text(json.dumps(recipe))
+    shutil.rmtree(whole / "dense")
+    labels, _, notes = quality(part, whole)
+    assert [x for x in labels if "ppl" in x] == [
+        *("text ppl_token@64 first 9 windows", "text ppl_token@64 whole text"),
+    ]
+    (note,) = [n for n in notes if "do not compare" in n]
+    assert note.endswith("they differ in limit (first 9 windows, whole text).")
+
+
+def test_the_number_of_items_is_in_the_heading(copy):
+    tasks = {"hellaswag": {"acc": 0.5, "items": 1000}, "piqa": {"acc": 0.5}}  # which did not say
+    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"versions": {}, "tasks": tasks}})
+    tables = compare(collect(run))[0].tables
+    table = next(t for t in tables if t.title.startswith("Zero-shot"))
+    assert table.columns[1:] == ["hellaswag\n1,000 items", "piqa"]
+
+
+@pytest.mark.parametrize(
+    "ahead, task_is_best, mean_is_best",
+    [(0.006, False, False), (0.009, False, True), (0.011, True, True)],
+)
+def test_an_accuracy_within_a_standard_error_of_another_is_not_the_best(
+    copy, ahead, task_is_best, mean_is_best
+):
+    """The standard error is 0.01 of a task, and so 0.007 of the mean of two."""
+    second = {"oneshot/zeroshot.json": zeroshot(boolq=0.6, rte=0.6)}
+    first = {"oneshot/zeroshot.json": zeroshot(boolq=0.6 + ahead, rte=0.6 + ahead)}
+    first["oneshot/recipe.json"] = other
+    runs = [copy("a", named("second") | second), copy("b", named("first") | first)]
+    quality, tasks, *_ = compare([r for run in runs for r in collect(run)])[0].tables
+    for table, wanted, is_best in (
+        (quality, "Wanda's mean", mean_is_best),
+        (tasks, "boolq", task_is_best),
+    ):
+        (at,) = [i for i, label in enumerate(table.columns) if wanted in label]
+        best = [row[0].text for row in table.rows if row[at].best]
+        assert best == (["first"] if is_best else [])
+
+
+def test_models_of_one_amount_are_of_one_group_whatever_their_zeros(copy):
+    def zeros(share):
+        return {"oneshot/sparsity.json": lambda c: c["pruned_matrices"].update(sparsity=share)}
+
+    worse = named("worse") | zeros(0.4938) | {PERPLEXITY: scored(ppl_token=40.0)}
+    better = named("better") | zeros(0.4999) | {PERPLEXITY: scored(ppl_token=30.0)}
+    runs = [copy("a", worse), copy("b", better | {"oneshot/recipe.json": other})]
+    table = compare([r for run in runs for r in collect(run)])[0].tables[0]
+    assert {row[0].text for row in table.rows if any(c.best for c in row)} == {"better"}
+
+
+def test_numbers_of_runs_are_told_apart(copy, report):
+    runs = [copy(f"s{seed}", seeded(seed, 30.0)) for seed in (0, 1)]
+    page = (report(*runs) / "report.html").read_text()
+    assert ">1,</a>" in page and ">2</a>" in page
+    assert page.count("<thead>") == page.count("<table>")  # which print repeats on a new page
+
+
+def test_bytes_of_tiny_models_are_not_zero():
+    assert [size(n) for n in (2**31, 2**21, 40 * 2**10)] == ["2.0 GiB", "2 MiB", "40 KiB"]
 
 
 def test_a_dense_model_that_the_scripts_scored_has_its_scores(copy, tmp_path):
@@ -522,7 +590,7 @@ def test_a_mean_is_over_scores_of_one_limit_and_says_which(copy):
     labels, rows, _ = quality(run)
     means = {label: rows["a method"][i] for i, label in enumerate(labels) if "mean" in label}
     part = "Wanda's mean partial: 2 of 7"
-    assert means == {part: "55.0", f"{part}, first 40": "85.0"}
+    assert means == {f"{part} all items": "55.0", f"{part} first 40 items": "85.0"}
 
 
 def test_accuracies_of_other_versions_do_not_share_a_column(copy):
@@ -548,7 +616,7 @@ def test_entries_of_the_evaluate_stage_are_read(copy):
     assert rows["a method"][labels.index("wikitext word_perplexity")] == "38.50"
     tables = compare(collect(run))[0].tables
     table = next(t for t in tables if t.title.startswith("Zero-shot"))
-    assert table.columns[1:] == ["piqa\nfirst 40"] and table.rows[-1][1].text == "60.0"
+    assert table.columns[1:] == ["piqa\nfirst 40 items"] and table.rows[-1][1].text == "60.0"
 
 
 def test_pictures_show_only_what_was_measured(copy, report):
@@ -765,6 +833,17 @@ def test_others_that_choose_within_rows_are_not_set_against_published_figures(co
     assert {row[0] for row in rows} == {"dense"}
 
 
+def test_reconstruction_stands_beside_its_published_figure(copy):
+    run = as_opt(copy("a"), method="wanda")
+    shutil.copytree(run / "oneshot", run / "reconstruct")
+    recipe = {"reconstruct": {"inputs": "dense"}, "model": {"path": "facebook/opt-125m"}}
+    for inputs, published in (("dense", {"31.18"}), ("student", set())):
+        recipe["reconstruct"]["inputs"] = inputs
+        (run / "reconstruct" / "recipe.json").write_text(json.dumps(recipe))
+        rows = published_table(run)
+        assert {row[3] for row in rows if row[0] == "a method"} == published
+
+
 def test_a_refit_is_not_taken_for_the_published_method(copy):
     run = as_opt(copy("a"), refit=True)
     assert {row[0] for row in published_table(run)} == {"dense"}
@@ -796,7 +875,6 @@ def test_the_acceptance_runs_are_valid_and_aim_at_published_figures():
         config.check()
     for (name, corpus), (figure, low, high) in acceptance.TARGETS.items():
         method, amount = re.fullmatch(r"(.+?)(?: (\S+(?: %)?))?", name).groups("")
-        method = method.replace("reconstruction", "BR + GP")  # the paper's name for it
         known = [
             p.ppl
             for p in papers.published()

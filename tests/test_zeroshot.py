@@ -622,7 +622,7 @@ def test_a_file_that_holds_no_perplexities_is_refused(
     assert "holds no perplexities; remove it" in said and said.count("\n") == 1
 
 
-def test_the_scripts_refuse_in_one_line(tiny, llama, tmp_path, monkeypatch, capfd):
+def test_the_scripts_refuse_in_one_line(tiny, llama, rows, text_file, tmp_path, monkeypatch, capfd):
     import perplexity as perplexity_script
     import zeroshot as zeroshot_script
 
@@ -632,9 +632,14 @@ def test_the_scripts_refuse_in_one_line(tiny, llama, tmp_path, monkeypatch, capf
         (zeroshot_script, llama, "--tasks", ","),
         (perplexity_script, tmp_path / "nothing"),
         (perplexity_script, llama, "--window", "4096", "--corpora", __file__),
+        (perplexity_script, llama, "--window", "4096", "--corpora", text_file),
+        (perplexity_script, llama, "--corpora", "nothing"),
+        (perplexity_script, llama, "--device", "tpu"),
+        (zeroshot_script, llama, "--data", rows / "nothing"),
     ):
         monkeypatch.setattr(sys, "argv", [command.__file__, *map(str, args)])
         assert command.main() == 2
         said = capfd.readouterr().err
         assert said.count("\n") == 1 and ".py: error: " in said
+        assert "evaluate." not in said and "runtime." not in said  # which they have not
     assert not (llama / "zeroshot.json").exists()

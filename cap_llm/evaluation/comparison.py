@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from cap_llm.runtime.console import duration, size
 
 _PAPERS = {"wanda": "Wanda", "sds": "SDS"}
 _LOWER_IS_BETTER = {"ppl": True, "word": True, "task": False, "mean": False, "gap": False}
-COSTS = ("on disk", "bit-packed", "time", "peak memory", "GPU memory", "trained")
+BYTES = ("on disk", "bit-packed")
+COSTS = (*BYTES, "time", "peak memory", "GPU memory", "trained")
 NOTHING = "-"
+_IN_LABELS = ("window", "tasks")  # facts that every heading tells in words of its own
 PUBLISHED = "Beside published figures"
 COST = "Cost"
 
@@ -200,12 +203,15 @@ def _one_row(known: Result, result: Result) -> bool:
 
 
 def _group(result: Result) -> tuple:
-    """What must be alike for the best to be a fair word, the pattern and the share of zeros in %;
-    in the order of tables. Empty for a dense model."""
+    """What must be alike for the best to be a fair word, the amount that was asked for; in the
+    order of tables. Empty for a dense model."""
     if result.stage == "dense":
         return ()
-    share = round(100 * result.sparsity[0]) if result.sparsity else 100
-    return (1, share, result.amount) if ":" in result.amount else (0, share, "")
+    if ":" in result.amount:
+        return (1, result.amount)
+    if result.amount:
+        return (0, float(result.amount.removesuffix(" %")))
+    return (0, float(round(100 * result.sparsity[0])) if result.sparsity else 100.0)
 
 
 def _common_name(names: list[str]) -> str:
@@ -246,7 +252,9 @@ def _add_means(results: list[Result]) -> None:
                 scored = str([[s.facts.get(key) for key in each] for s in scores])
                 facts["scored"] = hashlib.sha256(scored.encode()).hexdigest()[:8]
                 mean = statistics.mean(s.value for s in scores)
-                result.figures.append(Figure("mean", name, mean, facts))
+                errors = [s.stderr for s in scores]
+                error = None if None in errors else math.hypot(*errors) / len(errors)
+                result.figures.append(Figure("mean", name, mean, facts, error))
 
 
 def _task(result: Result, task: str, limit: int | None) -> Figure | None:
@@ -268,8 +276,9 @@ def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
             first = result.before
             while first and first.stage != "oneshot" and first.before:
                 first = first.before
-            for came in everything if not first else ():  # pruned, nobody says by what
-                first = came if (came.run, came.stage) == (result.run, "start") else first
+            # of a model that came pruned nobody says by what
+            came = (r for r in everything if (r.run, r.stage) == (result.run, "start"))
+            first = first or next(came, None)
             start, own = (Row("", [r]).value(column) if r else None for r in (first, result))
             if start is not None and own is not None and start > target:
                 gap = (start - own) / (start - target)
@@ -299,13 +308,13 @@ def _columns(results: list[Result], kind: str, splits: list[str]) -> list[Column
         here = [c for c in columns if c.name == name]
         differing = _differing(here)
         for column in here:
-            told = [x for x in differing if x not in ("window", "tasks", "limit")]
-            column.label += [_fact(x, column.facts[x]) for x in told]
+            told = (_fact(kind, x, column.facts[x]) for x in differing if x not in _IN_LABELS)
+            column.label += [line for line in told if line not in column.label]
         if len(here) > 1:
-            why = "; ".join(
-                f"{x} ({', '.join(dict.fromkeys(str(c.facts[x]) for c in here))})"
-                for x in differing
-            )
+            values = {
+                x: dict.fromkeys(_value(kind, x, c.facts[x]) for c in here) for x in differing
+            }
+            why = "; ".join(f"{x} ({', '.join(told)})" for x, told in values.items())
             reasons.setdefault(why, []).append(name or kind)
     for why, names in reasons.items():
         splits.append(f"{', '.join(names)}: columns do not compare, they differ in {why}.")
@@ -314,35 +323,53 @@ def _columns(results: list[Result], kind: str, splits: list[str]) -> list[Column
 
 def _differing(columns: list[Column]) -> list[str]:
     """The facts that tell columns of one measure apart, the plain ones first."""
-    facts = dict.fromkeys(k for c in columns for k in c.facts)
-    differing = [k for k in facts if len({str(c.facts.get(k)) for c in columns}) > 1]
+    values = {k: {str(c.facts.get(k)) for c in columns} for c in columns for k in c.facts}
+    if "calibration" in values:
+        values["calibration"].discard("None")  # which agrees with any
+    differing = [k for k, told in values.items() if len(told) > 1]
     if len(differing) > 1:  # a checksum says no more than what it sums up
         differing = [k for k in differing if k not in ("text", "scored")] or differing[:1]
-    if "windows" in differing and ("window" in differing or "limit" in differing):
-        differing.remove("windows")
-    return differing
+    counts = ("windows", "items") if "limit" in differing else ()  # follow from it
+    counts = ("windows",) if "window" in differing else counts
+    return [k for k in differing if k not in counts]
 
 
 def _label(kind: str, name: str, facts: dict) -> list[str]:
     """A column's heading, in lines."""
-    if kind in ("ppl", "gap"):
-        label = [name, f"ppl_token@{facts['window']}"] if kind == "ppl" else ["gap closed, %", name]
-        return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
+    limit = [_fact(kind, "limit", facts["limit"])] if facts.get("limit") else []
+    if kind == "ppl":
+        return [name, f"ppl_token@{facts['window']}", *limit]
+    if kind == "gap":
+        return ["gap closed, %", name, *limit]
     if kind == "mean":
         n = len(facts["tasks"].split(", "))
         part = f"{n} tasks" if n == facts["of"] else f"partial: {n} of {facts['of']}"
-        part += f", first {facts['limit']}" if facts.get("limit") else ""
-        return [f"{_PAPERS[name]}'s mean", part]
-    if kind in ("task", "word"):
-        label = [name] + ["word_perplexity"] * (kind == "word")
-        return label + [f"first {facts['limit']}"] * bool(facts.get("limit"))
+        return [f"{_PAPERS[name]}'s mean", part, *limit]
+    if kind == "task":
+        items = [_fact(kind, "items", facts["items"])] if facts.get("items") else []
+        return [name, *(limit or items)]
+    if kind == "word":
+        return [name, "word_perplexity", *limit]
     if kind.endswith(" memory"):
         return [kind, "a rank"]
     return ["tokens", "trained"] if kind == "trained" else kind.split(" ", 1)
 
 
-def _fact(name: str, value) -> str:
-    return str(value) if name in ("calibration", "machine") else f"{name} {value}"
+def _fact(kind: str, name: str, value) -> str:
+    """A fact as a heading says it."""
+    speaks = name in ("calibration", "machine", "limit", "items")
+    return _value(kind, name, value) if speaks else f"{name} {_value(kind, name, value)}"
+
+
+def _value(kind: str, name: str, value) -> str:
+    if name == "limit":
+        units, whole = "items", "all items"
+        if kind in ("ppl", "gap"):
+            units, whole = "windows", "whole text"
+        return f"first {value} {units}" if value else whole
+    if name == "items" and isinstance(value, int):
+        return f"{value:,} items"
+    return "unknown" if value is None else str(value)
 
 
 # tables
@@ -360,8 +387,8 @@ def _tables(rows: list[Row], kinds: dict[str, list[Column]]) -> list[Table]:
     if costs:
         tables.append(_table(COST, rows, costs))
         tables[-1].notes.append(
-            "Time: all stages of the run up to the model. Bytes: in the type that the model is "
-            "stored in; bit-packed are the non-zero values and one bit a weight."
+            "Time: all stages of the run up to the model. Bytes: in the type that stands there; "
+            "bit-packed are the non-zero values and one bit a weight."
         )
     beside = _beside_published(rows, kinds["ppl"])
     return [*tables, beside] if beside else tables
@@ -396,6 +423,8 @@ def _cell(row: Row, column: Column) -> str:
         text = show(column.kind, mean)
     else:
         text = f"{show(column.kind, mean)} ± {show(column.kind, statistics.stdev(values))}"
+    if column.kind in BYTES:
+        text += f" {row.results[0].stored_as}".rstrip()
     return text + f" ({len(values)} of {row.n_seeds})" * (len(values) < row.n_seeds)
 
 
@@ -411,19 +440,23 @@ def show(kind: str, value: float) -> str:
 
 
 def _is_best(row: Row, column: Column, rows: list[Row]) -> bool:
-    """Whether no finished row of the group is better, at the digits that are shown."""
+    """Whether no finished row of the group is better, at the digits that are shown, nor, where the
+    measure has a standard error, as good within it."""
     if column.kind not in _LOWER_IS_BETTER or not row.group:
         return False
     sign = 1 if _LOWER_IS_BETTER[column.kind] else -1
-    rivals = [
+    rivals = sorted(
         sign * r.value(column)
         for r in rows
         if r.group == row.group and r.value(column) is not None and not _unfinished(r)
-    ]
+    )
     own = row.value(column)
     if own is None or len(rivals) < 2 or _unfinished(row):
         return False
-    return show(column.kind, own) == show(column.kind, sign * min(rivals))
+    errors = [f.stderr for r in row.results for f in r.figures if column.takes(f) and f.stderr]
+    if errors and rivals[1] - rivals[0] <= max(errors):
+        return False
+    return show(column.kind, own) == show(column.kind, sign * rivals[0])
 
 
 def _unfinished(row: Row) -> bool:
@@ -491,6 +524,11 @@ def _remarks(rows: list[Row], kinds: dict[str, list[Column]]) -> list[str]:
                 f"{column.name}: the runs' dense figures go from {min(values):.4f} to "
                 f"{max(values):.4f} though all facts agree; the first one is shown."
             )
+    shares = {r.results[0].sparsity for r in rows if r.results[0].sparsity}
+    if len({f"{100 * s:.2f}" for s, _ in shares}) < len({f"{100 * s:.2f}" for _, s in shares}):
+        notes.append(
+            "Whole model: zeros outside the pruned matrices count too; some are there by chance."
+        )
     if any(row.n_seeds > 1 for row in rows):
         notes.append("± is the standard deviation over seeds.")
     if kinds["gap"]:

@@ -108,7 +108,7 @@ def _scale(axes, values: list[float]) -> None:
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.yaxis.set_minor_formatter(FuncFormatter(_few))
-            axes.tick_params(which="minor", labelsize=7)
+            axes.tick_params(which="both", axis="y", labelsize=8)
 
 
 def _few(value: float, _) -> str:
@@ -141,25 +141,30 @@ def _over_sparsity(section: Section, figure) -> str:
     column = _first_perplexity(section)
     if not column:
         return ""
+    styles = _styles(section)
     lines: dict[str, list[tuple[float, float]]] = {}
+    colours: dict[str, dict] = {}
     for row in section.rows:
         first, value = row.results[0], row.value(column)
         if row.group and first.sparsity and value is not None and not first.status:
             name = f"{first.method} {first.amount}" if ":" in first.amount else first.method
             lines.setdefault(name, []).append((100 * first.sparsity[0], value))
+            colours.setdefault(name, styles[row.name])  # its first model's in other pictures
     if len({round(x, 1) for points in lines.values() for x, _ in points}) < 2:
         return ""
     axes = figure.add_subplot()
-    for i, (name, points) in enumerate(lines.items()):
-        marker = "s" if ":" in name else "o"
+    for name, points in lines.items():
         x, y = zip(*sorted(points), strict=True)
-        style = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": "--" if i >= 8 else "-"}
-        axes.plot(x, y, marker=marker, markersize=4, label=name, **style)
+        style = colours[name] | {"marker": "s" if ":" in name else "o", "markersize": 4}
+        axes.plot(x, y, label=name, **style)
     _scale(axes, [y for points in lines.values() for _, y in points])
     _mark_dense(axes, _dense_value(section, column), "right")
     shares = sorted({round(x, 1) for points in lines.values() for x, _ in points})
-    if len(shares) <= 8:
-        axes.set_xticks(shares, [f"{x:g}" for x in shares])
+    told = shares[:1]
+    for share in shares[1:]:
+        told += [share] if share - told[-1] >= 2 else []  # numbers nearer than this overlap
+    if len(told) <= 8:
+        axes.set_xticks(told, [f"{x:g}" for x in told])
     axes.set_xlabel("zeros in the pruned matrices, %")
     axes.set_ylabel("perplexity")
     _tidy(axes)

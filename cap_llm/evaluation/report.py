@@ -156,7 +156,8 @@ def _legend(section: Section) -> list[tuple[str, str, str]]:
     cells = [cell for table in section.tables for row in table.rows for cell in row]
     marks = []
     if any(c.best for c in cells):
-        marks.append(("best", "bold", "best of its pattern and sparsity"))
+        meaning = "best of its pattern and sparsity, accuracies by more than their standard error"
+        marks.append(("best", "bold", meaning))
     if any(c.baseline and c.text != "dense" for c in cells):
         marks.append(("baseline", "italics", "baseline: dense or one-shot"))
     return marks
@@ -213,12 +214,13 @@ def _csv(results: list[Result]) -> str:
     """One line a figure, unfolded: everything that is known about it."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = ["dense model", "model", "stage", "method", "amount", "seeds", "status", "measure"]
-    head += ["name", "value", "stderr", "facts", "run", "command", "machine"]
+    head = ["dense model", "model", "stage", "method", "amount", "stored as", "seeds", "status"]
+    head += ["measure", "name", "value", "stderr", "facts", "run", "command", "machine"]
     writer.writerow(head)
     for r in results:
         seeds = " ".join(map(str, r.seeds))
-        about = [r.dense, r.name, r.stage, r.method, r.amount, seeds, "; ".join(r.status)]
+        about = [r.dense, r.name, r.stage, r.method, r.amount, r.stored_as, seeds]
+        about.append("; ".join(r.status))
         shares = zip(("sparsity", "sparsity of the whole model"), r.sparsity or (), strict=False)
         for f in (*(Figure(kind, "", share) for kind, share in shares), *r.figures):
             told = "; ".join(f"{k}={v}" for k, v in f.facts.items() if v is not None)

@@ -68,6 +68,7 @@ class Result:
         before: the pruned model that its stage started from, perhaps of another run.
         method: `SparseGPT + refit`, with ` + recovery` and the like for later stages.
         amount: `50 %` or `2:4`; empty for a dense model.
+        stored_as: the type of its weights on disk, where its files say it.
         sparsity: share of zeros in the pruned matrices and in the whole model.
         recipe: the settings of all stages up to this one, as text, without their seeds.
         seeds: those seeds.
@@ -89,6 +90,7 @@ class Result:
     before: Result | None = None
     method: str = ""
     amount: str = ""
+    stored_as: str = ""
     sparsity: tuple[float, float] | None = None
     recipe: str = ""
     seeds: tuple[int, ...] = ()
@@ -278,7 +280,9 @@ def _result(
     counts = None
     if (weights / "sparsity.json").exists():
         counts = _part(weights / "sparsity.json", lambda c: _sparsity(c, result), status)
-    result.figures += _sizes(weights, counts)
+    config = _part(weights / "config.json", dict, []) or {}
+    result.stored_as = str(config.get("dtype") or config.get("torch_dtype") or "")
+    result.figures += _sizes(weights, result.stored_as, counts)
     if done is not None:
         result.figures += _costs(done, before, made_by)
     if stage == "recover":
@@ -331,6 +335,8 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     if result.stage != "oneshot":
         name = before.name if before else name
         added = _ADDED.get(result.stage, result.stage)
+        if (recipe.get("reconstruct") or {}).get("inputs") == "student":
+            added += " (own inputs)"  # not as published: there they are the dense model's
         method, name = f"{method} + {added}", f"{name} + {added}"
     ladder = (recipe.get("recover") or {}).get("ladder")
     if ladder:
@@ -437,7 +443,7 @@ def _sparsity(content: dict, result: Result) -> dict:
     return {"zeros": pruned["zeros"], "mask_bytes": mask_bytes}
 
 
-def _sizes(folder: Path, counts: dict | None) -> list[Figure]:
+def _sizes(folder: Path, stored_as: str, counts: dict | None) -> list[Figure]:
     """Bytes of the model's files as they are, and with the pruned matrices bit-packed.
 
     Bit-packed, a matrix is its non-zero values and one bit a weight that says where they stand.
@@ -446,13 +452,10 @@ def _sizes(folder: Path, counts: dict | None) -> list[Figure]:
     n_bytes = sum(f.stat().st_size for f in files)
     if not n_bytes:
         return []
-    config = _part(folder / "config.json", dict, []) or {}
-    kind = str(config.get("dtype") or config.get("torch_dtype") or "unknown")
-    facts = {"stored as": kind}
-    figures = [Figure("on disk", "", n_bytes, facts)]
-    if counts and kind in _BYTES:
-        packed = n_bytes - _BYTES[kind] * counts["zeros"] + counts["mask_bytes"]
-        figures.append(Figure("bit-packed", "", packed, facts))
+    figures = [Figure("on disk", "", n_bytes)]
+    if counts and stored_as in _BYTES:
+        packed = n_bytes - _BYTES[stored_as] * counts["zeros"] + counts["mask_bytes"]
+        figures.append(Figure("bit-packed", "", packed))
     return figures
 
 

@@ -132,10 +132,10 @@ def duration(seconds: float) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in binary units: 3.2 GiB, 512 MiB."""
+    """Bytes in binary units: 3.2 GiB, 512 MiB, 40 KiB."""
     if n_bytes >= 2**30:
         return f"{n_bytes / 2**30:.1f} GiB"
-    return f"{n_bytes / 2**20:.0f} MiB"
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:.0f} KiB"
 
 
 def quiet_libraries() -> None:
