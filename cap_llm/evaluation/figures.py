@@ -98,17 +98,17 @@ def _mark_dense(axes, value: float | None, side: str) -> None:
 
 
 def _scale(axes, values: list[float]) -> None:
-    """A logarithmic axis with plain numbers where the values spread over more than tenfold."""
+    """A logarithmic axis with plain numbers of one size where the values spread widely."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     if max(values) > 4 * min(values):
         axes.set_yscale("log")
+        axes.tick_params(which="both", axis="y", labelsize=8)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         if max(values) > 30 * min(values):
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.yaxis.set_minor_formatter(FuncFormatter(_few))
-            axes.tick_params(which="both", axis="y", labelsize=8)
 
 
 def _few(value: float, _) -> str:
@@ -204,7 +204,7 @@ def _layers(section: Section, figure) -> str:
     if uneven:
         panels[0].set_ylabel("zeros, %")
     if errors:
-        panels[-1].set_yscale("log")
+        _scale(panels[-1], [e for _, blocks in shown for _, e in blocks if e])
         panels[-1].set_ylabel("relative output error")
     panels[-1].set_xlabel("block")
     panels[-1].locator_params(axis="x", integer=True)

@@ -90,7 +90,7 @@ def _provenance(run: Path, results: Iterable[Result]) -> Provenance:
     for name in ("command", "directory", "versions", "machine"):
         told: dict[str, list[str]] = {}  # what made it: one line for each distinct answer
         for work, environment in jobs:
-            if environment:
+            if name in environment:
                 told.setdefault(environment[name], []).append(work)
         for text, works in told.items():
             whose = f" ({', '.join(dict.fromkeys(works))})" if len(told) > 1 else ""
@@ -156,7 +156,8 @@ def _legend(section: Section) -> list[tuple[str, str, str]]:
     cells = [cell for table in section.tables for row in table.rows for cell in row]
     marks = []
     if any(c.best for c in cells):
-        meaning = "best of its pattern and sparsity, accuracies by more than their standard error"
+        meaning = "best of its pattern and sparsity"
+        meaning += ", accuracies by more than their standard error" * bool(section.columns["task"])
         marks.append(("best", "bold", meaning))
     if any(c.baseline and c.text != "dense" for c in cells):
         marks.append(("baseline", "italics", "baseline: dense or one-shot"))

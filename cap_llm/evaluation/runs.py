@@ -426,7 +426,9 @@ def _job(environment: dict) -> dict[str, str]:
     machine += hardware.get("cuda") or []
     ranks = hardware.get("ranks") or 1
     machine += [f"{ranks} ranks"] if ranks > 1 else []
-    told = {name: str(environment.get(name) or "unknown") for name in ("command", "directory")}
+    told = {
+        name: str(environment[name]) for name in ("command", "directory") if name in environment
+    }
     told["versions"] = ", ".join(versions) or "unknown"
     return told | {"machine": ", ".join(machine) or "unknown"}
 
@@ -438,7 +440,8 @@ def _sparsity(content: dict, result: Result) -> dict:
     mask_bytes = 0
     for row in content["rows"]:
         n_rows, columns = row["shape"]
-        result.layers.append((row["name"], row["zeros"] / (n_rows * columns), row.get("error")))
+        error = None if row.get("error") is None else float(row["error"])
+        result.layers.append((str(row["name"]), row["zeros"] / (n_rows * columns), error))
         mask_bytes += n_rows * -(-columns // 8)
     return {"zeros": pruned["zeros"], "mask_bytes": mask_bytes}
 
@@ -499,7 +502,7 @@ def _curves(path: Path, recover: dict, done: dict, result: Result) -> None:
                     # a job that went back to a checkpoint, or began anew, writes steps again
                     for step in [s for s in points if s >= entry["step"]]:
                         del points[step]
-                    points[entry["step"]] = entry["value"]
+                    points[entry["step"]] = float(entry["value"])
     except (OSError, *_FOREIGN):
         result.status.append("metrics.jsonl cannot be read")
     start = 0
@@ -507,7 +510,8 @@ def _curves(path: Path, recover: dict, done: dict, result: Result) -> None:
         result.curve.append([(start + s * each, points[s]) for s in sorted(points)])
         start += max(points) * each
     for rung in done.get("rungs") or []:
-        result.curve_dense = rung.get("dense_held_out_ppl", result.curve_dense)
+        if rung.get("dense_held_out_ppl") is not None:
+            result.curve_dense = float(rung["dense_held_out_ppl"])
 
 
 def _without_seeds(settings):
