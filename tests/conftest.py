@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -185,3 +187,37 @@ def command() -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def real(tiny, text_file, tmp_path_factory) -> Path:
+    """A folder with one real run of the entry: dense and one-shot, scored."""
+    from cap_llm.train import main
+
+    folder = tmp_path_factory.mktemp("runs")
+    held_out = folder / "held-out.txt"
+    held_out.write_text(text_file.read_text()[::-1])
+    words = ["cap-llm", "--output_dir", folder / "run", "--model.path", tiny("llama")]
+    words += ["--name", "a method"]
+    words += ["--calibration.corpus", text_file, "--calibration.sequences", 8]
+    words += ["--calibration.length", 64, "--evaluate.corpora", f"[{held_out}]"]
+    words += ["--evaluate.window", 64, "--evaluate.max_windows", 9, "--runtime.device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(w) for w in words])
+        assert main() == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(real, tmp_path):
+    """Makes a copy of the real run and changes its files: {file: change(content)}."""
+
+    def make(name: str, changes: dict | None = None) -> Path:
+        run = Path(shutil.copytree(real, tmp_path / name))
+        for file, change in (changes or {}).items():
+            content = json.loads((run / file).read_text()) if (run / file).exists() else {}
+            (run / file).parent.mkdir(exist_ok=True)
+            (run / file).write_text(json.dumps(change(content) or content))
+        return run
+
+    return make
