@@ -486,8 +486,8 @@ def _beside_published(rows: list[Row], columns: list[Column]) -> Table | None:
                     others.setdefault(place[1:], {}).setdefault(p.method, p.ppl)
                     continue
                 matched.add((p.method, *place[1:]))
-                others_text = None if first.calibration else column.facts["calibration"]
-                told = [line for line in column.label[2:] if line != others_text]
+                strange = None if first.calibration else column.facts["calibration"]
+                told = [line for line in column.label[2:] if line != strange]
                 where = ", ".join([f"{p.corpus}@{p.window}", *told])
                 texts = [row.name, where, show("ppl", measured), f"{p.ppl:g}"]
                 texts += [f"{measured - p.ppl:+.2f}", p.source]

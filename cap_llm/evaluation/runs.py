@@ -412,7 +412,7 @@ def _calibration(told: str | None, settings: dict) -> str:
     A corpus by name, as in the settings, may be the hub's or a sample of it.
     """
     if told:
-        return " ".join(told.rpartition(", seed ")[0].split())
+        return " ".join(re.sub(r", seed \d+$", "", told).split())
     corpus = Path(str(settings.get("corpus"))).name
     return f"{settings.get('sequences')} x {settings.get('length')} tokens of {corpus}"
 
