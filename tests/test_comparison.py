@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from made_runs import PERPLEXITY, STAGES, as_opt, named, other, quality, scored, seeded, zeroshot
+from support import ROOT
 
 from cap_llm.evaluation import published as papers
 from cap_llm.evaluation.comparison import compare

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES
+from support import FAMILIES
 
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import Checkpoint

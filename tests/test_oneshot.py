@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT, environment, weights
 from safetensors.torch import load_file, save_file
+from support import FAMILIES, ROOT, environment, weights
 
 from cap_llm.blockwise.perplexity import perplexity
 from cap_llm.sparsity.masks import MaskFile, save_masks

@@ -23,9 +23,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, environment
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import ROOT, environment
 
 from cap_llm import train
 from cap_llm.command_line import read_config

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from made_runs import PERPLEXITY, STAGES, as_opt, named, other, quality, scored, seeded, zeroshot
+from support import ROOT
 
 import cap_llm
 from cap_llm.command_line import read_config

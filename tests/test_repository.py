@@ -3,7 +3,7 @@
 import ast
 import sys
 
-from conftest import ROOT
+from support import ROOT
 
 ORDER = ["runtime", "sparsity", "config", "command_line", "text", "models"]
 ORDER += ["solvers", "blockwise", "recovery", "evaluation"]

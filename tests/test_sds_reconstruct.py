@@ -12,8 +12,8 @@ import assets
 import pytest
 import torch
 import transformers
-from conftest import ROOT, environment, weights
 from safetensors.torch import load_file, save_file
+from support import ROOT, environment, weights
 
 import cap_llm.blockwise.reconstruct as reconstruct_module
 from cap_llm.blockwise import stage as stage_module

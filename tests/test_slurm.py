@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 
 from cap_llm import prefetch
 from cap_llm.command_line import read_config

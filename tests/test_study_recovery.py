@@ -2,8 +2,8 @@
 
 import pytest
 import study_recovery
-from conftest import ROOT
 from study_recovery import ARMS, FIRST_ARMS, Cell, Study, plan
+from support import ROOT
 
 from cap_llm.runtime.files import write_json
 

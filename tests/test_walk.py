@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES
+from support import FAMILIES
 
 from cap_llm.blockwise.cache import ActivationCache, Memory
 from cap_llm.blockwise.prune import prune

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from support import ROOT
 
 pytest.importorskip("lm_eval")
 
