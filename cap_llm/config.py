@@ -348,8 +348,8 @@ class RecoverConfig:
     """zero0, zero1, zero2, zero3, zero3_offload, cpu (ZeRO-2 in small buckets, for ranks on CPUs),
     or a DeepSpeed JSON file."""
     teacher_deepspeed: str = "auto"
-    """The teacher's: auto (sharded if the student is), teacher, teacher_zero3,
-    teacher_zero3_offload, or a file."""
+    """The teacher's, which has any under ZeRO-3 only: auto (sharded if the student is),
+    teacher_zero3, teacher_zero3_offload, or a file."""
     resume: bool | str = "auto"
     """auto: from the last complete checkpoint if there is one; true: there must be one; false:
     train this rung from its start; or a checkpoint's folder."""
