@@ -429,9 +429,14 @@ class RecoverConfig:
         return self.tokens // (self.batch * self.length)
 
     @property
+    def passed(self) -> int:
+        """Sequences that all rungs train on, each as often as it is passed."""
+        return self.steps * self.batch * max(1, len(self.rungs))
+
+    @property
     def n_sequences(self) -> int:
         """Distinct sequences that are asked for."""
-        return self.sequences or self.steps * self.batch * max(1, len(self.rungs))
+        return self.sequences or self.passed
 
     @property
     def contrasts(self) -> bool:

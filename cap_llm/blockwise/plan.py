@@ -98,10 +98,10 @@ def check_everything(
             match_names(model.model, checkpoint)
         except NamesDiffer:  # those are converted
             copied = n_bytes
-    estimate = _estimate(model, n_bytes, config, world)
+    made = [stage for stage in BLOCKWISE if stage in config.stages]
+    estimate = _estimate(model, n_bytes, made, config, world)
     estimate["disk"] += copied
     estimate["memory"] = max(estimate["memory"], copied)
-    made = [stage for stage in BLOCKWISE if stage in config.stages]
     check_disk(estimate["disk"], made, config)
     text = f"memory {size(estimate['memory'])} a rank, disk {size(estimate['disk'])}"
     if estimate["activations"]:
@@ -188,10 +188,12 @@ def check_disk(needed: int, made: list[str], config: Config) -> None:
         )
 
 
-def _estimate(model: BlockModel, n_bytes: int, config: Config, world: World) -> dict:
+def _estimate(
+    model: BlockModel, n_bytes: int, made: list[str], config: Config, world: World
+) -> dict:
     """Bytes and floating-point operations of the run, a little on the safe side.
 
-    `n_bytes` is the size of the model's files.
+    `n_bytes` is the size of the model's files, `made` what is done block by block.
     """
     width = 4 if world.device.type == "cpu" else 2
     linears = [[matrix(m).shape for m in model.linears(i).values()] for i in range(len(model))]
@@ -199,7 +201,6 @@ def _estimate(model: BlockModel, n_bytes: int, config: Config, world: World) -> 
     n_weights = sum(p.numel() for p in model.model.parameters())
     hidden = max((c for shapes in linears for _, c in shapes[:1]), default=0)
     estimate = {"disk": RESERVE, "flops": 0.0, "activations": 0}
-    made = [stage for stage in BLOCKWISE if stage in config.stages]
     work = 0  # bytes beside the weights
     tokens = []
     if made:

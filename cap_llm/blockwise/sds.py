@@ -107,8 +107,12 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
     if config.start(STAGE):  # this run's own, whose settings are held already
         return plan | found
     first = sorted({row["pattern"] for row in rows} - {"as found"})
-    if not first:  # pruned elsewhere
-        found, first = _look_at(masks)
+    if not first:  # pruned elsewhere, if at all: its masks tell
+        found = masks.shares
+        for text in ("2:4", "4:8"):  # what obeys the first obeys the second too
+            if all(obeys(mask, Pattern.parse(text)) for mask in masks.values()):
+                first = [text]
+                break
     if not found:
         return plan
     same = {settings.pattern}
@@ -136,16 +140,6 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
                 f"{without}"
             )
     return plan | found
-
-
-def _look_at(masks: Masks) -> tuple[dict[str, float], list[str]]:
-    """The share that each mask removes, by weight, and the N:M pattern that all of them obey."""
-    shares = {}
-    patterns = [Pattern.parse(text) for text in ("2:4", "4:8")]
-    for name, mask in masks.items():
-        shares[name] = 1 - mask.sum().item() / mask.numel()
-        patterns = [p for p in patterns if obeys(mask, p)]
-    return shares, [str(p) for p in patterns[:1]]
 
 
 class _Step:

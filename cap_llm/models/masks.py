@@ -116,13 +116,19 @@ class Masks(Mapping[str, torch.Tensor]):
         return ((n, mask.T if self._transposed[n] else mask) for n, mask in self.items())
 
     @property
+    def shares(self) -> dict[str, float]:
+        """The share of each matrix that its mask removes."""
+        return {name: n / self._size(name) for name, n in self._removed().items()}
+
+    @property
     def sparsity(self) -> float:
         """The share of all weights with a mask that it removes."""
+        return sum(self._removed().values()) / sum(map(self._size, self))
+
+    def _removed(self) -> dict[str, int]:
         if self.from_zeros:
-            removed = self._found.values()
-        else:
-            removed = [int((~mask).sum()) for mask in self.values()]
-        return sum(removed) / sum(map(self._size, self))
+            return self._found
+        return {name: int((~mask).sum()) for name, mask in self.items()}
 
 
 def patterns(folder: Path) -> dict[str, str]:

@@ -95,13 +95,11 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     earlier = config.start(stage)
     start = run.stage(earlier, config.recipe(earlier))[0] if earlier else source
     if config.model.dense:
-        model = ModelConfig(path=config.model.dense)
-        located = locate(model, option="model.dense")
-        return start, prepare(located, model, run, "dense-source")
+        return start, further_model("model.dense", config.model.dense, run)
     recovers = stage == "recover"
     dense_is_here = start is not source and has_weights(source, run.world)
     if recovers and config.recover.teacher and not dense_is_here:
-        return start, teacher_of(config, run)
+        return start, further_model("recover.teacher", config.recover.teacher, run)
     pruned = (source / "masks.safetensors").exists()
     climbs = recovers and bool(config.recover.ladder)
     if start is source and (pruned or not climbs):
@@ -112,14 +110,14 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     return start, source
 
 
-def teacher_of(config: Config, run: Run) -> Path:
-    """The model that `recover.teacher` names.
+def further_model(option: str, path: str, run: Run) -> Path:
+    """The model that an option other than `model.path` names, as a directory that can be streamed.
 
     Raises:
         UserError: it is not to be had, or cannot be read.
     """
-    model = ModelConfig(path=config.recover.teacher)
-    return prepare(locate(model, option="recover.teacher"), model, run, "teacher-source")
+    model, name = ModelConfig(path=path), option.rpartition(".")[2]
+    return prepare(locate(model, option=option), model, run, f"{name}-source")
 
 
 def convert(source: Path, folder: Path) -> None:

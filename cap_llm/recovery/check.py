@@ -47,12 +47,13 @@ def check_recovery(
         if getattr(settings, package):
             require(package, f"recover.{package}")
     checkpoints.named(settings)
-    finetuned = None if settings.finetuned == "train" else settings.finetuned
     dense = _here(config.model.dense, "model.dense")
     teacher = _here(settings.teacher, "recover.teacher") if settings.teacher else dense
     check_models(located, teacher, dense, settings)
-    if finetuned := _here(finetuned, "recover.finetuned"):
-        check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
+    if settings.finetuned != "train":
+        finetuned = _here(settings.finetuned, "recover.finetuned")
+        if finetuned:
+            check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
     earlier = config.start("recover")
     start = Path(config.output_dir) / earlier if earlier else located
     if settings.rungs and (start / "masks.safetensors").exists():

@@ -24,11 +24,11 @@ import torch
 from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.config import Config, ModelConfig, ObjectiveConfig, RecoverConfig, Rung
+from cap_llm.config import Config, ObjectiveConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import config_dict, fingerprint, remove_weights
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import locate, prepare, teacher_of
+from cap_llm.models.source import further_model
 from cap_llm.recovery import engines
 from cap_llm.recovery.bank import Bank
 from cap_llm.recovery.check import (
@@ -75,19 +75,21 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         return folder
     settings, world = config.recover, run.world
     engines.start(world)
-    teacher = teacher_of(config, run) if settings.teacher else dense
+    teacher = dense
+    if settings.teacher:
+        teacher = further_model("recover.teacher", settings.teacher, run)
     check_models(student, teacher, dense, settings)
     for model in dict.fromkeys((student, teacher, dense)):
         refuse_changed_logits(model, world)
     rungs, text = settings.rungs, texts.recovery
-    passed = settings.steps * settings.batch * max(1, len(rungs)) / len(text.ids)
-    if passed > 1:
+    times = settings.passed / len(text.ids)
+    if times > 1:
         run.console.say(
             f"recover: {text.origin} fills {len(text.ids):,} sequences of {settings.length} "
-            f"tokens; the training passes them {passed:.2f} times",
+            f"tokens; the training passes them {times:.2f} times",
             style="yellow",
         )
-    work = _Recovery(student, teacher, dense, texts.recovery, config, run, folder)
+    work = _Recovery(student, teacher, dense, text, config, run, folder)
     work.check()
     run.bind(folder, recipe)
     work.keep_settings()
@@ -106,9 +108,9 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak,
         "calibration": texts.origin if rungs else None,
-        "recovery": texts.recovery.origin,
-        "tokens": settings.steps * settings.batch * settings.length * max(1, len(rungs)),
-        "distinct_tokens": texts.recovery.ids.numel(),
+        "recovery": text.origin,
+        "tokens": settings.passed * settings.length,
+        "distinct_tokens": text.ids.numel(),
         "rungs": work.records,
     }
     if world.first:
@@ -416,9 +418,7 @@ class _Recovery:
         """The fine-tuned model: given, or the dense one trained on the recovery text."""
         settings, run = self.settings, self.run
         if settings.finetuned != "train":
-            model = ModelConfig(path=settings.finetuned)
-            located = locate(model, option="recover.finetuned")
-            path = prepare(located, model, run, "finetuned-source")
+            path = further_model("recover.finetuned", settings.finetuned, run)
             check_pair(self.start, path, "recover.finetuned", settings.length, same_width=True)
             return path
         folder = self.folder / "finetuned"

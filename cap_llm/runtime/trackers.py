@@ -36,9 +36,9 @@ class Wandb:
         import wandb
 
         self._stages: set[str] = set()
-        name_here = folder / "wandb_id"  # a repeated command goes on with its own curves
-        if not name_here.exists():
-            name_here.write_text(uuid.uuid4().hex)
+        own_id = folder / "wandb_id"  # a repeated command goes on with its own curves
+        if not own_id.exists():
+            own_id.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
             project=project,
             name=title,
@@ -46,7 +46,7 @@ class Wandb:
             config=settings,
             resume="allow",
             settings=wandb.Settings(silent=True, console="off"),  # the run has a log of its own
-            id=name_here.read_text(),
+            id=own_id.read_text(),
         )
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
