@@ -13,8 +13,9 @@ mode `paper`, which comes last. `make study` stops at the one-shot arms of the f
 
 Finished scores are kept in `eval/results/study_solvers.json` and not repeated; a stopped cell goes
 on from its run in WORK_DIR. A cell that fails is named at the end (exit code 1), the others go on.
-Weights go once they are scored and no cell of this call starts from them, so that WORK_DIR holds at
-most seven models (4 GB). The tables are written beside the results.
+Weights go once they are fully scored and no cell of this call starts from them, so that WORK_DIR
+holds at most seven models (4 GB); more where `--scores first` puts off the scores of the whole test
+set. The tables are written beside the results.
 
 The controls of Sparse-Dense-Sparse (SDS): C1 is "+ refit", which refits each matrix as soon as it
 is pruned, so that later ones are pruned on refitted inputs: the same method, not the same masks; C2
@@ -112,12 +113,13 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=list(SCORES))
     args = parser.parse_args()
     console = Console()
     model = assets.smollm2(console.say)
     cells, failed = plan(args.arms, args.patterns, args.seeds), []
     for n, cell in enumerate(cells, 1):
-        for scores in missing(cell):
+        for scores in (s for s in missing(cell) if s in args.scores):
             keys, options = SCORES[scores]
             title = f"\n[{n}/{len(cells)}] {name_of(cell)}, {', '.join(keys.values())}"
             console.say(title, style="bold")
@@ -228,8 +230,11 @@ def run(cell: Cell, model: Path, work: Path, scores: list[str]) -> int:
 
 
 def clear(cell: Cell, left: list[Cell], work: Path) -> None:
-    """Removes the weights of a scored cell and of its base if no cell of `left` needs them."""
+    """Removes the weights of a cell and of its base once they are scored, and no cell of `left`
+    needs them."""
     for made in {cell, base_of(cell)} - {base_of(c) for c in left}:
+        if missing(made):
+            continue
         remove_weights(model_of(made, work))
         (model_of(made, work) / masks.FILE).unlink(missing_ok=True)
 

@@ -45,7 +45,7 @@ def test_every_cell_has_a_folder_of_its_own(tmp_path):
     assert len({study.folder_of(cell, tmp_path) for cell in EVERY}) == len(EVERY)
 
 
-def test_weights_go_once_no_cell_starts_from_them(tmp_path):
+def test_weights_go_once_they_are_scored_and_no_cell_starts_from_them(tmp_path, monkeypatch):
     base, later = ("SparseGPT", "2:4", 0), ("SDS on SparseGPT", "2:4", 0)
     for cell in (base, later):
         folder = study.model_of(cell, tmp_path)
@@ -61,8 +61,12 @@ def test_weights_go_once_no_cell_starts_from_them(tmp_path):
     def left(cell) -> set[str]:
         return {p.name for p in study.model_of(cell, tmp_path).iterdir()}
 
+    monkeypatch.setattr(study, "missing", lambda cell: [] if cell == base else ["whole"])
     study.clear(base, [later], tmp_path)
     assert len(left(base)) == 4
+    study.clear(later, [], tmp_path)
+    assert len(left(base)) == 1 and len(left(later)) == 4
+    monkeypatch.setattr(study, "missing", lambda cell: [])
     other_seed = ("SDS on SparseGPT", "2:4", 1)
     study.clear(later, [other_seed], tmp_path)
     assert left(base) == left(later) == {"done.json"}
