@@ -191,10 +191,10 @@ class ReconstructConfig:
     independent and ranks take them in turn, or those of the blocks reconstructed before it."""
     epochs: int = 2
     """Passes over the calibration text, at most: it ends when the held-out error rises."""
-    lr: float = 2e-4
-    """Adam's learning rate; it falls linearly to 0."""
-    batch: int = 8
-    """Sequences a step."""
+    lr: float = 0.01
+    """Adam's learning rate as a share of each tensor's root mean square; it falls linearly to 0."""
+    batch: int = 2
+    """Sequences a step; with student inputs no more ranks than these have work."""
     halves: bool = False
     """Train the attention and the rest of a block one after the other."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -37,7 +37,7 @@ ROWS = {  # stage, options, ranks, parts into which the threads are cut
     "SDS": ("sds", [], 1, 1),
     "reconstruction, 1 epoch": ("reconstruct", ["--reconstruct.epochs", "1"], 1, 1),
     "reconstruction": ("reconstruct", [], 1, 1),
-    "reconstruction, 10 epochs": ("reconstruct", ["--reconstruct.epochs", "10"], 1, 1),
+    "reconstruction, 5 epochs": ("reconstruct", ["--reconstruct.epochs", "5"], 1, 1),
     HALF: ("reconstruct", [], 1, 2),
     TWO: ("reconstruct", [], 2, 2),
 }
