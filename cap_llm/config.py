@@ -190,8 +190,8 @@ class ReconstructConfig:
     """What a block reads while it is trained: the dense model's activations, so that blocks are
     independent and ranks take them in turn, or those of the blocks reconstructed before it."""
     epochs: int = 2
-    """Passes over the calibration text, at most: it ends when the held-out error rises."""
-    lr: float = 0.01
+    """Passes over the calibration text, at most: two without a gain on held-out text end it."""
+    lr: float = 0.005
     """Adam's learning rate as a share of each tensor's root mean square; it falls linearly to 0."""
     batch: int = 2
     """Sequences a step; with student inputs no more ranks than these have work."""

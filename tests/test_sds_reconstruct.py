@@ -266,6 +266,27 @@ def test_reconstruction_does_not_ask_for_the_scale_of_the_weights(tiny, entry):
         assert [b[key] for b in ours] == pytest.approx([b[key] for b in theirs], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "errors, kept",
+    [([1.0, 1.1, 0.9, 0.8, 0.7], 4), ([1.0, 0.9, 1.1, 1.2, 0.1], 1), ([1.0, 1.1, 1.2, 0.1], 0)],
+)
+def test_the_best_epoch_is_kept_and_two_worse_ones_end_it(tiny, entry, monkeypatch, errors, kept):
+    left = []
+
+    def judge(section) -> float:
+        if not left:
+            left.extend(errors)
+        return left.pop(0)
+
+    monkeypatch.setattr(reconstruct_module._Section, "judge", judge)
+    more = ("--stages", "[oneshot, reconstruct]", "--reconstruct.epochs", len(errors) - 1)
+    folder, code = entry(tiny("llama", num_hidden_layers=1), *more)
+    assert code == 0
+    (block,) = blocks_of(folder)
+    assert (block["epoch"], block["after"]) == (kept, errors[kept])
+    assert len(left) == (0 if kept == 4 else 1)
+
+
 def test_halves_train_the_attention_first_and_the_rest_after(tiny, entry):
     model, stages = tiny("llama"), ("--stages", "[oneshot, reconstruct]")
     whole, _ = entry(model, *stages, out="whole")

@@ -44,6 +44,7 @@ from cap_llm.text.reading import Texts
 
 STAGE = "reconstruct"
 SKIP = 1  # first positions without a say
+PATIENCE = 2  # epochs; large steps may make it worse first, and the small ones at the end better
 
 
 def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
@@ -301,9 +302,10 @@ class _Section:
                 self._epoch(optimizer, schedule, draw)
                 with self._as_stored():
                     now = self.judge()
-                    if self.trainer.n_judges and now >= least:
+                    if not self.trainer.n_judges or now < least:
+                        least, kept, best = now, epoch, _copies(self.parameters)
+                    elif epoch - kept == PATIENCE:
                         break
-                    least, kept, best = now, epoch, _copies(self.parameters)
         _put(self.parameters, best)
         return {"before": before, "after": least, "epoch": kept, "epochs": settings.epochs}
 
