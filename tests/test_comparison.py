@@ -145,6 +145,14 @@ def test_the_share_of_the_loss_won_back(copy):
     gap = labels.index("gap closed, %")
     assert rows["a method"][gap] == "75.0"
     assert rows["SparseGPT 50 %"][gap] == "-"
+    other = shutil.copytree(run, run.with_name("b"))
+    changed["recover"]["batch"] = 8
+    (other / "recover" / "recipe.json").write_text(json.dumps(changed))
+    scored(ppl_token=30.0)(scores)
+    (other / "recover" / "perplexity.json").write_text(json.dumps(scores))
+    table = compare([*collect(run), *collect(other)])[0].tables[0]
+    shown = [row[gap + 1] for row in table.rows]  # of other starts: they have no best
+    assert {"75.0", "50.0"} < {c.text for c in shown} and not any(c.best for c in shown)
 
 
 def test_a_run_that_nobody_named_is_called_by_what_was_done(copy):
