@@ -379,8 +379,8 @@ class _Section:
 
 def _scale(p: nn.Parameter) -> float:
     """The root mean square of a tensor's non-zero entries; a least one for biases that are zero."""
-    energy = p.detach().float().square().sum() / max(1, int(p.count_nonzero()))
-    return max(1e-3, energy.sqrt().item())
+    energy = p.detach().square().sum().item() / max(1, int(p.count_nonzero()))
+    return max(1e-3, math.sqrt(energy))
 
 
 def _copies(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
