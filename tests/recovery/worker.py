@@ -1,7 +1,7 @@
 """A rank of the distributed tests: many pipelines in one process, one case after another.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/worker.py FOLDER
-    python tests/worker.py FOLDER
+    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/recovery/worker.py FOLDER
+    python tests/recovery/worker.py FOLDER
 
 FOLDER/cases.json is a list of cases, FOLDER/results.json is what became of each, written anew after
 every case. A case is the command's arguments and, where something shall go wrong:
@@ -25,7 +25,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402

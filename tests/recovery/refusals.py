@@ -1,0 +1,266 @@
+"""Settings of `recover` that must be refused, and what the message must say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from launches import BATCH, DOWN_0, NO_CONTRAST, Assets, Cases
+from readings import masks
+from safetensors.torch import load_file, save_file
+from support import ROOT
+
+
+def deepspeed_file(assets: Assets, name: str, **changes) -> dict:
+    content = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | changes
+    return {"recover.deepspeed": assets.write(f"{name}.json", content)}
+
+
+def changed_model(assets: Assets) -> Path:
+    """The half pruned model with one masked weight that is no zero."""
+    folder = Path(shutil.copytree(assets.half, assets.folder / "changed"))
+    r, c = np.argwhere(~masks(folder)[DOWN_0])[7]
+    for file in folder.glob("model*.safetensors"):
+        content = load_file(file)
+        if DOWN_0 in content:
+            content[DOWN_0][r, c] = 0.5
+            save_file(content, file, metadata={"format": "pt"})
+    return folder
+
+
+def other_words(assets: Assets) -> Path:
+    """The dense model with as large a tokenizer whose entries have other ids."""
+    folder = Path(shutil.copytree(assets.dense, assets.folder / "other-words"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    entries = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(entries, reversed(entries.values()), strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def no_json(assets: Assets) -> Path:
+    path = assets.folder / "broken.json"
+    path.write_text('{"zero_optimization": ')
+    return path
+
+
+# name -> settings of the run, parts of the message
+REFUSED = {
+    "vocabulary": (
+        lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, vocab_size=600)},
+        ["recover.teacher", "vocabulary of 600", "512", "share their tokenizer"],
+    ),
+    "tokenizer": (
+        lambda a: {"recover.teacher": other_words(a)},
+        ["recover.teacher", "another tokenizer", "share their tokenizer"],
+    ),
+    "width": (
+        lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},
+        ["recover.teacher", "hidden_size 64", "32", "recover.objective.feature, prc, fic 0"],
+    ),
+    "width of what is fine-tuned": (
+        lambda a: {
+            "recover.teacher": a.tiny("llama", num_hidden_layers=3, hidden_size=64),
+            "recover.finetuned": "train",
+            "recover.objective.prc": 0,
+        },
+        ["recover.teacher", "hidden_size 64", "32", "give another model"],
+    ),
+    "a cap on the logits": (
+        lambda a: {
+            "model.path": a.tiny("gemma2", num_hidden_layers=3),
+            "stages": "[oneshot, recover]",
+        },
+        ["Gemma2ForCausalLM", "caps its logits", "not recovered"],
+    ),
+    "a teacher with a cap on its logits": (
+        lambda a: {"recover.teacher": a.tiny("gemma2", num_hidden_layers=3)},
+        ["Gemma2ForCausalLM", "caps its logits", "not recovered"],
+    ),
+    "width of the fine-tuned model": (
+        lambda a: {"recover.finetuned": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},
+        ["recover.finetuned", "hidden_size 64", "32"],
+    ),
+    "no dense model": (
+        lambda a: {"recover.teacher": "null"},
+        ["recover starts from", "name the dense model with --model.dense"],
+    ),
+    "changed weights": (
+        lambda a: {"model.path": changed_model(a)},
+        [DOWN_0, "has 1 weights that are not zero where its mask says so", "prune again"],
+    ),
+    "ladder down": (
+        lambda a: {"recover.ladder": "0.7, 0.6"},
+        ["recover.ladder goes from 0.7 to 0.6", "masks only grow"],
+    ),
+    "ladder down to a pattern": (
+        lambda a: {"recover.ladder": "0.6, 2:4"},
+        ["recover.ladder goes from 0.6 to 2:4", "sparser than the one before"],
+    ),
+    "first rung": (
+        lambda a: {"recover.ladder": "0.4, 0.6"},
+        ["recover.ladder begins with 0.4", "50.0 % sparse already", "begin above that"],
+    ),
+    "no rung": (
+        lambda a: {"recover.ladder": "0.6, most"},
+        ["recover.ladder has the rung 'most'", "(0, 1) or N:M"],
+    ),
+    "batch": (
+        lambda a: {"recover.micro_batch": 4},
+        ["recover.batch is 6", "1 ranks x micro_batch 4", "--recover.micro_batch"],
+    ),
+    "removed key": (
+        lambda a: deepspeed_file(a, "removed", compression_training={"layer_reduction": {}}),
+        ["recover.deepspeed", "removed.json", "refused by DeepSpeed", "compression_training"],
+    ),
+    "misspelt key": (
+        lambda a: deepspeed_file(a, "misspelt", zero_optimization={"stage": 2, "overlap_com": 1}),
+        ["recover.deepspeed", "misspelt.json", "refused by DeepSpeed", "overlap_com"],
+    ),
+    "unknown auto": (
+        lambda a: deepspeed_file(
+            a, "auto", zero_optimization={"stage": 2, "reduce_bucket_size": "auto"}
+        ),
+        ["recover.deepspeed", '"auto" for zero_optimization.reduce_bucket_size', "give a value"],
+    ),
+    "optimizer": (
+        lambda a: deepspeed_file(a, "optimizer", optimizer={"type": "Adam"}),
+        ["optimizer.json", "sets an optimizer", "recover.lr", "take that block out"],
+    ),
+    "another micro-batch": (
+        lambda a: deepspeed_file(a, "micro", train_micro_batch_size_per_gpu=2),
+        ["micro.json sets train_micro_batch_size_per_gpu to 2", "makes it 6", 'write "auto"'],
+    ),
+    "another type": (
+        lambda a: deepspeed_file(a, "type", bf16={"enabled": True}),
+        ["type.json sets bf16.enabled to true", "recipe makes it false", 'write "auto"'],
+    ),
+    "another clip": (
+        lambda a: deepspeed_file(a, "clip", gradient_clipping=0.3),
+        ["clip.json sets gradient_clipping to 0.3", "makes it 1.0", 'write "auto"'],
+    ),
+    "no section": (
+        lambda a: deepspeed_file(a, "section", zero_optimization=[2]),
+        ["section.json", "zero_optimization is no section"],
+    ),
+    "no stage": (
+        lambda a: deepspeed_file(a, "stage", zero_optimization={"stage": "2"}),
+        ["stage.json", "zero_optimization.stage is '2'", "0, 1, 2 or 3"],
+    ),
+    "no JSON": (
+        lambda a: {"recover.deepspeed": no_json(a)},
+        ["recover.deepspeed", "broken.json cannot be read as JSON"],
+    ),
+    "no file": (
+        lambda a: {"recover.deepspeed": a.folder / "nowhere.json"},
+        ["recover.deepspeed", "nowhere.json cannot be read"],
+    ),
+    "no settings": (
+        lambda a: {"recover.deepspeed": a.write("list.json", [1, 2])},
+        ["recover.deepspeed", "list.json holds no settings"],
+    ),
+    "unknown name": (
+        lambda a: {"recover.deepspeed": "zero4"},
+        ["recover.deepspeed is 'zero4'", "cpu, ", "zero0, zero1, zero2, zero3, zero3_offload"],
+    ),
+    "unknown name of the teacher's": (
+        lambda a: {"recover.teacher_deepspeed": "sharded"},
+        ["recover.teacher_deepspeed is 'sharded'", "teacher_zero3"],
+    ),
+    "whole teacher of a sharded student": (
+        lambda a: {
+            "recover.deepspeed": "zero3",
+            "recover.teacher_deepspeed": a.write("whole.json", {}),
+        },
+        ["recover.deepspeed zero3 is ZeRO-3", "whole.json is ZeRO-0", "at auto"],
+    ),
+    "sharded teacher of a whole student": (
+        lambda a: {"recover.teacher_deepspeed": "teacher_zero3"},
+        ["recover.deepspeed zero2 is ZeRO-2", "teacher_zero3 is ZeRO-3", "at auto"],
+    ),
+    "positions": (
+        lambda a: {"recover.length": 512, "recover.tokens": 512 * BATCH},
+        ["recover.length is 512", "256 positions", "--recover.length 256"],
+    ),
+    "positions of the teacher": (
+        lambda a: {
+            "recover.teacher": a.tiny("opt", vocab_size=512, max_position_embeddings=32),
+            **NO_CONTRAST,
+        },
+        ["recover.length is 64, but recover.teacher", "32 positions", "--recover.length 32"],
+    ),
+    "no teacher there": (
+        lambda a: {"recover.teacher": a.folder / "nobody"},
+        ["recover.teacher", "nobody is not a directory"],
+    ),
+    "no fine-tuned model there": (
+        lambda a: {"recover.finetuned": a.folder / "nobody"},
+        ["recover.finetuned", "nobody is not a directory"],
+    ),
+    "no checkpoint there": (
+        lambda a: {"recover.resume": a.folder / "nowhere"},
+        ["recover.resume", "nowhere is no complete checkpoint"],
+    ),
+    "ladder below oneshot": (
+        lambda a: {
+            "model.path": a.dense,
+            "stages": "[oneshot, recover]",
+            "recover.ladder": "0.3, 0.6",
+        },
+        ["recover.ladder begins with 0.3, and oneshot prunes to 0.5", "leave oneshot out"],
+    ),
+    "a budget and a later pattern": (
+        lambda a: {"oneshot.budget": "owl", "recover.ladder": "0.6, 1:4"},
+        ["oneshot.budget owl", "1:4", "use budget uniform"],
+    ),
+    "scored text": (
+        lambda a: {"stages": "[recover, evaluate]", "evaluate.corpora": f"[{a.text}]"},
+        ["recover.corpus", "also scored by evaluate", "another text"],
+    ),
+    "too few tokens": (
+        lambda a: {"recover.tokens": 300},
+        ["recover.tokens is 300", "one step of 6 x 64"],
+    ),
+    "too little text": (
+        lambda a: {"recover.held_out": 100_000},
+        ["too few for 100000 held-out ones", "--recover.held_out"],
+    ),
+    "too many segments": (
+        lambda a: {"recover.contrast.segments": 20},
+        ["recover.contrast.segments is 20", "64 tokens", "lower it"],
+    ),
+    "a large bank": (
+        lambda a: {"recover.contrast.bank_gib": 1e-6},
+        ["recover.contrast.bank_gib 1e-06", "48 sequences x 12 units x 32", "lower"],
+    ),
+}
+PACKAGES = ("tensorboard", "wandb")
+
+
+def add_refusals(cases: Cases) -> None:
+    """Cases of one rank that must end with one clear message."""
+    assets = cases.assets
+    for name, (changes, _) in REFUSED.items():
+        cases.add(name, **changes(assets))
+    for package, value in zip(PACKAGES, ("true", "a-project"), strict=True):
+        if not importlib.util.find_spec(package):
+            cases.add(package, **{f"recover.{package}": value})
+    refused_late = deepspeed_file(
+        assets, "late", zero_optimization={"stage": 3}, prescale_gradients=True
+    )
+    cases.add("settings refused at the start", **refused_late)
+    for name in ("bank of another seed", "bank of another text", "bank of another model"):
+        recover = cases.out(name) / "recover"
+        edits = [("copy", cases.out("plain"), cases.out(name))]
+        edits += [("remove", recover / file) for file in ("recipe.json", "done.json", "rung.json")]
+        changes = {"recover.seed": 1}
+        if name == "bank of another text":
+            words = assets.folder / "other.txt"
+            words.write_text(assets.text.read_text().replace("a", "e"))
+            changes = {"recover.corpus": words}
+        if name == "bank of another model":
+            changes = {"recover.teacher": assets.tiny("llama", num_hidden_layers=3, seed=2)}
+        cases.add(name, edits=edits, **changes)

@@ -1,0 +1,656 @@
+"""The stage `recover` in real gloo processes: ZeRO 0 to 3, resume, the ladder, and what is refused.
+
+Three launches of `worker.py` (two ranks; then one and three) run all cases, since a start costs
+more than a case; the tests look at what the run directories hold.
+
+All are of this file, so that nothing is launched twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launches import (
+    BATCH,
+    FEATURE,
+    LADDER,
+    LENGTH,
+    MIXED,
+    NO_CONTRAST,
+    RESUMED_ON,
+    RUNG_STEPS,
+    STEPS,
+    ZERO,
+    Assets,
+    Cases,
+)
+from readings import (
+    assert_close,
+    assert_zeros,
+    checkpoints,
+    losses,
+    masks,
+    names,
+    perplexity,
+    record,
+    sparsity,
+    tensors,
+)
+from refusals import PACKAGES, REFUSED, add_refusals
+
+from cap_llm.models.checkpoint import fingerprint
+
+
+@pytest.fixture(scope="module")
+def two(assets, tmp_path_factory) -> Cases:
+    """All cases of two ranks, run."""
+    cases = Cases(2, tmp_path_factory.mktemp("two"), assets)
+    for zero in ZERO:
+        settings = {"recover__deepspeed": zero}
+        cases.add(f"plain {zero}", **settings)
+        stopped = cases.add(f"stopped {zero}", ("stop", "recover", 5), **settings)
+        again = ("copy", stopped, cases.out(f"resumed {zero}"))
+        cases.add(f"resumed {zero}", edits=[again], **settings)
+        cases.add(f"mixed {zero}", **MIXED, **settings)
+    for name in ("cpu", "zero3_offload"):
+        cases.add(name, recover__deepspeed=name)
+    cases.add("half", **MIXED | {"recover.dtype": "float16"})
+    cases.add("accumulated", **NO_CONTRAST, **FEATURE, recover__micro_batch=1)
+    cases.add("crashed", ("crash", "recover", 6), recover__deepspeed="zero3")
+    cases.add("after the crash", out="crashed", recover__deepspeed="zero3")
+    cases.add("ladder", **LADDER)
+    cases.add("ladder, stopped", ("stop", "recover/2", 4), **LADDER)
+    snapshot = cases.out("ladder, stopped") / "recover" / "banks" / "snapshot-1"
+    lost = [("remove", snapshot)]
+    cases.add("ladder, resumed", out="ladder, stopped", edits=lost, **LADDER)
+    short = {"recover.tokens": 4 * BATCH * LENGTH}
+    for family, zero in (("gpt2", "zero3"), ("opt", "zero2")):
+        model = {"model.path": assets.tiny(family), "stages": "[oneshot, recover]"}
+        model |= {"recover.teacher": "null", "recover.deepspeed": zero}
+        cases.add(family, **model, **short)
+    for zero in ("zero2", "zero3"):
+        cases.add(f"regrown {zero}", ("without_hooks",), recover__deepspeed=zero, **short)
+    cases.add("no number", ("spoil_loss", "recover", 5))
+    for zero in ZERO:
+        cases.add(f"no slope {zero}", ("spoil_gradient", "recover", 5), recover__deepspeed=zero)
+    mixed = MIXED | {"recover.deepspeed": "zero2"}
+    cases.add("no slope in 16 bits", ("spoil_gradient", "recover", 3), **mixed)
+    cases.add("no batch", recover__micro_batch=2)
+    return cases.start().wait()
+
+
+@pytest.fixture(scope="module")
+def later(assets, two, tmp_path_factory) -> dict[int, Cases]:
+    """All cases of one rank and of three, run at once; some go on from what two ranks have left."""
+    launches = {n: Cases(n, tmp_path_factory.mktemp(f"ranks{n}"), assets) for n in RESUMED_ON}
+    for n, cases in launches.items():
+        for zero in RESUMED_ON[n]:
+            copied = ("copy", two.out(f"stopped {zero}"), cases.out(f"resumed {zero}"))
+            cases.add(f"resumed {zero}", edits=[copied], recover__deepspeed=zero)
+    one = launches[1]
+    one.add("plain")
+    add_resumes(one)
+    add_rungs(one)
+    add_ablations(one)
+    add_refusals(one)
+    with contextlib.ExitStack() as stack:
+        for cases in launches.values():
+            stack.callback(cases.start().stop)
+        return {n: cases.wait() for n, cases in launches.items()}
+
+
+@pytest.fixture(scope="module")
+def one(later) -> Cases:
+    """The cases of one rank."""
+    return later[1]
+
+
+# every ZeRO stage
+
+
+@pytest.mark.parametrize("name", [*(f"plain {zero}" for zero in ZERO), "cpu", "zero3_offload"])
+def test_two_ranks_equal_one(one, two, name):
+    of_one, of_two = losses(one.finished("plain")), losses(two.finished(name))
+    assert names(of_one) == {"loss", "ce", "kl", "prc", "held_out_ppl", "grad_norm"}
+    assert {step for _, step in of_one} == set(range(STEPS + 1))
+    assert_close(of_one, of_two, 1e-4)
+    assert of_one["held_out_ppl", STEPS] < of_one["held_out_ppl", 0]
+
+
+@pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.parametrize("kind", ["plain", "mixed"])
+def test_the_norm_of_the_gradient_is_logged(two, kind, zero):
+    assert "grad_norm" in names(losses(two.finished(f"{kind} {zero}")))
+
+
+def test_micro_batches_and_ranks_make_the_same_step(one, two):
+    whole, parts = one.finished("no contrast"), two.finished("accumulated")
+    assert names(losses(whole)) == {"loss", "ce", "kl", "feature", "held_out_ppl", "grad_norm"}
+    assert_close(losses(whole), losses(parts), 1e-4)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_the_result_is_a_model_with_exact_zeros_and_the_engines_perplexity(assets, two, zero):
+    run = two.finished(f"plain {zero}")
+    assert_zeros(run / "recover", assets.half)
+    assert sparsity(run / "recover") == pytest.approx(0.5, abs=0.01)
+    engines_own = losses(run)["held_out_ppl", STEPS]
+    assert perplexity(run / "recover", assets.held_out()) == pytest.approx(engines_own, rel=1e-4)
+    assert record(run)["held_out_ppl"][str(STEPS)] == pytest.approx(engines_own, abs=1e-4)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_zeros_are_exact_in_16_bits_with_all_that_could_move_them(assets, two, zero):
+    assert_16_bits(assets, two.finished(f"mixed {zero}"), "bfloat16")
+
+
+def test_float16_trains_or_is_refused_clearly(assets, two):
+    if two.results["half"]["ranks"][0] == dict.fromkeys(("error", "stopped", "traceback")):
+        assert_16_bits(assets, two.finished("half"), "float16")
+    else:
+        message = two.refused("half")
+        assert "float16" in message and "bfloat16 or float32" in message
+
+
+def assert_16_bits(assets: Assets, run: Path, dtype: str) -> None:
+    assert_zeros(run / "recover", assets.half)
+    assert json.loads((run / "recover" / "config.json").read_text())["dtype"] == dtype
+    assert {str(w.dtype) for w in tensors(run / "recover").values()} == {f"torch.{dtype}"}
+    engines_own = losses(run)["held_out_ppl", 4]
+    assert perplexity(run / "recover", assets.held_out()) == pytest.approx(engines_own, rel=1e-2)
+
+
+@pytest.mark.parametrize("zero", [zero for zero in ZERO if zero != "zero2"])
+def test_16_bits_give_the_same_losses_at_every_stage(two, zero):
+    first, other = losses(two.finished("mixed zero2")), losses(two.finished(f"mixed {zero}"))
+    assert "feature" in names(first)
+    assert_close(first, other, 0.05)
+
+
+@pytest.mark.parametrize(("family", "transposed"), [("gpt2", True), ("opt", False)])
+def test_other_families_recover_with_exact_zeros(two, assets, family, transposed):
+    run = two.finished(family)
+    assert_zeros(run / "recover", run / "oneshot", transposed)
+    engines_own = losses(run)["held_out_ppl", 4]
+    assert perplexity(run / "recover", assets.held_out()) == pytest.approx(engines_own, rel=1e-4)
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_without_its_hooks_weights_regrow_and_the_run_stops(two, zero):
+    message = two.refused(f"regrown {zero}")
+    regrown = int(re.match(r"(\d+) pruned weights have regrown", message).group(1))
+    of = sum((~mask).sum() for mask in masks(two.assets.half).values())
+    assert 0.9 * of < regrown <= of
+    assert re.search(r"of them in model\.\S+_proj\.weight", message)
+    assert not (two.out(f"regrown {zero}") / "recover" / "checkpoints").exists()
+
+
+# going on
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(two, zero):
+    stopped = two.stopped(f"stopped {zero}")
+    assert checkpoints(stopped)[-1] == "step-000005"
+    resumed = two.finished(f"resumed {zero}")
+    assert record(resumed)["resumed_at_step"] == 5
+    whole = two.finished(f"plain {zero}")
+    assert losses(resumed) == losses(whole)  # bit by bit
+    for name, weight in tensors(whole / "recover").items():
+        assert torch.equal(tensors(resumed / "recover")[name], weight)
+    assert not (resumed / "recover" / "checkpoints").exists()
+
+
+def test_a_crashed_run_goes_on_from_its_last_checkpoint(two):
+    (first, second) = two.results["crashed"]["ranks"]
+    assert "the plug was pulled" in first["traceback"] and "pulled" in second["traceback"]
+    run = two.finished("after the crash", out="crashed")
+    assert record(run)["resumed_at_step"] == 3
+    assert losses(run) == losses(two.finished("plain zero3"))
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(n, z) for n in RESUMED_ON for z in RESUMED_ON[n]])
+def test_another_number_of_ranks_goes_on(assets, two, later, zero, ranks):
+    run = later[ranks].finished(f"resumed {zero}")
+    assert record(run)["resumed_at_step"] == 5
+    assert_close(losses(run), losses(two.finished(f"plain {zero}")), 1e-5)
+    assert_zeros(run / "recover", assets.half)
+
+
+def add_resumes(cases: Cases) -> None:
+    """Cases of one rank about what lies in the folder of checkpoints."""
+    each = {"recover.checkpoint_steps": 1}
+    stopped = cases.add("stopped", ("stop", "recover", 5), **each)
+
+    def copied(name: str) -> tuple[str, Path, Path]:
+        return ("copy", stopped, cases.out(name))
+
+    def complete(name: str, step: int) -> Path:
+        step = f"step-{step:06d}"
+        return cases.out(name) / "recover" / "checkpoints" / "1" / step / "complete.json"
+
+    ended = cases.add("stopped at the end", ("stop", "recover", STEPS))
+    again = ("copy", ended, cases.out("at the end, resumed"))
+    cases.add("at the end, resumed", edits=[again])
+    gone = [copied("incomplete"), ("remove", complete("incomplete", 5))]
+    seldom = {"recover.checkpoint_steps": 100}
+    cases.add("incomplete", ("stop", "recover", 7), edits=gone, **seldom)
+    again = ("copy", cases.out("incomplete"), cases.out("incomplete, resumed"))
+    cases.add("incomplete, resumed", edits=[again])
+    cases.add("anew", edits=[copied("anew")], recover__resume="false")
+    cases.add("must go on", edits=[copied("must go on")], recover__resume="true")
+    cases.add("nothing to go on from", recover__resume="true")
+    path = complete("by path", 4).parent
+    cases.add("by path", edits=[copied("by path")], recover__resume=path)
+    no_banks = ("remove", cases.out("without banks") / "recover" / "banks")
+    cases.add("without banks", edits=[copied("without banks"), no_banks])
+    path = complete("stopped", 4).parent
+    cases.add("by path elsewhere", recover__resume=path)
+    cases.add("by a wrong path", recover__resume=cases.assets.half)
+    cases.add("another recipe by path", recover__resume=path, recover__lr=0.004)
+    edited = ("replace", complete("another recipe", 5), '"lr": 0.003', '"lr": 0.004')
+    cases.add("another recipe", edits=[copied("another recipe"), edited])
+    cases.add("another stage", edits=[copied("another stage")], recover__deepspeed="zero3")
+    text = cases.assets.folder / "changing.txt"
+    text.write_text(cases.assets.text.read_text())
+    changing = NO_CONTRAST | {"recover.corpus": text}
+    cases.add("text", ("stop", "recover", 5), **changing)
+    changed = [("copy", cases.out("text"), cases.out("another text")), ("replace", text, "a", "e")]
+    cases.add("another text", edits=changed, **changing)
+
+
+def test_old_checkpoints_are_removed(one):
+    assert checkpoints(one.stopped("stopped")) == ["step-000004", "step-000005"]
+
+
+def test_a_signal_in_the_last_step_stops_too_and_nothing_is_left_to_train(one):
+    run = one.stopped("stopped at the end")
+    assert checkpoints(run)[-1] == f"step-{STEPS:06d}"
+    assert not list((run / "recover").glob("*.safetensors"))
+    run = one.finished("at the end, resumed")
+    assert record(run)["resumed_at_step"] == STEPS
+    assert losses(run) == losses(one.finished("plain"))
+
+
+def test_an_incomplete_checkpoint_does_not_count_and_is_removed(one):
+    run = one.stopped("incomplete")
+    assert "going on at step 5 of 8" in (run / "log.txt").read_text()
+    assert checkpoints(run) == ["step-000004", "step-000007"]
+    run = one.finished("incomplete, resumed")
+    assert record(run)["resumed_at_step"] == 7
+    assert losses(run) == losses(one.finished("plain"))
+
+
+@pytest.mark.parametrize(("name", "step"), [("anew", 0), ("must go on", 5), ("by path", 4)])
+def test_where_to_go_on_from_can_be_said(one, name, step):
+    run = one.finished(name)
+    assert record(run)["resumed_at_step"] == step
+    assert losses(run) == losses(one.finished("plain"))
+
+
+@pytest.mark.parametrize(("name", "step"), [("by path elsewhere", 4), ("without banks", 5)])
+def test_the_rows_of_a_bank_that_is_not_there_are_made_again(one, name, step):
+    run = one.finished(name)
+    assert record(run)["resumed_at_step"] == step
+    whole = {k: v for k, v in losses(one.finished("plain")).items() if k[1] > step}
+    found = {k: v for k, v in losses(run).items() if k[1] > step}
+    assert_close(whole, found, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nothing to go on from", ["recover.resume is true", "no complete checkpoint"]),
+        ("by a wrong path", ["recover.resume", "is no complete checkpoint", "complete.json"]),
+        ("another recipe", ["recover.lr was 0.004 and is 0.003", "--recover.resume false"]),
+        ("another recipe by path", ["recover.lr was 0.003 and is 0.004", "--recover.resume false"]),
+        (
+            "another stage",
+            ["was made with another recipe: zero_stage was 2 and is 3", "--recover.resume false"],
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(one, name, expected):
+    message = one.refused(name)
+    for part in expected:
+        assert part in message
+    if "path" not in name and name != "nothing to go on from":
+        assert checkpoints(one.out(name)) == ["step-000004", "step-000005"]
+
+
+def test_a_checkpoint_of_another_text_is_refused(one):
+    one.stopped("text")
+    assert "text" in one.refused("another text")
+
+
+# the ladder
+
+
+def add_rungs(cases: Cases) -> None:
+    """Cases of one rank that start from a dense model, and a gate."""
+    dense = {"model.path": cases.assets.dense, "recover.teacher": "null"}
+    short = {"recover.tokens": 2 * BATCH * LENGTH}
+    cases.add("2:4", **dense, **short, recover__ladder="2:4")
+    rungs = {"recover.ladder": "0.3, 0.4, 0.5"}
+    cases.add("three rungs", **dense, **short, **rungs, recover__contrast__snapshots=1)
+    two_rungs = {"recover.ladder": "0.6, 0.7"}
+    for name in ("ladder, true", "ladder, by path"):
+        stopped = cases.add(f"{name}, stopped", ("stop", "recover/1", 5), **two_rungs)
+        resume = stopped / "recover" / "checkpoints" / "1" / "step-000005"
+        resume = "true" if "true" in name else resume
+        again = ("copy", stopped, cases.out(name))
+        cases.add(name, edits=[again], **two_rungs, recover__resume=resume)
+    elsewhere = Path(shutil.copytree(cases.assets.half, cases.assets.folder / "elsewhere"))
+    for name in ("masks.safetensors", "sparsity.json"):
+        (elsewhere / name).unlink()
+    settings = {"model.path": elsewhere, "oneshot.block_size": 16, "recover.ladder": "0.6"}
+    cases.add("pruned elsewhere", **settings, **short)
+    # so large a rate that the model is lost
+    lost = {"recover.ladder": "0.7, 0.8", "recover.lr": 0.1} | short
+    cases.add("gate", recover__gate=1.01, **lost)
+    cases.add("gate, again", out="gate", recover__gate=1.02, **lost)
+    raised = ("copy", cases.out("gate"), cases.out("gate, raised"))
+    cases.add("gate, raised", edits=[raised], recover__gate=1e9, **lost)
+
+
+def test_a_ladder_prunes_inside_the_earlier_masks(two, assets):
+    recover = two.finished("ladder") / "recover"
+    folders = [assets.half]
+    folders += [recover / "rungs" / "1" / name for name in ("pruned", "trained")]
+    folders += [recover / "rungs" / "2" / "pruned", recover]
+    for before, after in zip(folders, folders[1:], strict=False):
+        for name, mask in masks(after).items():
+            assert not (mask & ~masks(before)[name]).any()
+    found = [sparsity(folder) for folder in folders]
+    assert found == pytest.approx([0.5, 0.6, 0.6, 0.7, 0.7], abs=0.01)
+    assert_zeros(recover / "rungs" / "1" / "trained", recover / "rungs" / "1" / "pruned")
+    assert_zeros(recover, recover / "rungs" / "2" / "pruned")
+
+
+def test_a_ladder_logs_each_contrast_and_keeps_its_banks(two):
+    run = two.finished("ladder")
+    for rung in (1, 2):
+        values = losses(run, f"recover/{rung}")
+        assert {step for _, step in values} == set(range(RUNG_STEPS + 1))
+        assert {"ce", "kl", "prc", "snc", "fic"} <= names(values)
+    assert names(losses(run, "recover/finetuned")) == {"loss", "ce", "held_out_ppl", "grad_norm"}
+    log = (run / "log.txt").read_text()
+    assert "SnC is off" not in log and "FiC is off" not in log
+    banks = run / "recover" / "banks"
+    assert {p.name for p in banks.iterdir()} == {
+        *("pretrained", "finetuned", "snapshot-1", "snapshot-2")
+    }
+    for bank in banks.iterdir():
+        there = np.fromfile(bank / "there.bin", np.uint8)
+        # each rung trains on text of its own, and the second has a snapshot that the first has not
+        rungs = 1 if bank.name == "snapshot-2" else 2
+        assert len(there) == 2 * RUNG_STEPS * BATCH
+        assert there.sum() == rungs * RUNG_STEPS * BATCH
+        facts = json.loads((bank / "bank.json").read_text())
+        assert facts["mean_cosine"] < 0.7 and facts["effective_rank"] > 2
+    records = json.loads((run / "recover" / "recovery.json").read_text())["rungs"]
+    assert [r["rung"] for r in records] == ["0.6", "0.7"]
+
+
+def test_a_fine_tuned_model_is_the_dense_one_trained(two, assets):
+    folder = two.finished("ladder") / "recover" / "finetuned"
+    values = losses(two.out("ladder"), "recover/finetuned")
+    assert values["held_out_ppl", RUNG_STEPS] < values["held_out_ppl", 0]
+    dense = perplexity(assets.dense, assets.held_out())
+    assert values["held_out_ppl", 0] == pytest.approx(dense, rel=1e-4)
+    tuned = perplexity(folder, assets.held_out())
+    assert values["held_out_ppl", RUNG_STEPS] == pytest.approx(tuned, rel=1e-4)
+    assert all((w != 0).any() for w in tensors(folder).values())
+
+
+def test_a_ladder_that_was_stopped_in_a_later_rung_gives_the_same_result(two):
+    whole = two.finished("ladder")
+    assert two.outcome("ladder, stopped")["stopped"] == signal.SIGTERM
+    resumed = two.finished("ladder, resumed", out="ladder, stopped")
+    for stage in ("recover/finetuned", "recover/1", "recover/2"):
+        assert losses(resumed, stage) == losses(whole, stage)
+    for name, weight in tensors(whole / "recover").items():
+        assert torch.equal(tensors(resumed / "recover")[name], weight)
+    text = (resumed / "log.txt").read_text()
+    assert text.count("rung 1/2 (0.6): pruning") == 1
+    assert text.count("fine-tuning the dense model") == 1
+
+
+@pytest.mark.parametrize("name", ["ladder, true", "ladder, by path"])
+def test_a_ladder_goes_on_to_the_next_rung_after_it_was_told_to_resume(one, name):
+    assert one.outcome(f"{name}, stopped")["stopped"] == signal.SIGTERM
+    assert sparsity(one.finished(name) / "recover") == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_dense_model_goes_to_a_pattern_at_once(one, assets):
+    run = one.finished("2:4")
+    pruned = run / "recover" / "rungs" / "1" / "pruned"
+    assert_zeros(run / "recover", pruned)
+    for mask in masks(run / "recover").values():
+        assert (mask.reshape(-1, 4).sum(1) == 2).all()
+    assert "SnC is off on this rung" in (run / "log.txt").read_text()
+    assert "snc" not in names(losses(run, "recover/1"))
+
+
+def test_a_ladder_prunes_inside_the_zeros_of_a_model_that_was_pruned_elsewhere(one, assets):
+    run = one.finished("pruned elsewhere")
+    assert_zeros(run / "recover", run / "recover" / "rungs" / "1" / "pruned")
+    assert sparsity(run / "recover") == pytest.approx(0.6, abs=0.01)
+    for name, mask in masks(run / "recover").items():
+        assert not (mask & ~masks(assets.half)[name]).any()
+
+
+def test_snapshots_begin_with_the_second_rung_of_a_dense_model_and_old_ones_go(one):
+    run = one.finished("three rungs")
+    assert "snc" not in names(losses(run, "recover/1"))
+    for rung in (2, 3):
+        assert "snc" in names(losses(run, f"recover/{rung}"))
+    assert (run / "log.txt").read_text().count("SnC is off on this rung") == 1
+    banks = {p.name for p in (run / "recover" / "banks").iterdir()}
+    assert banks == {"pretrained", "snapshot-3"}
+
+
+def test_snapshots_share_their_weight(two):
+    run = two.finished("ladder")
+    for rung in (1, 2):  # the start was pruned already: as many snapshots as rungs
+        values = losses(run, f"recover/{rung}")
+        weights = {"ce": 0.2, "kl": 0.8, "prc": 0.1, "fic": 0.1, "snc": 0.1 / rung}
+        total = sum(weight * values[name, 1] for name, weight in weights.items())
+        assert values["loss", 1] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_rung_that_loses_too_much_ends_the_ladder(one):
+    message = one.refused("gate")
+    assert "rung 1/2 (0.7) ends with a held-out perplexity of" in message
+    assert "1.01 (recover.gate) times the teacher's" in message
+    assert "recover.tokens" in message
+    trained = one.out("gate") / "recover" / "rungs" / "1" / "trained"
+    assert sparsity(trained) == pytest.approx(0.7, abs=0.01)
+    assert "rung 1/2 (0.7) ends with" in one.refused("gate, again")
+    assert not (one.out("gate") / "recover" / "rungs" / "2").exists()
+    assert not (one.out("gate") / "recover" / "checkpoints" / "1").exists()  # needed no more
+    assert sparsity(one.finished("gate, raised") / "recover") == pytest.approx(0.8, abs=0.01)
+
+
+# the objective's terms
+
+TERMS = ("kl", "feature", "prc", "snc", "fic")
+WEIGHTS = {"ce": 0.2, "kl": 0.8, "feature": 0.5, "prc": 0.1, "snc": 0.1, "fic": 0.1}
+
+
+def add_ablations(cases: Cases) -> None:
+    """Cases of one rank with all terms on, and with each of them off."""
+    tiny = cases.assets.tiny
+    everything = {
+        "recover.ladder": "0.6",
+        "recover.tokens": 2 * BATCH * LENGTH,
+        "recover.finetuned": tiny("llama", num_hidden_layers=3, seed=1),
+        "recover.objective.feature": WEIGHTS["feature"],
+    }
+    cases.add("all terms", **everything)
+    for term in TERMS:
+        cases.add(f"without {term}", **everything | {f"recover.objective.{term}": 0})
+    cases.add("no contrast", **NO_CONTRAST, **FEATURE)
+    worse = {"recover.finetuned": "train", "recover.lr": 1.0, "recover.tokens": 2 * BATCH * LENGTH}
+    cases.add("fine-tuned, and worse", **worse)
+    wide = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=3)}
+    cases.add("wide teacher", **wide, **NO_CONTRAST)
+    tuned = {"model.dense": cases.assets.dense, "recover.finetuned": "train"}
+    tuned |= {"recover.objective.prc": 0, "recover.tokens": 2 * BATCH * LENGTH}
+    cases.add("wide teacher, fine-tuned", **wide | tuned)
+    cases.add("wide teacher, snapshots", **wide, recover__objective__prc=0, recover__ladder="0.6")
+    short = {"recover.tokens": 2 * BATCH * LENGTH, "recover.sequences": 8}
+    large = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=4)}
+    cases.add("large teacher", **large, **short, model__dense=cases.assets.dense)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(one):
+    values = losses(one.finished("all terms"), "recover/1")
+    for step in (1, 2):
+        parts = {name: values[name, step] for name in WEIGHTS}
+        assert len(set(parts.values())) == len(parts)
+        total = sum(WEIGHTS[name] * value for name, value in parts.items())
+        assert values["loss", step] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_weight_of_zero_removes_one_term_and_no_other(one, term):
+    whole = losses(one.finished("all terms"), "recover/1")
+    without = losses(one.finished(f"without {term}"), "recover/1")
+    assert names(whole) - names(without) == {term}
+    for name in names(without) - {"loss", "grad_norm", "held_out_ppl"}:
+        assert without[name, 1] == whole[name, 1]
+    assert without["loss", 1] < whole["loss", 1]
+
+
+def test_a_term_without_its_model_is_off_and_the_log_says_so(one):
+    log = (one.finished("plain") / "log.txt").read_text()
+    assert "FiC is off: recover.finetuned names no fine-tuned model" in log
+    assert "SnC is off" in log
+
+
+def test_a_fine_tuned_model_that_is_worse_than_the_dense_one_is_told(one, two):
+    run = one.finished("fine-tuned, and worse")
+    values = losses(run, "recover/finetuned")
+    assert values["held_out_ppl", 2] > values["held_out_ppl", 0]
+    said = r"the fine-tuned model's held-out ppl is [\d.]+, worse than the dense model's [\d.]+"
+    assert re.search(said, (run / "log.txt").read_text())
+    assert "worse than" not in (two.finished("ladder") / "log.txt").read_text()
+
+
+def test_a_wider_teacher_gives_the_kl(one, assets):
+    run = one.finished("wide teacher")
+    values = losses(run)
+    assert values["kl", 1] > 0.01
+    assert values["held_out_ppl", STEPS] < values["held_out_ppl", 0]
+    assert_zeros(run / "recover", assets.half)
+
+
+def test_a_wider_teacher_goes_with_the_students_own_snapshots(one):
+    assert "snc" in names(losses(one.finished("wide teacher, snapshots"), "recover/1"))
+
+
+def test_the_dense_model_is_contrasted_with_and_not_a_larger_teacher(one, assets):
+    run = one.finished("large teacher")
+    assert {"kl", "prc"} <= names(losses(run))
+    bank = json.loads((run / "recover" / "banks" / "pretrained" / "bank.json").read_text())
+    assert bank["facts"]["model"] == fingerprint(assets.dense)
+
+
+def test_text_that_is_passed_more_than_once_is_told(one):
+    run = one.finished("large teacher")
+    log = (run / "log.txt").read_text()
+    assert "fills 8 sequences of 64 tokens; the training passes them 1.50 times" in log
+    summary = json.loads((run / "recover" / "recovery.json").read_text())
+    assert summary["distinct_tokens"] == 8 * LENGTH
+    assert "passes them" not in (one.finished("plain") / "log.txt").read_text()
+
+
+def test_the_dense_model_is_fine_tuned_and_measured_not_a_wider_teacher(one, assets):
+    run = one.finished("wide teacher, fine-tuned")
+    assert "fic" in names(losses(run))
+    tuned = json.loads((run / "recover" / "finetuned" / "config.json").read_text())
+    assert tuned["hidden_size"] == 32
+    dense = perplexity(assets.dense, assets.held_out())
+    assert record(run)["dense_held_out_ppl"] == pytest.approx(dense, rel=1e-4)
+    assert "the dense model's held-out ppl is" in (run / "log.txt").read_text()
+
+
+# bad input
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_before_the_work(one, name):
+    message = one.refused(name)
+    for part in REFUSED[name][1]:
+        assert part in message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_remedy_can_be_given_in_the_same_directory(one, name):
+    one.refused(name)
+    assert not (one.out(name) / "recover" / "recipe.json").exists()
+
+
+def test_what_deepspeed_refuses_only_when_it_starts_is_one_line_too(one):
+    message = one.refused("settings refused at the start")
+    assert "recover.deepspeed" in message and "late.json is refused by DeepSpeed" in message
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_tracker_that_is_not_installed_is_refused(one, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    message = one.refused(package)
+    assert f"recover.{package}" in message and "install" in message
+    assert not (one.out(package) / "recover").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"),
+    [
+        ("bank of another seed", "seed"),
+        ("bank of another text", "text"),
+        ("bank of another model", "model"),
+    ],
+)
+def test_a_bank_of_other_data_is_refused(one, name, fact):
+    message = one.refused(name)
+    assert f"banks/pretrained was made from other data: its {fact} was" in message
+    assert "remove that folder to build it anew" in message
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(two):
+    message = two.refused("no batch")
+    assert "recover.batch is 6, no multiple of 2 ranks x micro_batch 2" in message
+
+
+def test_a_loss_that_is_no_number_names_the_sequences_and_keeps_the_checkpoint(two):
+    message = two.refused("no number")
+    order = np.random.default_rng([0, 0]).permutation(STEPS * BATCH)
+    batch = order[4 * BATCH : 5 * BATCH].tolist()
+    assert f"the loss of step 5 is not finite; the sequences of this batch are {batch}" in message
+    assert "--recover.lr" in message
+    assert checkpoints(two.out("no number")) == ["step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [*((zero, 5) for zero in ZERO), ("in 16 bits", 3)], ids=str
+)
+def test_a_gradient_that_is_no_number_names_the_step_and_keeps_the_checkpoint(two, name, step):
+    message = two.refused(f"no slope {name}")
+    order = np.random.default_rng([0, 0]).permutation(len(two.assets.packed().ids))
+    assert f"the gradient of step {step} is not finite, though its loss is" in message
+    assert "--recover.lr" in message
+    if step == 5:
+        assert str(order[4 * BATCH : 5 * BATCH].tolist()) in message
+        assert checkpoints(two.out(f"no slope {name}")) == ["step-000003"]
