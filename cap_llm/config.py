@@ -242,8 +242,6 @@ class ObjectiveConfig:
             raise UserError(
                 f"recover.objective.temperature is {self.temperature:g}; it must be above 0"
             )
-        if not any(getattr(self, name) for name in self.TERMS):
-            raise UserError("recover.objective has no weight above 0; give one, such as kl")
 
 
 @dataclass
@@ -255,9 +253,9 @@ class ContrastConfig:
     token_positions: int = 64
     """Units a sequence that are single tokens, at positions drawn once; 0: none."""
     segment_weight: float = 1.0
-    """Share of the segments in a contrast."""
+    """Of the segments' mean in a contrast; the tokens' is added to it."""
     token_weight: float = 1.0
-    """Share of the tokens in a contrast."""
+    """Of the tokens' mean in a contrast."""
     segment_temperature: float = 0.1
     """Of the softmax over a segment's candidates."""
     token_temperature: float = 0.07
@@ -290,10 +288,15 @@ class ContrastConfig:
                 raise UserError(
                     f"recover.contrast.{name} is {getattr(self, name):g}; it must be above 0"
                 )
-        if not self.segments + self.token_positions:
+        for name in ("segment_weight", "token_weight", "supervised"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"recover.contrast.{name} is {getattr(self, name):g}; it must be at least 0"
+                )
+        if not self.segments * self.segment_weight + self.token_positions * self.token_weight:
             raise UserError(
-                "recover.contrast has neither segments nor token_positions; give one, or set the "
-                "weights recover.objective.prc, snc and fic to 0"
+                "recover.contrast has neither segments nor token_positions with a weight; give "
+                "one, or set the weights recover.objective.prc, snc and fic to 0"
             )
 
 
@@ -392,6 +395,12 @@ class RecoverConfig:
                 f"recover.lr {self.lr:g}, weight_decay {self.weight_decay:g}, clip {self.clip:g}, "
                 f"warmup {self.warmup:g}: lr must be above 0, weight_decay and clip at least 0, "
                 "warmup in [0, 1)"
+            )
+        o = self.objective
+        if not (o.ce or o.kl or o.feature or o.prc or (o.fic and self.finetuned)):
+            raise UserError(
+                "recover.objective has nothing to train towards: snc needs a rung before, fic a "
+                "model in recover.finetuned; give another weight above 0, such as kl"
             )
         if self.gate is not None and self.gate <= 1:
             raise UserError(f"recover.gate is {self.gate:g}; it must be above 1")
@@ -539,8 +548,9 @@ class RuntimeConfig:
     """Memory for activations, in GiB (2^30 bytes) a rank; what does not fit is computed again or
     goes to disk. Default: half of what is free when the work starts."""
     keep_intermediate: bool = True
-    """Keep the weights of a stage when the next one is done. Off, they are scored and dropped then,
-    so that a pipeline never holds more than two pruned models."""
+    """Keep the weights of a stage when the next one is done, and recover's banks. Off, they are
+    scored and dropped then, so that a pipeline never holds more than two pruned models; a ladder
+    holds those of its rungs until it ends."""
 
     def __post_init__(self):
         if self.activation_gib is not None and self.activation_gib < 0:

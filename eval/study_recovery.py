@@ -415,6 +415,7 @@ def write_page(study: Study) -> None:
     page += ["- **gap closed**: of the gap between the one-shot model of the same seed and pattern"]
     page += ["  and the dense one. Above 100 % for `dense + cross-entropy` is what the text alone"]
     page += ["  is worth: it was never pruned."]
+    page += ["- Training is in bfloat16 at a rate of 2e-4, scores are in float32."]
     page += ["- **own held-out**: 16 sequences of the training corpus' other documents, which a"]
     page += ["  seed draws; the text to choose settings by. Minutes are those of a run's pruning"]
     page += ["  and training, other work may have run beside it.", ""]

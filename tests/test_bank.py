@@ -192,6 +192,28 @@ def test_fill_writes_each_row_once_and_later_only_the_missing_ones(tmp_path):
     assert bank.written == again.written == model.seen == []
 
 
+def test_a_rank_without_a_sequence_helps_to_measure_the_centre(tmp_path):
+    class Last(World):
+        """The last of so many ranks that its share of some round is empty."""
+
+        size, rank = N + 1, N
+
+        def __init__(self):
+            self.device = ALONE.device
+
+        def sum(self, tensor):
+            return tensor + 1
+
+        def gather(self, value):
+            return [torch.randn(9, 8) if value.is_floating_point() else value]
+
+    c, model = contrasts(), Model()
+    c.world = Last()
+    bank = bank_of(c, tmp_path)
+    c.fill(bank, model, torch.arange(0), 1, "a bank", QUIET)
+    assert bank.centre is not None and len(model.seen) == 1
+
+
 def test_filled_rows_are_centred_projected_vectors_of_length_one(tmp_path):
     c, model = contrasts(), Model()
     bank, e = bank_of(c, tmp_path, model), c.encoder

@@ -46,7 +46,8 @@ def check_recovery(
     for package in ("tensorboard", "wandb"):
         if getattr(settings, package):
             require(package, f"recover.{package}")
-    checkpoints.named(settings)
+    if not (Path(config.output_dir) / "recover" / "recipe.json").exists():
+        checkpoints.named(settings)  # later on it may be needed no more
     dense = _here(config.model.dense, "model.dense")
     teacher = _here(settings.teacher, "recover.teacher") if settings.teacher else dense
     check_models(located, teacher, dense, settings)

@@ -56,6 +56,12 @@ def named(config: RecoverConfig) -> Path | None:
     return path
 
 
+def rung_of(asked: bool | str) -> int | str | None:
+    """The rung that the checkpoint of a `recover.resume` belongs to; None if it is none."""
+    path = Path(str(asked)) / COMPLETE
+    return read_json(path)["recipe"]["rung"] if path.exists() else None
+
+
 def find(
     folder: Path,
     settings: dict,
@@ -66,7 +72,9 @@ def find(
 ) -> Found | None:
     """The checkpoint to resume from by `recover.resume`; call before the engine is made.
 
-    Sets `checkpoint.load_universal` in the DeepSpeed `settings` where the ranks have changed.
+    Where it names one, the latest in `folder` that has come from it is meant, if there is any: the
+    same command goes on. Sets `checkpoint.load_universal` in the DeepSpeed `settings` where the
+    ranks have changed.
 
     Raises:
         UserError: there is none where one must be, or it belongs to another recipe or ZeRO stage.
@@ -78,17 +86,21 @@ def find(
             if not (path / COMPLETE).exists():
                 shutil.rmtree(path)  # its writer was killed
     world.barrier()
-    if config.resume in (True, False, "auto"):
-        complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
-        path = complete[-1] if complete and config.resume is not False else None
-        if path is None and config.resume is True:
-            raise UserError(f"recover.resume is true, but {folder} holds no complete checkpoint")
-    else:
+    names_one = config.resume not in (True, False, "auto")
+    complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
+    if names_one:
+        complete = [p for p in complete if _state(p).get("from") == str(config.resume)]
+    path = complete[-1] if complete else None
+    if names_one and path is None:
         path = named(config)
+    if path is None and config.resume is True:
+        raise UserError(f"recover.resume is true, but {folder} holds no complete checkpoint")
     path = world.gather(path)[0]  # the first rank's view counts
     if path is None:
         return None
     facts = read_json(path / COMPLETE)
+    if names_one:
+        facts["state"]["from"] = str(config.resume)
     made_with = facts["recipe"] | {"zero_stage": facts["zero_stage"]}
     now = recipe | {"zero_stage": stage_of(settings)}
     if changed := difference(made_with, now):
@@ -113,7 +125,7 @@ def save(
     """Writes a checkpoint with all ranks, marks it complete, and removes the oldest ones."""
     tag = f"step-{step:06d}"
     if world.first:
-        shutil.rmtree(folder / tag, ignore_errors=True)
+        _remove(folder / tag)
         folder.mkdir(parents=True, exist_ok=True)
     world.barrier()
     try:
@@ -132,10 +144,19 @@ def save(
         write_json(folder / tag / COMPLETE, facts | {"recipe": recipe})
         complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
         for path in complete[:-keep]:
-            (path / COMPLETE).unlink()
-            shutil.rmtree(path)
-            shutil.rmtree(path.with_name(f"universal-{path.name}"), ignore_errors=True)
+            _remove(path)
     world.barrier()
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint with its universal form; from the first moment on it is incomplete."""
+    for folder in (path, path.with_name(f"universal-{path.name}")):
+        (folder / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _state(path: Path) -> dict:
+    return read_json(path / COMPLETE)["state"]
 
 
 def load(engine, found: Found) -> None:

@@ -58,7 +58,7 @@ def contrastive_loss(
 ) -> tuple[torch.Tensor, int]:
     """InfoNCE and supervised contrast of anchors with their candidates.
 
-    For each anchor i with positives P and, among those of its label, Q:
+    For each anchor i with positives P and, of its label and another unit, Q:
     -(unsupervised / |P| * sum_P l + supervised / |Q| * sum_Q l), where l is the log-softmax of the
     cosines over the temperature. Unlike the original (`cap_compat`), each part is a plain mean.
 

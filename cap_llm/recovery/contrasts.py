@@ -194,7 +194,8 @@ class Contrasts:
                 yield part[self.world.rank :: self.world.size], len(part)
 
         def raw(mine: torch.Tensor) -> torch.Tensor:
-            asked = mine if len(mine) else ids[:1]  # sharded models run on all ranks together
+            # sharded models run on all ranks together, also where one has no sequence left
+            asked = mine if len(mine) else torch.zeros(1, dtype=torch.long)
             units = encoder.raw(model(text.ids[asked].to(device)), asked)
             return units[: len(mine)]
 

@@ -16,10 +16,8 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.oneshot import oneshot
@@ -29,7 +27,7 @@ from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import config_dict, fingerprint, remove_weights
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import further_model
-from cap_llm.recovery import engines
+from cap_llm.recovery import checkpoints, engines
 from cap_llm.recovery.bank import Bank
 from cap_llm.recovery.check import (
     check_first_rung,
@@ -117,8 +115,9 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         write_json(folder / "recovery.json", summary)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if not config.runtime.keep_intermediate:
-            for path in folder.glob("rungs/*/*"):
+            for path in (*folder.glob("rungs/*/*"), folder / "finetuned"):
                 remove_weights(path)
+            shutil.rmtree(folder / "banks", ignore_errors=True)
     run.finish_stage(folder, summary)
     run.console.say(f"recover: done in {duration(seconds)}, in {folder}")
     return folder
@@ -143,7 +142,6 @@ class _Recovery:
         self.settings, self.world = config.recover, run.world
         self.student_ds = engines.student_settings(self.settings, self.world)
         self.teacher_ds = engines.teacher_settings(self.settings, self.world, self.student_ds)
-        self._resume = self.settings.resume
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
         self.records: list[dict] = []
         self._students: dict[int, Path] = {}  # by rung, as it stood before: the snapshots
@@ -223,20 +221,24 @@ class _Recovery:
             run.console.say(f"{title}: {self._measure}'s held-out ppl is {self._dense_ppl:.3f}")
         if self._online and self._teacher is None:
             self._teacher = engines.load_teacher(self.teacher, self.teacher_ds, settings, run.world)
-        held_out, summary = self._train(
-            rung=n,
+        contrasts = self._contrasts(n)
+        job = Job(
             student=pruned,
-            masks=masks,
+            masks=masks.in_parameter_shape(),
             teacher=self._teacher,
-            contrasts=self._contrasts(n),
+            contrasts=contrasts,
+            text=self.text,
+            folder=self._checkpoints(n),
+            recipe=self._recipe(n, contrasts),
             title=title,
             stage=STAGE if not of else f"{STAGE}/{n}",
             before=(n - 1) * settings.steps,
-            config=dataclasses.replace(settings, resume=self._resume),
-            target=target,
+            began=self.began,
         )
-        if self._resume is not False:
-            self._resume = "auto"  # what was asked for was meant for the first rung to train
+        summary = self._train(
+            job, dataclasses.replace(settings, resume=self._resume(n)), target, masks
+        )
+        held_out = job.held_out
         self._verify(target, held_out[settings.steps])
         record = {
             "rung": str(rung) if rung else None,
@@ -264,44 +266,26 @@ class _Recovery:
                 "smaller rungs"
             )
 
-    def _train(
-        self,
-        *,
-        rung: int | str,
-        student: Path,
-        masks: Mapping[str, torch.Tensor],
-        teacher: Callable | None,
-        contrasts: Contrasts,
-        title: str,
-        stage: str,
-        before: int,
-        config: RecoverConfig,
-        target: Path,
-    ) -> tuple[dict[int, float], dict]:
-        """Trains a model and writes it to `target`: held-out perplexities by step, and a summary.
+    def _resume(self, n: int) -> bool | str:
+        """`recover.resume` as rung `n` takes it.
 
-        See `Job` for the arguments.
+        What is asked for is meant for the first rung that trains; those after it go on by
+        themselves, unless it is a checkpoint of theirs.
         """
-        job = Job(
-            student=student,
-            masks=masks.in_parameter_shape() if masks else (),
-            teacher=teacher,
-            contrasts=contrasts,
-            text=self.text,
-            folder=self._checkpoints(rung),
-            recipe=self._recipe(rung, contrasts),
-            title=title,
-            stage=stage,
-            before=before,
-            began=self.began,
-        )
+        asked = self.settings.resume
+        if not self.records or asked is False or checkpoints.rung_of(asked) == n:
+            return asked
+        return "auto"
+
+    def _train(self, job: Job, config: RecoverConfig, target: Path, masks: Mapping) -> dict:
+        """Trains a model and writes it, with its masks, to `target`; a summary."""
         engine, summary = train(job, config, self.run)
         self.began = job.began
-        export(engine, student, target, masks, self.world)
+        export(engine, job.student, target, masks, self.world)
         engine.destroy()
         del engine
         gc.collect()
-        return job.held_out, summary
+        return summary
 
     def _checkpoints(self, rung: int | str) -> Path:
         return self.folder / "checkpoints" / str(rung)
@@ -347,8 +331,8 @@ class _Recovery:
         if o.prc:
             bank = self._bank("pretrained", self.dense)
             online = self._online and self.teacher == self.dense  # its forward gives the rows
-            if online:
-                self._fill(contrasts, bank, self._teacher, "PrC", everything=False)
+            if online:  # its rows come with the steps; here only its centre
+                self._fill(contrasts, bank, self._teacher, "PrC", contrasts.share[:0])
             else:
                 self._fill_from(contrasts, bank, self.dense, "PrC")
             contrasts.terms.append(Contrast("prc", o.prc, [bank], online))
@@ -393,12 +377,12 @@ class _Recovery:
         }
         return Bank(self.folder / "banks" / name, facts, self._bank_shape, self.world)
 
-    def _fill(self, contrasts: Contrasts, bank: Bank, engine, title: str, everything: bool) -> None:
-        """Fills a bank from an open engine; without `everything` only measures its centre."""
+    def _fill(self, contrasts: Contrasts, bank: Bank, engine, title: str, ids) -> None:
+        """Fills the rows [ids] of a bank from an open engine."""
         contrasts.fill(
             bank,
             lambda tokens: engine(tokens, False)[0],
-            contrasts.share if everything else contrasts.share[:0],
+            ids,
             self.settings.micro_batch,
             f"{title}: banking",
             self.run.console,
@@ -410,7 +394,7 @@ class _Recovery:
         if self.world.gather(complete)[0]:
             return
         engine = engines.load_teacher(model, self.teacher_ds, self.settings, self.world)
-        self._fill(contrasts, bank, engine, title, everything=True)
+        self._fill(contrasts, bank, engine, title, contrasts.share)
         engine.destroy()
         gc.collect()
 
@@ -431,19 +415,21 @@ class _Recovery:
             ladder="",
             resume="auto" if settings.resume is not False else False,
         )
-        held_out, _ = self._train(
-            rung="finetuned",
+        none = Contrasts(None, settings.contrast, settings.batch, self.world)
+        job = Job(
             student=self.dense,
-            masks={},
+            masks=(),
             teacher=None,
-            contrasts=Contrasts(None, settings.contrast, settings.batch, self.world),
+            contrasts=none,
+            text=self.text,
+            folder=self._checkpoints("finetuned"),
+            recipe=self._recipe("finetuned", none),
             title="fine-tuning",
             stage=f"{STAGE}/finetuned",
-            before=0,
-            config=only_ce,
-            target=folder,
+            began=self.began,
         )
-        before, after = held_out[0], held_out[settings.steps]
+        self._train(job, only_ce, folder, {})
+        before, after = job.held_out[0], job.held_out[settings.steps]
         if after > before:
             run.console.say(
                 f"FiC: the fine-tuned model's held-out ppl is {after:.3f}, worse than the dense "

@@ -44,6 +44,8 @@ class Job:
         before: steps that the rungs before this one have taken from the text.
         began: when the stage began, on `time.monotonic`'s clock; moved back by a resume, so that
             the time of earlier jobs counts.
+        held_out: perplexity of the held-out sequences, by step.
+        resumed_from: the checkpoint that `recover.resume` named, if it was begun by one.
     """
 
     student: Path
@@ -58,6 +60,7 @@ class Job:
     before: int = 0
     began: float = 0.0
     held_out: dict[int, float] = field(default_factory=dict)
+    resumed_from: str | None = None
 
 
 def train(job: Job, config: RecoverConfig, run: Run):
@@ -84,6 +87,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
         first = found.step
         job.began = time.monotonic() - found.state["stage_seconds"]
         job.held_out = {int(k): v for k, v in found.state["held_out"].items()}
+        job.resumed_from = found.state.get("from")
         where = f"going on at step {first + 1} of {config.steps}"
         run.console.say(f"{job.title}: {where if first < config.steps else 'trained already'}")
     else:
@@ -281,7 +285,7 @@ def _save(
         for bank in term.banks:
             bank.flush()
     spent = round(time.monotonic() - job.began, 2)
-    state = {"held_out": job.held_out, "stage_seconds": spent}
+    state = {"held_out": job.held_out, "stage_seconds": spent, "from": job.resumed_from}
     stage, keep = engines.stage_of(settings), config.keep_checkpoints
     checkpoints.save(engine, job.folder, step, state, job.recipe, stage, keep, run.world)
 

@@ -228,6 +228,18 @@ REFUSED = {
         lambda a: {"recover.held_out": 100_000},
         ["too few for 100000 held-out ones", "--recover.held_out"],
     ),
+    "nothing to train towards": (
+        lambda a: {f"recover.objective.{name}": 0 for name in ("ce", "kl", "prc")},
+        ["recover.objective has nothing to train towards", "recover.finetuned", "such as kl"],
+    ),
+    "contrasts without a weight": (
+        lambda a: {"recover.contrast.segment_weight": 0, "recover.contrast.token_positions": 0},
+        ["recover.contrast", "neither segments nor token_positions with a weight"],
+    ),
+    "a negative share": (
+        lambda a: {"recover.contrast.token_weight": -1},
+        ["recover.contrast.token_weight is -1", "at least 0"],
+    ),
     "too many segments": (
         lambda a: {"recover.contrast.segments": 20},
         ["recover.contrast.segments is 20", "64 tokens", "lower it"],

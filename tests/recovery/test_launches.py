@@ -254,7 +254,10 @@ def add_resumes(cases: Cases) -> None:
     no_banks = ("remove", cases.out("without banks") / "recover" / "banks")
     cases.add("without banks", edits=[copied("without banks"), no_banks])
     path = complete("stopped", 4).parent
-    cases.add("by path elsewhere", recover__resume=path)
+    cases.add("by path elsewhere", ("stop", "recover", 6), recover__resume=path)
+    again = ("copy", cases.out("by path elsewhere"), cases.out("by path elsewhere, again"))
+    cases.add("by path elsewhere, again", edits=[again], recover__resume=path)
+    cases.add("by path, done", out="by path", recover__resume=complete("by path", 4).parent)
     cases.add("by a wrong path", recover__resume=cases.assets.half)
     cases.add("another recipe by path", recover__resume=path, recover__lr=0.004)
     edited = ("replace", complete("another recipe", 5), '"lr": 0.003', '"lr": 0.004')
@@ -297,7 +300,17 @@ def test_where_to_go_on_from_can_be_said(one, name, step):
     assert losses(run) == losses(one.finished("plain"))
 
 
-@pytest.mark.parametrize(("name", "step"), [("by path elsewhere", 4), ("without banks", 5)])
+def test_the_command_that_named_a_checkpoint_goes_on_from_its_own(one):
+    assert checkpoints(one.stopped("by path elsewhere"))[-1] == "step-000006"
+    said = (one.out("by path elsewhere") / "log.txt").read_text()
+    assert "going on at step 5 of 8" in said
+    assert (
+        "recover: done already"
+        in (one.finished("by path, done", "by path") / "log.txt").read_text()
+    )
+
+
+@pytest.mark.parametrize(("name", "step"), [("by path elsewhere, again", 6), ("without banks", 5)])
 def test_the_rows_of_a_bank_that_is_not_there_are_made_again(one, name, step):
     run = one.finished(name)
     assert record(run)["resumed_at_step"] == step
@@ -348,7 +361,9 @@ def add_rungs(cases: Cases) -> None:
         resume = stopped / "recover" / "checkpoints" / "1" / "step-000005"
         resume = "true" if "true" in name else resume
         again = ("copy", stopped, cases.out(name))
-        cases.add(name, edits=[again], **two_rungs, recover__resume=resume)
+        settings = two_rungs | {"recover.resume": resume}
+        cases.add(name, ("stop", "recover/2", 4), edits=[again], **settings)
+        cases.add(f"{name}, again", out=name, **settings)
     elsewhere = Path(shutil.copytree(cases.assets.half, cases.assets.folder / "elsewhere"))
     for name in ("masks.safetensors", "sparsity.json"):
         (elsewhere / name).unlink()
@@ -428,7 +443,11 @@ def test_a_ladder_that_was_stopped_in_a_later_rung_gives_the_same_result(two):
 @pytest.mark.parametrize("name", ["ladder, true", "ladder, by path"])
 def test_a_ladder_goes_on_to_the_next_rung_after_it_was_told_to_resume(one, name):
     assert one.outcome(f"{name}, stopped")["stopped"] == signal.SIGTERM
-    assert sparsity(one.finished(name) / "recover") == pytest.approx(0.7, abs=0.01)
+    assert one.outcome(name)["stopped"] == signal.SIGTERM
+    run = one.finished(f"{name}, again", out=name)
+    assert sparsity(run / "recover") == pytest.approx(0.7, abs=0.01)
+    records = json.loads((run / "recover" / "recovery.json").read_text())["rungs"]
+    assert [r["resumed_at_step"] for r in records] == [5, 4]
 
 
 def test_a_dense_model_goes_to_a_pattern_at_once(one, assets):
