@@ -60,7 +60,7 @@ class OwlConfig:
     """OWL: blocks with many outlying activations keep more weights (Yin et al. 2024)."""
 
     strength: float = 0.08
-    """Largest departure of a block's sparsity from the mean (the paper's lambda)."""
+    """Half of the range that the blocks' sparsities span (the paper's lambda)."""
     threshold: float = 5.0
     """A score this many times the block's mean is an outlier (the paper's M)."""
     guard_sequences: int = 16
@@ -142,6 +142,16 @@ class OneshotConfig:
     def uses_calibration(self) -> bool:
         """Whether the method reads text; magnitude alone does not."""
         return self.method != "magnitude" or self.refit or self.budget == "owl"
+
+    @property
+    def refits(self) -> bool:
+        """Whether the weights that stay are re-solved by least squares in the end."""
+        return self.refit or self.method == "alps"
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the Hessian is factorised."""
+        return self.refits or self.method in ("sparsegpt", "admm_grad")
 
 
 @dataclass

@@ -306,7 +306,9 @@ def against_controls(pattern: str, key: str, sds: str) -> str:
     best = means.index(min(means))
     differences = [a - b for a, b in zip(own, controls[best], strict=True)]
     mean = statistics.mean(differences)
-    if len(rows) > 1 and abs(mean) <= statistics.stdev(differences):
+    if len(rows) == 1:
+        verdict = "one seed"
+    elif abs(mean) <= statistics.stdev(differences):
         verdict = "within the spread"
     else:
         verdict = "better" if mean < 0 else "no better"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support import FAMILIES, ROOT, environment, weights
 
 from cap_llm.blockwise.perplexity import perplexity
+from cap_llm.models.checkpoint import fingerprint
 from cap_llm.sparsity.masks import MaskFile, save_masks
 from cap_llm.train import main
 
@@ -180,6 +181,25 @@ def test_owl_spreads_what_is_not_set_by_hand(tiny, entry):
     assert not any(r["name"].startswith("model.layers.0.") for r in rows)
 
 
+def test_owl_on_a_ladder_never_asks_for_less_than_is_gone(tiny, entry):
+    owl = ("--oneshot.budget", "owl", "--oneshot.owl.guard_sequences", 0)
+    strong = ("--oneshot.owl.strength", 0.3, "--oneshot.sparsity", 0.5)
+    first, code = entry(tiny("llama", num_hidden_layers=4), *owl, *strong, out="first")
+    assert code == 0
+    mild = ("--oneshot.owl.strength", 0.01, "--oneshot.sparsity", 0.52)
+    second, code = entry(first / "oneshot", *owl, *mild, out="second")
+    assert code == 0
+    before, after = (
+        {r["name"]: r["masked"] for r in json.loads(path.read_text())["rows"]}
+        for path in (f / "oneshot" / "sparsity.json" for f in (first, second))
+    )
+    weights = 0
+    for name, n in before.items():
+        assert after[name] >= n
+        weights += n
+    assert sum(after.values()) == pytest.approx(weights * 0.52 / 0.5, rel=0.01)
+
+
 def test_an_intermediate_conversion_can_be_dropped(tiny, entry, tmp_path):
     source, old = tiny("opt"), tmp_path / "old"
     old.mkdir()
@@ -207,9 +227,15 @@ def test_models_between_stages_are_scored_and_dropped(tiny, entry):
         folder, code = entry(model, *more)
         assert code == 0
         for stage in ("oneshot", "sds"):
-            assert not list((folder / stage).glob("model*.safetensors"))
+            assert not (folder / stage / "model.safetensors.index.json").exists()
             assert json.loads((folder / stage / "perplexity.json").read_text())["corpora"]
         transformers.AutoModelForCausalLM.from_pretrained(folder / "reconstruct")
+        # a removal that was killed half-way: the index goes first
+        shutil.copyfile(
+            next((folder / "reconstruct").glob("model-*.safetensors")),
+            folder / "oneshot" / "model-00001-of-00003.safetensors",
+        )
+        assert fingerprint(folder / "oneshot") is None
 
 
 def test_a_mask_of_another_model_is_refused(tiny, entry, capsys):

@@ -70,6 +70,18 @@ def test_equal_blocks_are_pruned_equally(n_blocks):
     assert result == pytest.approx([0.7] * n_blocks, abs=1e-12)
 
 
+@given(blocks, st.data(), st.floats(0.001, 0.49))
+@settings(deadline=None, max_examples=300)
+def test_what_is_gone_does_not_come_back_and_the_mean_is_kept(shares_and_sizes, data, strength):
+    shares, sizes = shares_and_sizes
+    n = len(shares)
+    gone = data.draw(st.lists(st.floats(0, 0.9), min_size=n, max_size=n))
+    sparsity = data.draw(st.floats(max(0.01, mean(gone, sizes)), 0.95))
+    result = allocate(shares, sizes, sparsity, OwlConfig(strength=strength), gone)
+    assert mean(result, sizes) == pytest.approx(max(sparsity, mean(gone, sizes)), abs=1e-2)
+    assert all(s >= g - 1e-12 for s, g in zip(result, gone, strict=True))
+
+
 def test_where_a_bound_cuts_the_others_take_over():
     shares, sizes = [0.0, 1.0, 2.0, 10.0], [1, 1, 1, 1]
     result = allocate(shares, sizes, 0.95, OwlConfig(strength=0.2))

@@ -169,10 +169,66 @@ def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, caps
         assert torch.equal(before[row["name"]] == 0, after[row["name"]] == 0)
 
 
+def test_what_a_later_prune_leaves_as_it_is_keeps_its_earlier_zeros(tiny, entry):
+    """Its mask goes with the model: what trains later must not take its zeros for weights."""
+    first, _ = entry(tiny("llama"), "--stages", "[oneshot]", "--oneshot.sparsity", 0.6, out="first")
+    left = ("--oneshot.sparsity", 0.7, "--oneshot.layers", '{"*.mlp.*": 0}')
+    folder, code = entry(first / "oneshot", "--stages", ALL, *left, out="second")
+    assert code == 0
+    earlier = MaskFile(first / "oneshot" / "masks.safetensors")
+    for stage in ("oneshot", "sds", "reconstruct"):
+        masks, stored = MaskFile(folder / stage / "masks.safetensors"), weights(folder / stage)
+        assert masks.columns.keys() == earlier.columns.keys()
+        for name in masks.columns:
+            mask = masks.read(name)
+            assert not stored[name][~mask].any()
+            if ".mlp." in name:
+                assert torch.equal(mask, earlier.read(name))
+            else:
+                assert int((~mask).sum()) == pytest.approx(0.7 * mask.numel(), abs=1)
+
+
+def test_sds_starts_from_a_model_of_another_format_that_was_pruned_elsewhere(tiny, entry, tmp_path):
+    dense = tiny("llama")
+    first, _ = entry(dense, "--stages", "[oneshot]", out="first")
+    pruned = first / "oneshot"
+    torch.save(weights(pruned), pruned / "pytorch_model.bin")
+    for path in [*pruned.glob("*.safetensors*"), pruned / "sparsity.json"]:
+        path.unlink()
+    folder, code = entry(pruned, "--stages", "[sds]", "--model.dense", dense, out="second")
+    assert code == 0
+    for row in read_json(folder / "sds" / "sparsity.json")["rows"]:
+        assert row["masked"] == pytest.approx(0.5 * row["shape"][0] * row["shape"][1], abs=1)
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:8"])
+def test_sds_takes_any_pattern_of_a_model_that_was_pruned_elsewhere(tiny, entry, pattern):
+    dense = tiny("llama")
+    asked = ("--oneshot.pattern", pattern)
+    first, _ = entry(dense, "--stages", "[oneshot]", *asked, out="first")
+    for name in ("masks.safetensors", "sparsity.json"):
+        (first / "oneshot" / name).unlink()
+    start = ("--stages", "[sds]", "--model.dense", dense)
+    folder, code = entry(first / "oneshot", *start, *asked, out="second")
+    assert code == 0
+    for row in read_json(folder / "sds" / "sparsity.json")["rows"]:
+        assert row["masked"] == 0.75 * row["shape"][0] * row["shape"][1]
+
+
 @pytest.mark.parametrize(
     "made, asked, words",
     [
         (["--oneshot.pattern", "2:4"], [], ["is pruned to 2:4", "give --oneshot.pattern 2:4"]),
+        (
+            ["--oneshot.pattern", "1:4"],
+            ["--oneshot.pattern", "2:4"],
+            ["is pruned to 1:4", "give --oneshot.pattern 1:4"],
+        ),
+        (
+            [],
+            ["--oneshot.pattern", "2:4"],
+            ["is pruned to unstructured", "give --oneshot.pattern unstructured"],
+        ),
         ([], ["--oneshot.sparsity", "0.7"], ["to 50.0 % zeros", "give --oneshot.sparsity 0.5"]),
     ],
 )
@@ -373,13 +429,18 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
     python = [sys.executable, "-c", KILLED_AT.format(path=str(fourth)), *map(str, killed)]
     done = subprocess.run(python, env=environment(), capture_output=True, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert fourth.with_name("00002.json").exists() and not fourth.exists()
+    third = fourth.with_name("00002.json")
+    assert third.exists() and not fourth.exists()
+    hours = read_json(third) | {"elapsed": 7200.0}
+    third.write_text(json.dumps(hours))
     # blocks that are independent may go on on other ranks than they were begun on
     for name, ranks in (("killed", 2 if len(more) == 2 else 1), ("whole", 1)):
         done = run_entry(options(model, text_file, tmp_path / name, *more), ranks)
         assert done.returncode == 0, done.stderr
     a, b = (tmp_path / name / stage for name in ("killed", "whole"))
-    assert json.loads((a / "done.json").read_text())["resumed_at_block"] == 3
+    facts = json.loads((a / "done.json").read_text())
+    assert facts["resumed_at_block"] == 3
+    assert facts["seconds"] > 7200  # of both jobs
     for path in [*b.glob("model*.safetensors"), b / "masks.safetensors"]:
         assert path.read_bytes() == (a / path.name).read_bytes()
 

@@ -120,7 +120,7 @@ def test_one_failing_cell_ends_nothing_and_a_stop_ends_all(tmp_path, known, monk
     [
         ([10.0, 11.0, 12.0], [12.0, 13.0, 14.1], [13.0, 14.0, 15.0], "-2.03 ± 0.06 (C1, better)"),
         ([10.0, 11.0], [13.0, 13.0], [10.5, 10.5], "+0.00 ± 0.71 (C2, within the spread)"),
-        ([10.0], [11.0], [9.0], "+1.00 (C2, no better)"),
+        ([10.0], [11.0], [9.0], "+1.00 (C2, one seed)"),
     ],
 )
 def test_sds_is_held_against_the_better_control_seed_by_seed(known, sds, c1, c2, said):

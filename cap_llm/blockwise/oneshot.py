@@ -7,7 +7,7 @@ the same activations bit for bit.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,12 +15,19 @@ import torch
 from cap_llm.blockwise import owl
 from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import head_nll
-from cap_llm.blockwise.prune import matches, matrix, plan_sparsities, prune_block
+from cap_llm.blockwise.prune import (
+    PrunedBlock,
+    carry,
+    matches,
+    matrix,
+    plan_sparsities,
+    prune_block,
+)
 from cap_llm.blockwise.stage import BlockStage
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config, OneshotConfig
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.masks import recorded, removed
+from cap_llm.models.masks import PRUNED, Masks, recorded, removed
 from cap_llm.runtime.console import size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
@@ -54,10 +61,11 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
         return work.folder
     work.begin(texts, config)
     model = work.model
-    even = plan = plan_sparsities(model, settings)
+    plan, budget = plan_sparsities(model, settings), "uniform"
     windows = texts.calibration if settings.uses_calibration else None
     if settings.budget == "owl":
-        plan = _owl(model, plan, windows, config, run, work.folder)
+        gone = Masks(source, world).shares if _grows(source, settings) else {}
+        plan, budget = _owl(model, plan, gone, windows, config, run, work.folder)
     earlier = earlier_mask(source, settings, plan)
     with work.work() as (bar, scratch):
         walk = None
@@ -81,6 +89,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
                 result = prune_block(
                     model, i, block, walk, settings, plan, world, earlier, bar.phase
                 )
+                carry(model, i, _left(model, i, result, earlier, settings), result)
                 bar.phase("writing")
                 if world.first:
                     weights = {r.name: model.model.get_parameter(r.name) for r in result.rows}
@@ -90,22 +99,44 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
             bar.advance()
         if walk and walk.hidden.spilled:
             run.console.say(f"oneshot: {size(walk.hidden.spilled)} of activations went to disk")
-    return work.finish(budget="owl" if plan != even else "uniform")
+    return work.finish(budget=budget)
+
+
+def _left(
+    model: BlockModel,
+    i: int,
+    result: PrunedBlock,
+    earlier: Callable[[str, torch.Tensor], torch.Tensor | None],
+    settings: OneshotConfig,
+) -> dict[str, torch.Tensor]:
+    """The earlier masks [R, C] of block i's linears that this prune leaves as they are."""
+    least = PRUNED if settings.earlier_mask == "zeros" else 0.0
+    masks = {}
+    for n, linear in model.linears(i).items():
+        name = model.weight_name(i, n)
+        inside = None if name in result.masks else earlier(name, matrix(linear))
+        if inside is not None and 1 - inside.float().mean().item() >= least:
+            masks[n] = inside
+    return masks
 
 
 def _owl(
     model: BlockModel,
     plan: dict[str, float],
+    gone: dict[str, float],
     windows: torch.Tensor,
     config: Config,
     run: Run,
     folder: Path,
-) -> dict[str, float]:
-    """The uneven plan, if it beats the even one on held-out text; computed once and kept."""
+) -> tuple[dict[str, float], str]:
+    """The uneven plan, if it beats the even one on held-out text; computed once and kept.
+
+    Neither brings back what is `gone` by an earlier mask. The second value says which it is.
+    """
     path = folder / "owl.json"
     known = run.world.gather(read_json(path) if path.exists() else None)[0]
     if known:
-        return known["sparsity"]
+        return known["sparsity"], known["budget"]
     settings = config.oneshot.owl
     guard = min(settings.guard_sequences, len(windows) // 2)
     if guard and not model.is_causal:
@@ -120,53 +151,62 @@ def _owl(
         )
     held_out, seen = windows[:guard], windows[guard:]
     named = {n for w in config.oneshot.layers for n in plan if matches(n, w)}
-    uneven = dict(plan)
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
         mine = seen[list(run.world.share(len(seen)))]
         with run.console.bar("OWL", len(model), "blocks") as bar:
             memory = Memory.plan(model.device, config.runtime.activation_gib)
             walk = Walk(model, mine, memory, Path(scratch))
             shares = owl.outlier_shares(model, walk, settings.threshold, run.world, bar.advance)
-        for names, s in _owl_sparsities(model, named, shares, config.oneshot):
-            uneven |= dict.fromkeys(names, round(s, 6))
-        record = {"outlier_percent": shares, "sparsity": uneven}
+        uneven = plan | _owl_sparsities(model, named, shares, gone, config.oneshot)
+        even = plan | _owl_sparsities(model, named, [0.0] * len(shares), gone, config.oneshot)
+        record = {"outlier_percent": shares, "sparsity": uneven, "budget": "owl"}
         if guard:
             nll = {}
-            for name, candidate in (("uniform", plan), ("owl", uneven)):
+            for name, candidate in (("uniform", even), ("owl", uneven)):
                 with run.console.bar(f"OWL guard, {name}", len(model), "blocks") as bar:
                     nll[name] = _proxy_nll(
                         model, candidate, seen, held_out, config, run, Path(scratch), bar.advance
                     )
             record |= {"guard_nll": nll, "guard_sequences": guard}
-            better = nll["owl"] < nll["uniform"]
-            record["sparsity"] = uneven if better else plan
+            if nll["owl"] >= nll["uniform"]:
+                record |= {"sparsity": even, "budget": "uniform"}
             run.console.say(
                 f"OWL guard: held-out loss {nll['owl']:.4f} against {nll['uniform']:.4f} uniform; "
-                f"{'OWL' if better else 'uniform'} is used"
+                f"{'OWL' if record['budget'] == 'owl' else 'uniform'} is used"
             )
     run.bind(folder, config.recipe(STAGE))
     if run.world.first:
         write_json(path, record)
     run.world.barrier()
-    return record["sparsity"]
+    return record["sparsity"], record["budget"]
 
 
 def _owl_sparsities(
-    model: BlockModel, named: set[str], shares: list[float], settings: OneshotConfig
-) -> Iterator[tuple[list[str], float]]:
-    """The weights of each block that are not named by hand, and their sparsity.
-
-    Their mean is the one asked for, as it is in the even plan.
-    """
+    model: BlockModel,
+    named: set[str],
+    shares: list[float],
+    gone: dict[str, float],
+    settings: OneshotConfig,
+) -> dict[str, float]:
+    """The sparsity of each weight that is not named by hand; their mean is the one asked for."""
     left = []  # names and sizes, of the blocks where there are any
     for i, share in enumerate(shares):
         names = {model.weight_name(i, n): m for n, m in model.linears(i).items()}
         names = {n: matrix(m).numel() for n, m in names.items() if n not in named}
         left += [(share, names)] if names else []
-    if left:
-        sizes = [sum(names.values()) for _, names in left]
-        chosen = owl.allocate([s for s, _ in left], sizes, settings.amount, settings.owl)
-        yield from ((list(names), s) for (_, names), s in zip(left, chosen, strict=True))
+    if not left:
+        return {}
+    sizes = [sum(names.values()) for _, names in left]
+    least = [max(gone.get(n, 0.0) for n in names) for _, names in left]
+    chosen = owl.allocate([s for s, _ in left], sizes, settings.amount, settings.owl, least)
+    pairs = zip(left, chosen, strict=True)
+    return {n: round(s, 6) for (_, names), s in pairs for n in names}
+
+
+def _grows(source: Path, settings: OneshotConfig) -> bool:
+    """Whether the new masks must lie inside those of the model in `source`."""
+    by_file = settings.earlier_mask == "auto" and (source / mask_files.FILE).exists()
+    return by_file or settings.earlier_mask == "zeros"
 
 
 def _proxy_nll(

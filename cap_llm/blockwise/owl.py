@@ -50,7 +50,11 @@ def outlier_shares(
 
 
 def allocate(
-    shares: list[float], sizes: list[int], sparsity: float, config: OwlConfig
+    shares: list[float],
+    sizes: list[int],
+    sparsity: float,
+    config: OwlConfig,
+    gone: list[float] | None = None,
 ) -> list[float]:
     """Sparsity of each block: more outliers, fewer zeros.
 
@@ -58,10 +62,11 @@ def allocate(
         shares: outlier percentage of each block.
         sizes: prunable weights of each block.
         sparsity: the mean to keep, over all weights.
-        config: `strength` is the largest departure from the mean before re-centring.
+        config: `strength` is half of the range that they span.
+        gone: the share of each block that an earlier mask removes already; it cannot come back.
 
     Returns:
-        A sparsity for each block, in [0.01, 0.99].
+        A sparsity for each block, in [0.01, 0.99], and at least what is gone.
     """
     low, high = min(shares), max(shares)
     width = high - low
@@ -69,11 +74,12 @@ def allocate(
     total = sum(sizes)
     mean = sum(k * n for k, n in zip(kept, sizes, strict=True)) / total
     wanted = [sparsity - (k - mean) for k in kept]
+    least = [max(0.01, g) for g in gone or [0.0] * len(wanted)]
     # where a bound cuts, the others take over what it leaves
     for _ in range(len(wanted)):
-        wanted = [min(0.99, max(0.01, s)) for s in wanted]
+        wanted = [min(0.99, max(low, s)) for low, s in zip(least, wanted, strict=True)]
         off = sparsity - sum(s * n for s, n in zip(wanted, sizes, strict=True)) / total
-        free = [i for i, s in enumerate(wanted) if (s < 0.99 if off > 0 else s > 0.01)]
+        free = [i for i, s in enumerate(wanted) if (s < 0.99 if off > 0 else s > least[i])]
         if abs(off) < 1e-12 or not free:
             break
         share = off * total / sum(sizes[i] for i in free)

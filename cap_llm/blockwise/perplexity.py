@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.walk import Walk
 from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.errors import UserError
@@ -46,7 +47,7 @@ def streamed_nll(
     model: BlockModel,
     windows: torch.Tensor,
     world: World,
-    memory: int | None,
+    memory: Memory,
     scratch: Path,
     advance: Callable[[], None] = lambda: None,
 ) -> float:
@@ -56,7 +57,7 @@ def streamed_nll(
         model: the model, streamed block by block.
         windows: all windows; each rank takes its share.
         world: the ranks.
-        memory: bytes for activations, see `Walk`.
+        memory: what its activations may take.
         scratch: a folder to spill to.
         advance: called after each block.
 

@@ -82,8 +82,6 @@ def check_everything(
     if config.model.dense and Path(config.model.dense).is_dir():  # those of the hub when here
         starts = [s for s in ("sds", "reconstruct") if s in config.stages and not config.start(s)]
         _check_dense(located if starts else None, model, Path(config.model.dense))
-    if "sds" in config.stages and not config.start("sds"):
-        plan_second_prune(Masks(located, world), model, config)
     copied = 0  # bytes of a model that is rewritten first
     if needs_conversion(located):
         console.say(
@@ -96,7 +94,9 @@ def check_everything(
         n_bytes = checkpoint.n_bytes()
         try:
             match_names(model.model, checkpoint)
-        except NamesDiffer:  # those are converted
+            if "sds" in config.stages and not config.start("sds"):
+                plan_second_prune(Masks(located, world), model, config)
+        except NamesDiffer:  # those are converted, and looked at again
             copied = n_bytes
     made = [stage for stage in BLOCKWISE if stage in config.stages]
     estimate = _estimate(model, n_bytes, made, config, world)
@@ -228,7 +228,7 @@ def _estimate(
             estimate["flops"] += forwards * n * 2 * (sum(block_weights) + attention)
             estimate["flops"] += walks * n * 2 * sum(map(_second_moments, model.blocks))
             estimate["flops"] += sum(r * c * c * 2 for shapes in linears for r, c in shapes)
-            if config.oneshot.refit or config.oneshot.method == "alps" or "sds" in made:
+            if config.oneshot.refits or "sds" in made:
                 estimate["flops"] += sum(r * c * c * 100 for shapes in linears for r, c in shapes)
     if "evaluate" in config.stages and config.evaluate.corpora:
         windows = config.evaluate.max_windows or 160

@@ -30,7 +30,6 @@ from cap_llm.solvers.sparsegpt import sparsegpt
 from cap_llm.sparsity.patterns import Pattern, choose
 
 MEASURED = 16  # sequences that measure the error of a method which needs no Hessian
-SECOND_ORDER = ("sparsegpt", "admm_grad", "alps")  # methods that factorise a Hessian
 
 
 @dataclass
@@ -98,10 +97,12 @@ def prune(
     """
     config = config or OneshotConfig()
     use_cache = model.config.to_dict().get("use_cache")
+    precision = torch.get_float32_matmul_precision()
     was = [(m, m.training) for m in model.modules()]
     trained = [(p, p.requires_grad) for p in model.parameters()]
     masks: dict[str, torch.Tensor] = {}
     try:
+        torch.set_float32_matmul_precision("highest")  # no TF32 in Hessians and solvers
         blocks = BlockModel(model, model.device)
         if windows is None and config.uses_calibration:
             raise UserError(f"{config.method} needs calibration ids; only magnitude goes without")
@@ -114,6 +115,7 @@ def prune(
                 with blocks.block(i) as block:
                     masks |= prune_block(blocks, i, block, walk, config, plan, world).masks
     finally:
+        torch.set_float32_matmul_precision(precision)
         for module, training in was:
             module.training = training
         for p, requires_grad in trained:
@@ -217,7 +219,7 @@ def prune_block(
     start = time.monotonic()
     result = PrunedBlock({}, [], 0.0)
     linears = model.linears(i)
-    full = config.method in SECOND_ORDER or config.refit
+    full = config.second_order
     most = _measured_tokens(walk, world) if walk and measure and not full else None
 
     def change(group: Group, inputs: Iterator[torch.Tensor]) -> None:
@@ -330,6 +332,20 @@ def spread(
     result.rows += [everyone[name] for name in names]
 
 
+def carry(model: BlockModel, i: int, masks: dict[str, torch.Tensor], result: PrunedBlock) -> None:
+    """Takes the masks [R, C] of linears of block i that a stage leaves as they are into its result.
+
+    Without them what follows would take their zeros for weights to train.
+    """
+    linears = model.linears(i)
+    for n, mask in masks.items():
+        name, weight = model.weight_name(i, n), matrix(linears[n])
+        result.masks[name] = mask.cpu()
+        zeros, removed = int((weight == 0).sum()), int((~mask).sum())
+        shape = list(weight.shape)
+        result.rows.append(Row(name, shape, "as found", zeros, removed, None, None, 0.0))
+
+
 def pattern_of(config: OneshotConfig) -> Pattern:
     """Where zeros may be: Wanda compares the weights of an output row, never those of two rows."""
     pattern = Pattern.parse(config.pattern)
@@ -354,8 +370,7 @@ class Solver:
         self.config, self.measure = config, moments if moments and moments.full else sample
         self.pattern = pattern_of(config)
         self.factor = self.added = None
-        refits = needs_factor or config.refit or config.method == "alps"
-        if moments and (config.method in SECOND_ORDER or refits):
+        if moments and (needs_factor or config.second_order):
             self.mean_square = moments.diagonal.clone()
             self.factor = factorise(moments.hessian, config.damping, name)
             self.added = self.factor.hessian.diagonal() - self.mean_square
@@ -388,7 +403,7 @@ class Solver:
             score = scores.wanda(weight, self.mean_square) if wanda else scores.magnitude(weight)
             mask = choose(score, pattern, sparsity, allowed)
             new = weight * mask
-        if config.refit or config.method == "alps":
+        if config.refits:
             new = self.refit(new, mask, weight if target is None else target)
         return new, mask
 

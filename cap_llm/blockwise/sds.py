@@ -24,6 +24,7 @@ from cap_llm.blockwise.prune import (
     PrunedBlock,
     Solved,
     Solver,
+    carry,
     matrix,
     owners,
     pattern_of,
@@ -105,18 +106,15 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
     rows = recorded(pruned)
     found = {row["name"]: removed(row) for row in rows}
     if config.start(STAGE):  # this run's own, whose settings are held already
-        return plan | found
+        return plan | {name: share for name, share in found.items() if plan.get(name)}
     first = sorted({row["pattern"] for row in rows} - {"as found"})
+    asked, same = Pattern.parse(settings.pattern), {settings.pattern}
     if not first:  # pruned elsewhere, if at all: its masks tell
         found = masks.shares
-        for text in ("2:4", "4:8"):  # what obeys the first obeys the second too
-            if all(obeys(mask, Pattern.parse(text)) for mask in masks.values()):
-                first = [text]
-                break
+        first = [_pattern_of_masks(masks, found, asked)] if found else []
     if not found:
         return plan
-    same = {settings.pattern}
-    if settings.method == "wanda" and not Pattern.parse(settings.pattern).m:
+    if settings.method == "wanda" and not asked.m:
         same = {"unstructured", "row"}  # Wanda compares the weights of an output row either way
     if not same.issuperset(first):
         remedy = f"give --oneshot.pattern {first[0]}"
@@ -126,7 +124,7 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
             f"{pruned} is pruned to {' and '.join(first)}, and sds would prune it again to "
             f"oneshot.pattern {settings.pattern}: {remedy}"
         )
-    if Pattern.parse(settings.pattern).m:
+    if asked.m:
         return plan | found
     rounding = 1e-3 + 1 / min(matrix(m).shape[1] for m in dense.linears(0).values())
     even = max(found.values()) - min(found.values()) <= rounding  # an uneven budget stays as it is
@@ -140,6 +138,19 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
                 f"{without}"
             )
     return plan | found
+
+
+def _pattern_of_masks(masks: Masks, shares: dict[str, float], asked: Pattern) -> str:
+    """The pattern that masks made elsewhere have: the one asked for, if that may be, or an N:M."""
+    kept = 1 - max(shares.values())
+    even = 1 - min(shares.values()) - kept < 1e-6  # as N:M leaves every matrix
+    groups = [asked.m, 4, 8, 16, 32] if asked.m else [4, 8, 16, 32]
+    for m in groups if even else ():
+        text = f"{round(kept * m)}:{m}"
+        exact = 0 < round(kept * m) < m and abs(kept - round(kept * m) / m) < 1e-6
+        if exact and all(obeys(mask, Pattern.parse(text)) for mask in masks.values()):
+            return text
+    return "unstructured" if asked.m else str(asked)
 
 
 class _Step:
@@ -159,7 +170,7 @@ class _Step:
         self.work, self.model, self.world = work, work.model, work.run.world
         self.settings, self.oneshot = config.sds, config.oneshot
         self.pattern = pattern_of(config.oneshot)
-        self.masks = masks
+        self.masks, self.plan = masks, plan
         self.inside = earlier_mask(dense, config.oneshot, plan)
         mine = self.world.share(len(texts.calibration))
         calibration = texts.calibration[list(mine)]
@@ -198,6 +209,7 @@ class _Step:
         prefix = self.model.block_name(i) + "."
         linears = {n: matrix(m) for n, m in self.model.linears(i).items()}
         masks = masks_of_block(self.model, i, self.masks)
+        left = {n: masks.pop(n) for n in linears if n in masks and not self.asked(i, n)}
         sparse = {n: linears[n].float().clone() for n in masks}
         target = {n: matrix(dense_block.get_submodule(n)).float() for n in masks}
         self.free = {}
@@ -246,8 +258,13 @@ class _Step:
                 for n, weight in sparse.items():
                     linears[n].copy_(weight)
             self.final.visit(i, block, prune_again)
+        carry(self.model, i, left, result)
         result.seconds = time.monotonic() - start
         return result
+
+    def asked(self, i: int, n: str) -> float:
+        """The sparsity of a linear of block i; 0 for one that `oneshot.layers` leaves as it is."""
+        return self.plan.get(self.model.weight_name(i, n), 0.0)
 
     def keep_redense(self, i: int) -> None:
         """Writes block i's re-densified weights, where a resumed run has to send text through."""

@@ -87,7 +87,7 @@ class BlockStage:
             UserError: it is other text than the finished blocks'.
         """
         run = self.run
-        self._start, self._texts = time.monotonic(), texts
+        self._texts = texts
         self.model = BlockModel.open(self._source, run.world.device, dtype)
         if run.world.first:
             if not (self.folder / "recipe.json").exists():
@@ -102,8 +102,10 @@ class BlockStage:
             write_json(self.folder / INPUTS, self._inputs)
         run.world.barrier()
         self.writer = ShardWriter(self.folder, len(self.model))
-        # The first rank's view counts, as for `done`.
-        self.finished: set[int] = run.world.gather(self._finished())[0]
+        # The first rank's view counts, as for `done`; the clock goes on from its last block.
+        self.finished: set[int]
+        self.finished, spent = run.world.gather(self._finished())[0]
+        self._start = time.monotonic() - spent
         n_blocks = len(self.model)
         self.resumed_at = next((i for i in range(n_blocks) if i not in self.finished), n_blocks)
         if self.finished:
@@ -146,7 +148,7 @@ class BlockStage:
         write_json(
             self._row_file(i),
             {
-                "seconds": round(result.seconds, 3),
+                "elapsed": round(time.monotonic() - self._start, 3),
                 "rows": [asdict(r) for r in result.rows],
                 **({"error": result.error} if result.error else {}),
             },
@@ -195,7 +197,6 @@ class BlockStage:
         if world.first:
             self._join()
         seconds = time.monotonic() - self._start
-        seconds += sum(read_json(self._row_file(i))["seconds"] for i in self.finished)
         summary = {
             "seconds": round(seconds, 2),
             "resumed_at_block": self.resumed_at,
@@ -271,10 +272,13 @@ class BlockStage:
                 "another output_dir"
             )
 
-    def _finished(self) -> set[int]:
-        """The blocks that are wholly there; the row file is written last."""
-        blocks = range(len(self.model))
-        return {i for i in blocks if self._row_file(i).exists() and self.writer.path(i).exists()}
+    def _finished(self) -> tuple[set[int], float]:
+        """The blocks that are wholly there (the row file is written last), and their seconds."""
+        rows = {
+            i: self._row_file(i) for i in range(len(self.model)) if self.writer.path(i).exists()
+        }
+        rows = {i: read_json(path) for i, path in rows.items() if path.exists()}
+        return set(rows), max((row["elapsed"] for row in rows.values()), default=0.0)
 
     def _row_file(self, i: int) -> Path:
         return self.parts / f"{i:05d}.json"

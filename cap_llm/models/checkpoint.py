@@ -167,7 +167,7 @@ class ShardWriter:
 
 def fingerprint(folder: Path) -> str | None:
     """What tells one model directory from another: 64 samples of each shard; None without one."""
-    sha, shards = hashlib.sha256(), sorted(folder.glob("model*.safetensors"))
+    sha, shards = hashlib.sha256(), _weight_files(folder)
     for path in shards:
         n_bytes = path.stat().st_size
         sha.update(f"{path.name} {n_bytes}".encode())
@@ -183,7 +183,14 @@ def has_weights(folder: Path, world: World) -> bool:
 
     As the first rank sees it: a shared file system may show ranks different things.
     """
-    return world.gather(any(folder.glob("model*.safetensors")))[0]
+    return world.gather(bool(_weight_files(folder)))[0]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """A model directory's weights; none without an index, where a removal of shards was killed."""
+    if not any((folder / name).exists() for name in (INDEX, SINGLE)):
+        return []
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def remove_weights(folder: Path) -> None:
