@@ -7,6 +7,7 @@ import torch
 import transformers
 from support import FAMILIES
 
+import cap_llm.blockwise.prune as prune_module
 from cap_llm.blockwise.cache import ActivationCache, Memory
 from cap_llm.blockwise.prune import prune
 from cap_llm.blockwise.walk import MICRO_TOKENS, Walk
@@ -123,6 +124,25 @@ def test_conv1d_is_pruned_along_its_inputs(tiny):
     weight = model.transformer.h[0].attn.c_attn.weight  # [inputs, outputs]
     assert mask.shape == (96, 32) and torch.equal(weight.T != 0, mask)
     assert (mask.reshape(96, -1, 4).sum(-1) == 2).all()
+
+
+def test_pruning_in_memory_is_in_full_precision_and_leaves_the_process_as_it_was(tiny, monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("llama")).train()
+    embedding, seen = model.get_input_embeddings().weight.requires_grad_(False), []
+    solve = prune_module.sparsegpt
+    monkeypatch.setattr(
+        prune_module,
+        "sparsegpt",
+        lambda *a: seen.append(torch.get_float32_matmul_precision()) or solve(*a),
+    )
+    torch.set_float32_matmul_precision("high")
+    try:
+        prune(model, WINDOWS[:8], OneshotConfig())
+        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert model.training and model.config.use_cache
+    assert not embedding.requires_grad and model.lm_head.weight.requires_grad
 
 
 def test_overwriting_the_cache_takes_no_further_memory(tmp_path):
