@@ -3,7 +3,7 @@
 # ended well. Called again, it passes over what is done, queued or running, and submits the rest.
 #
 #   bash slurm/pipeline.sh RECIPE RUN [--option value ...]
-#   bash slurm/pipeline.sh opt-6.7b-50 runs/opt-6.7b --stages "[oneshot, recover, evaluate]"
+#   bash slurm/pipeline.sh opt-6.7b-50 runs/opt-6.7b --stages "[oneshot, reconstruct, recover, evaluate]"
 #
 # Watch it with `squeue --me` and `cap-llm status RUN`. To give sbatch options of your own, put them
 # into SBATCH_PARTITION, SBATCH_ACCOUNT and so on (`man sbatch`, input environment variables), or edit

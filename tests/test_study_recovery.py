@@ -1,7 +1,12 @@
-"""The study of recovery compares seed by seed, and does first what the question needs."""
+"""The study of recovery compares seed by seed, what the question needs first; the probe."""
 
+import shutil
+from pathlib import Path
+
+import probe_contrast
 import pytest
 import study_recovery
+from safetensors.torch import load_file, save_file
 from study_recovery import ARMS, FIRST_ARMS, Cell, Study, plan
 from support import ROOT
 
@@ -82,3 +87,24 @@ def test_differences_are_those_of_the_same_seed(options, monkeypatch, tmp_path):
     assert cells["KL (recover.lr=1e-4)"][1] == "-10.00"
     assert cells["KL + PrC (recover.lr=1e-4)"][1] == "-2.00"  # to KL at that rate
     assert cells["KL + FiC (recover.clip=2)"][1] == "-5.00"  # there is no KL with that
+
+
+def test_the_probe_finds_no_pull_of_the_kl_at_the_dense_model(
+    tiny, text_file, tmp_path, monkeypatch, capsys
+):
+    dense = tiny("llama")
+    pruned = Path(shutil.copytree(dense, tmp_path / "pruned"))
+    for file in pruned.glob("*.safetensors"):
+        halved = {k: v * (v.abs() > v.abs().median()) for k, v in load_file(file).items()}
+        save_file(halved, file, metadata={"format": "pt"})
+    words = [pruned, "--dense", dense, "--corpus", text_file, "--sequences", 4, "--length", 96]
+    monkeypatch.setattr("sys.argv", ["probe", *map(str, words)])
+    assert probe_contrast.main() == 0
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("│"):
+            title, *values = (cell.strip() for cell in line.strip("│").split("│"))
+            rows[title] = values
+    assert rows.keys() == {"KL", *probe_contrast.ARMS}
+    assert rows["KL"][3] == "0.00"
+    assert float(rows["tokens only"][2]) > 0.1
