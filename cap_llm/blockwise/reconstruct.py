@@ -69,6 +69,12 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     work.begin(texts, config, dtype=torch.float32)
     masks = start_masks(pruned, run)
     world, in_turn = run.world, config.reconstruct.inputs == "dense"
+    if not in_turn and world.size > config.reconstruct.batch:
+        run.console.say(
+            f"{STAGE}: {world.size} ranks share steps of {config.reconstruct.batch} sequences, so "
+            "some have no work: raise --reconstruct.batch, or take --reconstruct.inputs dense",
+            style="yellow",
+        )
     n_blocks = len(work.model)
     todo = len(work.finished) < n_blocks
     size = world.size if in_turn else 1  # of a round, in blocks
