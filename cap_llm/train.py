@@ -90,7 +90,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             for stage in MODELS:  # of earlier jobs, too
                 folder, done = run.stage(stage, config.recipe(stage))
                 models |= {stage: folder} if done and has_weights(folder, world) else {}
-            wanted = config.evaluate.dense or config.stages == ["evaluate"]
+            wanted = config.evaluate.dense or not models
             dense = {"dense": source} if wanted and has_weights(source, world) else {}
             evaluate(dense | models, texts, tasks, config, run)
         if source != located and models and not keep:

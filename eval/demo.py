@@ -49,7 +49,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns at every start
     # Two ranks where there are only cores: recovery is data-parallel. One card is enough else.
-    ranks = ["--num_gpus", "1"] if torch.cuda.is_available() else ["--num_accelerators", "2"]
+    cards = torch.cuda.is_available()
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     runs = {"dense": ["--stages", "[evaluate]"], **METHODS}
     runs[RECOVERED] = ["--stages", "[recover, evaluate]", "--recover.corpus", str(calibration)]
     folders = []
@@ -58,8 +59,7 @@ def main() -> int:
         place = START if name == RECOVERED else name
         folder = out / place.lower().replace(" %", "").replace(" + ", "-").replace(" ", "-")
         command = [
-            str(Path(sys.executable).with_name("deepspeed")),
-            *(ranks if name == RECOVERED else []),
+            *(launcher if name == RECOVERED and not cards else [sys.executable]),
             str(ROOT / "cap_llm/train.py"),
             *("--config", "demo", "--output_dir", str(folder), "--name", name),
             *("--model.path", str(model), "--calibration.corpus", str(calibration)),

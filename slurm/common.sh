@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC1091
+# shellcheck shell=bash disable=SC1091,SC2034
 # What the jobs of this folder share; each of them sources this file. Nothing to edit here.
 
 cd "$SLURM_SUBMIT_DIR" || exit 1 # where sbatch was called: the root of the project
@@ -16,11 +16,16 @@ trap 'rm -rf "$CACHE"' EXIT
 
 # The job knows its time limit (older SLURM does not say it), and stops in time by itself.
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-  SLURM_JOB_END_TIME=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) || true
-  export SLURM_JOB_END_TIME
+  end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null) || true
+  if [ -n "$end" ] && end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
 fi
 
 export RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-1}} # ranks of a node: one for each of its GPUs
+# Told their number, DeepSpeed's launcher would take the node's first GPUs and not the job's.
+GPUS=(--num_gpus "$RANKS")
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  GPUS=(--include "localhost:$(cut -d, -f"1-$RANKS" <<<"$CUDA_VISIBLE_DEVICES")")
+fi
 export PORT=$((20000 + SLURM_JOB_ID % 12000)) # two jobs on one node need two
 
 # run RUN COMMAND...: does the command, which works in the run directory RUN, and passes signals on.

@@ -1,4 +1,5 @@
 #!/bin/bash
+# shellcheck disable=SC1091
 # Submits the stages of one recipe as a chain of jobs, each of which starts when the one before it has
 # ended well. Called again, it passes over what is done, queued or running, and submits the rest.
 #
@@ -14,13 +15,18 @@ recipe=${1:?usage: bash slurm/pipeline.sh RECIPE RUN [--option value ...]}
 folder=${2:?usage: bash slurm/pipeline.sh RECIPE RUN [--option value ...]}
 shift 2
 cd "$(dirname "$0")/.."
+if ! command -v deepspeed >/dev/null && [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 
 # The recipe's stages, with the options read and checked here instead of after a night in the queue.
 stages=$(python -c '
+from pathlib import Path
 from cap_llm.command_line import UserError, read_config
+from cap_llm.runtime.rundir import refuse_other
 try:
     config, *_ = read_config()
     config.check()
+    for stage in config.stages:
+        refuse_other(Path(config.output_dir) / stage, config.recipe(stage))
 except UserError as error:
     raise SystemExit(f"pipeline.sh: {error}") from None
 print(*config.stages)' --config "$recipe" --output_dir "$folder" "$@")
@@ -29,8 +35,9 @@ states=$(python cap_llm/train.py status "$folder" --json 2>/dev/null) || true # 
 place=$(realpath -m "$folder")
 before=
 for stage in $stages; do
-  # what is done stays done only as long as no stage before it is made anew
-  if [[ -z $before && $states == *"\"$stage\": \"done\""* ]]; then
+  # What is done stays done only as long as no stage before it is made anew; the scores that are asked
+  # for may be others than an earlier job's.
+  if [[ -z $before && $stage != evaluate && $states == *"\"$stage\": \"done\""* ]]; then
     echo "$stage: done"
     continue
   fi

@@ -145,7 +145,8 @@ def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_p
     (stubs / "queue").write_text("")
     for stage in ("oneshot", "recover"):
         (run / stage).mkdir(parents=True)
-        (run / stage / "recipe.json").write_text("{}")
+        config, *_ = read_config(["--config", str(recipe), "--output_dir", str(run)])
+        (run / stage / "recipe.json").write_text(json.dumps(config.recipe(stage)))
     (run / "run.lock").touch()
     (run / "config.yaml").write_text(recipe.read_text())
     (run / "oneshot" / "done.json").write_text('{"seconds": 2}')
@@ -157,6 +158,10 @@ def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_p
     (run / "ended.json").write_text('{"code": 0, "rank": 0, "why": "done", "time": 0}')
     fourth = pipeline(stubs, recipe, run)
     assert fourth.stdout == "oneshot: done\nrecover: job 6\nevaluate: job 7\n"
+    # what is done with other settings is no part of this pipeline; other scores are
+    other = pipeline(stubs, recipe, run, "--oneshot.method", "wanda")
+    assert other.returncode == 1 and "oneshot.method was" in other.stderr
+    assert "Traceback" not in other.stderr
 
 
 def test_the_pipeline_reads_the_options_before_it_submits(stubs, recipe, tmp_path):

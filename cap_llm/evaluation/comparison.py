@@ -280,6 +280,8 @@ def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
             # of a model that came pruned nobody says by what
             came = (r for r in everything if (r.run, r.stage) == (result.run, "start"))
             first = first or next(came, None)
+            if first and first.stage == "oneshot" and first.amount != result.amount:
+                continue  # a ladder has gone beyond what was one-shot
             start, own = (Row("", [r]).value(column) if r else None for r in (first, result))
             if start is not None and own is not None and start > target:
                 gap = (start - own) / (start - target)

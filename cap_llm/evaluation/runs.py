@@ -21,6 +21,7 @@ from cap_llm.config import MODELS
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
+from cap_llm.text.corpora import NAMES
 
 ORDER = ("dense", *MODELS)  # stages of another version come behind
 _METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
@@ -163,7 +164,7 @@ def _read(folder: Path) -> list[Result]:
     title = _title(facts, folder)
     later = [r for stage, r in made.items() if stage != "dense"]
     asked = [s for s in settings.get("stages") or [] if s not in (*made, "evaluate")]
-    nothing = Result(title, "none", folder, _dense({}, settings), environment=_job(facts))
+    nothing = Result(title, "none", folder, _dense({}, settings, facts), environment=_job(facts))
     last = (later or results or [nothing])[-1]
     if asked:
         last.status.append(f"{asked[0]} not begun")
@@ -179,7 +180,8 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
     """The models of a run by the names of their folders, in the order of the pipeline."""
     marks = ("recipe.json", "perplexity.json", "done.json")
     stages = [p.name for p in folder.iterdir() if any((p / mark).exists() for mark in marks)]
-    stages = [s for s in stages if s != "source"]  # a conversion of the dense model
+    # conversions of models that came in another format
+    stages = [s for s in stages if s != "source" and not s.endswith("-source")]
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
     title = _title(facts, folder)
     given = _given(settings, facts, folder)
@@ -189,10 +191,10 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
         if stage == "dense" and given:
             for name in ("name", "stage", "method", "amount", "recipe", "seeds"):
                 setattr(result, name, getattr(given, name))
-        elif stage == "dense" and (result.sparsity or _says_the_dense(settings)):
+        elif stage == "dense" and (result.sparsity or _came_pruned(settings, stages)):
             # A model that came pruned is where this run started, and not the dense one.
             result.name, result.stage, result.method = "given model", "start", "given model"
-            result.dense = _dense(settings, settings)
+            result.dense = _dense(settings, settings, facts)
         elif stage != "dense" and stage == stages[-1] and settings.get("name") != "":
             result.name = title  # one that nobody named is called by what was done
     return made
@@ -206,10 +208,18 @@ def _title(facts: dict, folder: Path) -> str:
     return str(facts.get("run") or folder.name)
 
 
-def _says_the_dense(settings: dict) -> bool:
-    """Whether a run says which model is the dense one, so that its own is another."""
+def _came_pruned(settings: dict, stages: list[str]) -> bool:
+    """Whether a run names the dense model of the one that it was given.
+
+    A teacher is that model only where the run has pruned nothing: else it may be a larger one.
+    """
     model, recover = settings.get("model") or {}, settings.get("recover") or {}
-    return bool(model.get("dense") or recover.get("teacher"))
+    return bool(model.get("dense") or (recover.get("teacher") and "oneshot" not in stages))
+
+
+def _located(path: str, environment: dict) -> Path:
+    """A path of a job's settings: relative ones are seen from where it worked."""
+    return (Path(str(environment.get("directory") or ".")) / path).resolve()
 
 
 def _given(settings: dict, facts: dict, folder: Path) -> Result | None:
@@ -217,7 +227,7 @@ def _given(settings: dict, facts: dict, folder: Path) -> Result | None:
     path = (settings.get("model") or {}).get("path")
     place = None
     if isinstance(path, str) and path:
-        place = (Path(str(facts.get("directory") or ".")) / path).resolve()
+        place = _located(path, facts)
     if not place or place.parent == folder.resolve() or not _is_run(place.parent):
         return None
     facts = _part(place.parent / "environment.json", dict, []) or {}
@@ -240,7 +250,9 @@ def _result(
     done = _part(place / "done.json", dict, status) if (place / "done.json").exists() else None
     start = recipe.get("start", next(reversed(made), None))  # early versions did not say
     before = made[start] if start in made and start != "dense" else given
-    dense = given.dense if given else _dense(recipe, settings)
+    # of the job that made the model, where it says so; the run's own is its last job's
+    made_by = (done or {}).get("environment") or environment
+    dense = before.dense if before else _dense(recipe, settings, made_by)
     result = Result(stage, stage, run, dense, before, status=status)
     history = json.loads(before.recipe) if before else []
     own = {k: v for k, v in recipe.items() if not (before and k in ("model", "start"))}
@@ -249,8 +261,6 @@ def _result(
     hash(result.seeds)  # tables look results up by them: a list is none
     if before:
         result.calibration, result.drawn = before.calibration, before.drawn
-    # of the job that made the model, where it says so; the run's own is its last job's
-    made_by = (done or {}).get("environment") or environment
     result.environment = _job(made_by)
     if "calibration" in recipe:
         digest = _part(place / "calibration.json", dict, []) or {}
@@ -267,7 +277,7 @@ def _result(
             status.append("unfinished" + (f" after {blocks} blocks" if blocks else ""))
     versions = {k: _release(v) for k, v in (environment.get("versions") or {}).items()}
     given_path = recipe.get("model", {}).get("path")
-    weights = Path(given_path) if stage == "dense" and given_path else place
+    weights = _located(given_path, environment) if stage == "dense" and given_path else place
     scores = (("perplexity.json", _perplexities), ("zeroshot.json", _tasks))
     # the scripts that score a dense model leave their results beside it
     for folder, (file, parse) in itertools.product(dict.fromkeys((place, weights)), scores):
@@ -309,12 +319,12 @@ def _settings(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _dense(recipe: dict, settings: dict) -> str:
-    """Path or hub name of the dense model; of what a teacher taught, the teacher."""
+def _dense(recipe: dict, settings: dict, environment: dict) -> str:
+    """Path or hub name of the dense model; of a model that came pruned, what taught it."""
     model = recipe.get("model") or settings.get("model") or {}
-    path = (recipe.get("recover") or {}).get("teacher")
-    path = path or model.get("dense") or model.get("path") or "unknown model"
-    path = str(Path(path).resolve()) if Path(path).is_dir() else path
+    teacher = (recipe.get("recover") or {}).get("teacher")
+    path = model.get("dense") or teacher or model.get("path") or "unknown model"
+    path = str(_located(path, environment)) if _located(path, environment).is_dir() else path
     return f"{path}@{model['revision']}" if model.get("revision") else path
 
 
@@ -340,7 +350,7 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
         method, name = f"{method} + {added}", f"{name} + {added}"
     ladder = (recipe.get("recover") or {}).get("ladder")
     if ladder:
-        amount = ladder.split(",")[-1].strip()
+        amount = [rung.strip() for rung in ladder.split(",") if rung.strip()][-1]
         amount = amount if ":" in amount else f"{100 * float(amount):g} %"
         method += " on a ladder"
         name = f"{method} {amount}"
@@ -350,17 +360,20 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
 def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
     figures = []
     for key, entry in content["corpora"].items():
+        corpus, _, extent = key.rpartition("@")  # `wikitext2@2048 first 6`
         facts = {
             "window": entry["window"],
             "windows": entry.get("windows"),
             "text": entry.get("text_sha256"),
             "BOS": entry.get("bos"),
-            "limit": int(key.rpartition(" first ")[2]) if " first " in key else None,
+            "limit": int(extent.rpartition(" first ")[2]) if " first " in extent else None,
             "computed in": entry.get("computed_in"),
         }
         facts |= _versions(entry, content, run_versions, LIBRARIES[:2])
         hash(tuple(facts.values()))  # a list or a dict is no fact
-        name, ppl = Path(key.partition("@")[0]).stem, float(entry["ppl_token"])
+        # a file that is called as a known corpus is not that corpus
+        name = corpus if Path(corpus).stem in NAMES else Path(corpus).stem
+        ppl = float(entry["ppl_token"])
         figures.append(Figure("ppl", name, ppl, facts, environment=_scored_by(entry)))
     return figures
 
@@ -375,6 +388,8 @@ def _tasks(content: dict, run_versions: dict) -> list[Figure]:
             "shots": entry.get("shots"),
             "task version": entry.get("version"),
             "text": entry.get("rows_sha256", entry.get("data_sha256")),
+            "prompts": entry.get("prompts_sha256"),
+            "tokenizer": entry.get("tokenizer"),
             "computed in": entry.get("computed_in"),
         }
         facts |= _versions(entry, content, run_versions, LIBRARIES)
@@ -467,7 +482,8 @@ def _costs(done: dict, before: Result | None, environment: dict) -> list[Figure]
     hardware = environment.get("hardware") or {}
     cards = hardware.get("cuda") or []
     machine = f"{hardware.get('cores')} cores of {hardware.get('processor')}"
-    machine += f", {len(cards)} x {cards[0]}" if cards else ""
+    ranks = hardware.get("ranks") or 1  # a rank has a card
+    machine += f", {ranks} of {len(cards)} x {cards[0]}" if cards else ""
     earlier = {f.kind: f.value for f in before.figures} if before else {}
     for f in before.figures_of("time") if before else ():
         if f.facts["machine"] != machine:

@@ -195,6 +195,16 @@ class Task:
         return path
 
 
+def prompts_digest(built) -> str:
+    """A checksum of how lm-eval's task or group asks and scores: prompts, shots, metrics."""
+    sha = hashlib.sha256()
+    for task in members(built):
+        asked = task.dump_config().items()  # and of where its rows and its file lie
+        asked = {k: v for k, v in asked if k != "metadata" and not k.startswith("dataset")}
+        sha.update(json.dumps(asked, sort_keys=True, default=lambda x: type(x).__name__).encode())
+    return sha.hexdigest()[:16]
+
+
 def members(built) -> list:
     """lm-eval's tasks in a group of it, or the task itself."""
     return list(built.get_all_tasks()) if hasattr(built, "get_all_tasks") else [built]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import EvaluateConfig
-from cap_llm.evaluation.tasks import SETS, Task, members
+from cap_llm.evaluation.tasks import SETS, Task, members, prompts_digest
 from cap_llm.models.blocks import model_class
 from cap_llm.models.checkpoint import config_dict
 from cap_llm.runtime.console import Console, duration
@@ -78,6 +78,8 @@ def score_tasks(
                 "task": task.name,
                 "limit": config.limit,
                 "rows_sha256": task.digest,
+                "prompts_sha256": prompts_digest(built),
+                "tokenizer": tokenizer and str(Path(tokenizer).resolve()),
                 "lm_eval": importlib.metadata.version("lm_eval"),
             }
             entry = results["tasks"].get(key, {})
