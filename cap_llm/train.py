@@ -93,7 +93,8 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             wanted = config.evaluate.dense or not models
             dense = {"dense": source} if wanted and has_weights(source, world) else {}
             evaluate(dense | models, texts, tasks, config, run)
-        if source != located and models and not keep:
+        # jobs that come later, the scoring at the latest, need the dense model
+        if source != located and models and not keep and "evaluate" in config.stages:
             drop(source, world)
         world.barrier()
         if world.first:
@@ -205,8 +206,12 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
         elif isinstance(error, UserError | RankLost):
             text = f"{program}: error: {error}"
         elif code == 2:
-            text = "out of memory: lower --runtime.activation_gib or --calibration.sequences"
-            text = f"{program}: error: {text}"
+            said = str(error).strip().partition("\n")[0]
+            text = (
+                f"{program}: error: out of memory ({said or type(error).__name__}): lower "
+                "--runtime.activation_gib or --calibration.sequences; while recover trains, "
+                "--recover.micro_batch, or set --recover.gradient_checkpointing true"
+            )
         else:
             text = traceback.format_exc()
         if rank == 0:

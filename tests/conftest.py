@@ -16,6 +16,7 @@ import pytest
 # before anything imports transformers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is of ranks on CPUs
 
 from support import FAMILIES, POSITIONS, ROOT, VOCABULARY, environment  # noqa: E402
 

@@ -38,7 +38,8 @@ FAMILIES = {
 
 def environment() -> dict[str, str]:
     """Of a process that runs the entry: one thread, no hub, no GPU."""
-    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ours |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     return os.environ | ours | {"PYTHONPATH": path}
 

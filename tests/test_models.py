@@ -3,12 +3,14 @@
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support import FAMILIES
 
-from cap_llm.models.blocks import BlockModel
+from cap_llm.models.blocks import BlockModel, match_names
 from cap_llm.models.checkpoint import Checkpoint
 from cap_llm.models.source import convert
 from cap_llm.runtime.errors import UserError
+from cap_llm.train import main
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 512, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -158,6 +160,43 @@ def test_buffers_that_are_stored_are_read(tmp_path):
     with torch.no_grad():
         expected = whole(tmp_path)(input_ids=IDS).logits
     assert torch.equal(logits_block_by_block(BlockModel.open(tmp_path, CPU)), expected)
+
+
+def add(folder, **tensors: torch.Tensor) -> None:
+    """Stores tensors in a model directory's file, beside or instead of what is there."""
+    file = folder / "model.safetensors"
+    stored = load_file(file) | {name.replace("__", "."): t for name, t in tensors.items()}
+    save_file(stored, file, metadata={"format": "pt"})
+
+
+def test_a_head_that_is_stored_beside_the_embedding_it_is_tied_to_does_not_count(tiny):
+    folder = tiny("llama", tie_word_embeddings=True)
+    embedding = Checkpoint(folder).read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    model = BlockModel.open(folder, CPU)
+    expected = logits_block_by_block(model)
+    add(folder, lm_head__weight=embedding)
+    assert "lm_head.weight" not in match_names(model.model, Checkpoint(folder))
+    assert torch.equal(logits_block_by_block(BlockModel.open(folder, CPU)), expected)
+    add(folder, lm_head__weight=embedding + 1)  # transformers would not tie these
+    with pytest.raises(UserError, match='set "tie_word_embeddings": false'):
+        BlockModel.open(folder, CPU)
+
+
+def test_left_over_masks_of_old_files_neither_set_the_type_nor_stop_the_work(
+    tiny, text_file, tmp_path, monkeypatch
+):
+    """GPT-NeoX's files on the hub: a table of booleans, and what is -inf in fp16."""
+    folder = tiny("neox", dtype=torch.float16)
+    prefix = "gpt_neox__layers__0__attention__"
+    left = {"bias": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()}
+    left["masked_bias"] = torch.tensor(-1e9).half()
+    add(folder, **{prefix + name: tensor for name, tensor in left.items()})
+    meta = torch.device("meta")  # as a GPU: the type is the stored one
+    assert BlockModel.open(folder, meta).dtype == torch.float16
+    words = ["--model.path", folder, "--output_dir", tmp_path / "run", "--stages", "[oneshot]"]
+    words += ["--oneshot.method", "magnitude", "--runtime.device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["cap-llm", *map(str, words)])
+    assert main() == 0
 
 
 def test_a_bin_checkpoint_is_converted(tiny, tmp_path):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from support import FAMILIES
 
+import cap_llm.blockwise.cache as cache_module
 import cap_llm.blockwise.prune as prune_module
 from cap_llm.blockwise.cache import ActivationCache, Memory
 from cap_llm.blockwise.prune import prune
@@ -152,3 +153,21 @@ def test_overwriting_the_cache_takes_no_further_memory(tmp_path):
             cache[k] = torch.full((1000,), float(k))
         assert cache.left == 2**20 - 3 * 4000
     assert [cache[k][0].item() for k in range(3)] == [0, 1, 2] and not cache.spilled
+
+
+def test_the_limit_of_any_control_group_above_the_process_counts(tmp_path, monkeypatch):
+    """Version 2, as in a SLURM job: the limit is the job's, the cache is given back."""
+    job = tmp_path / "slice" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    for name, content in (
+        ("memory.max", "5000000"),
+        ("memory.current", "4000000"),
+        ("memory.stat", "anon 1\ninactive_file 2500000\nactive_file 7"),
+    ):
+        (job / name).write_text(content)
+    mine = tmp_path / "cgroup"
+    mine.write_text("4:cpu:/elsewhere\n0::/slice/job_7/step_0\n")
+    groups = list(cache_module._control_groups(mine, tmp_path))
+    assert groups == [job / "step_0", job, tmp_path / "slice", tmp_path]
+    monkeypatch.setattr(cache_module, "_control_groups", lambda file: groups)
+    assert cache_module.free_memory(CPU) == 3500000

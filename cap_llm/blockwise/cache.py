@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ import torch
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import ranks_on_node
 
+_CGROUPS = Path("/sys/fs/cgroup")
+# limit, what is taken, and of that the cache that the kernel gives back: version 2, version 1
 _CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -25,13 +28,33 @@ def free_memory(device: torch.device) -> int:
 
     Heeds the limit of a control group (a SLURM job's, a container's) where there is one.
     """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # and what torch keeps for itself without using it
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     free = psutil.virtual_memory().available
-    for limit, used in _CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    for group in _control_groups(Path("/proc/self/cgroup")):
+        for limit, used, cache in _CGROUP_FILES:
+            with contextlib.suppress(OSError, ValueError):
+                left = int((group / limit).read_text()) - int((group / used).read_text())
+                for line in (group / "memory.stat").read_text().splitlines():
+                    name, _, n_bytes = line.partition(" ")
+                    left += int(n_bytes) if name == cache else 0
+                free = min(free, left)
     return max(0, free) // ranks_on_node()
+
+
+def _control_groups(file: Path, root: Path = _CGROUPS) -> Iterator[Path]:
+    """The folders of the control groups for memory that a process is in, from its own upwards.
+
+    In a container they may be called otherwise inside than outside; the outermost one is there.
+    """
+    lines = file.read_text().splitlines() if file.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            top = root / "memory" if controllers else root
+            folder = top / path.lstrip("/")
+            yield from (f for f in (folder, *folder.parents) if f.is_relative_to(top))
 
 
 class Memory(NamedTuple):

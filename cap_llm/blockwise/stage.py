@@ -219,7 +219,8 @@ class BlockStage:
         model, n_blocks = self.model, len(self.model)
         inside = {key for i in range(n_blocks) for key in model.block_keys(i)}
         outside = [key for key in model.checkpoint.names() if key not in inside]
-        self.writer.write(None, model.checkpoint.read(outside))
+        # what the model uses was looked at; old files hold masks of -inf, which are no weights
+        self.writer.write(None, model.checkpoint.read(outside, finite=False))
         self.writer.finish(self._source)
         mask_files.join(sorted(self.parts.glob("*.safetensors")), self.folder / mask_files.FILE)
         parts = [read_json(self._row_file(i)) for i in range(n_blocks)]

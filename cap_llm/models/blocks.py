@@ -125,9 +125,9 @@ class BlockModel:
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
         elif dtype is None:
-            prefix, _ = find_blocks(model)
-            names = [n for n in checkpoint.names() if n.startswith(prefix)] or checkpoint.names()
-            dtype = checkpoint.dtype(names[0])
+            prefix, blocks = find_blocks(model)
+            matrix = next(n for n, p in blocks[0].named_parameters() if p.dim() > 1)
+            dtype = checkpoint.dtype(match_names(model, checkpoint)[f"{prefix}.0.{matrix}"])
         return cls(model, device, checkpoint, dtype)
 
     def __len__(self) -> int:
@@ -402,14 +402,16 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """For each parameter the name under which the files hold it; tied ones are left out.
+    """For each parameter the name under which the files hold it; tied ones are left out, also
+    where a file holds them beside what they are tied to.
 
     The two differ for files saved from a base model (GPT-2's lack `transformer.`) and where
     transformers renamed a module (GPT-NeoX's `embed_out`); its own renaming rules are asked.
 
     Raises:
         NamesDiffer: a parameter is under no name that these rules give.
-        UserError: a shape differs from the one that config.json makes, or is quantised.
+        UserError: a shape differs from the one that config.json makes, or is quantised, or two
+            tensors differ that config.json ties.
     """
     tensors = model.state_dict(keep_vars=True)  # parameters and persistent buffers
     transforms = get_model_conversion_mapping(model)
@@ -419,7 +421,15 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
         name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, tensors)
         if name in tensors:
             keys[name] = key
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, of in tied.items():
+        if name in keys and of in keys:
+            both = list(checkpoint.read([keys.pop(name), keys[of]]).values())
+            if not torch.equal(*both):
+                raise UserError(
+                    f"{name} and {of} in {checkpoint.folder} differ, but its config.json ties "
+                    'them; set "tie_word_embeddings": false there if they are to differ'
+                )
     for name, tensor in tensors.items():
         if name not in keys:
             if name in tied or not isinstance(tensor, nn.Parameter):

@@ -102,11 +102,11 @@ class Checkpoint:
             total += torch.Size(shape).numel() * width
         return total
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def read(self, names: Iterable[str], finite: bool = True) -> dict[str, torch.Tensor]:
         """Reads tensors into memory of their own: the files' mappings are not kept.
 
         Raises:
-            UserError: a value is not finite.
+            UserError: a value is not finite, where all must be `finite`.
         """
         tensors: dict[str, torch.Tensor] = {}
         by_file: dict[Path, list[str]] = {}
@@ -116,7 +116,8 @@ class Checkpoint:
             with _open(path) as file:
                 for name in wanted:
                     tensors[name] = file.get_tensor(name).clone()
-                    if tensors[name].is_floating_point() and not _finite(tensors[name]):
+                    floats = tensors[name].is_floating_point()
+                    if finite and floats and not _finite(tensors[name]):
                         raise UserError(
                             f"{name} in {path} holds NaN or infinite weights; "
                             "the model is damaged, get it again"

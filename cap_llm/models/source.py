@@ -33,11 +33,7 @@ def locate(config: ModelConfig, download: bool = True, option: str = "model.path
     if path.is_dir() or path.suffix == ".gguf":
         if not path.exists():
             raise UserError(f"{option} {path} does not exist")
-        quantised = config_dict(path).get("quantization_config") if path.is_dir() else None
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise UserError(f"{option} {path} is quantised ({method}); give it unquantised")
-        return path
+        return _unquantised(path, option)
     if path.is_file():
         raise UserError(f"{option} {path} is a file; give the model's directory, or a .gguf file")
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
@@ -46,7 +42,16 @@ def locate(config: ModelConfig, download: bool = True, option: str = "model.path
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"{option} {config.path} is not a directory{hint}")
-    return _download(config, download)
+    folder = _download(config, download)
+    return folder and _unquantised(folder, option)
+
+
+def _unquantised(path: Path, option: str) -> Path:
+    quantised = config_dict(path).get("quantization_config") if path.is_dir() else None
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"{option} {path} is quantised ({method}); give it unquantised")
+    return path
 
 
 def needs_conversion(folder: Path) -> bool:

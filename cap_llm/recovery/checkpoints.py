@@ -10,6 +10,7 @@ seed and the step.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def find(
     Raises:
         UserError: there is none where one must be, or it belongs to another recipe or ZeRO stage.
     """
-    if world.first and config.resume is False:
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0  # the same job, which goes on
+    if world.first and config.resume is False and not requeued:
         shutil.rmtree(folder, ignore_errors=True)
     if world.first and folder.exists():
         for path in folder.glob("*-*"):

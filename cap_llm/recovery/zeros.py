@@ -215,9 +215,9 @@ class _Kept:
         """The fp32 weights [n] that this rank's optimizer steps, with their mask [n]."""
         p = self.parameter
         if hasattr(p, "ds_tensor"):  # ZeRO-3: a flat shard, padded so that all are equally long
-            from deepspeed.utils import safe_get_local_fp32_param
-
-            yield self._shard(safe_get_local_fp32_param(p))
+            # the shard itself: the public function gives a copy where the optimizer is offloaded
+            of = p._z3_optimizer._get_fp32_opt_state_partition
+            yield self._shard(of(p, release_swap_buffers=True)[0])
         elif hasattr(p, "_hp_mapping"):  # ZeRO-1 and 2: a piece of a flat buffer
             if p._hp_mapping is not None:  # another rank's otherwise
                 address = p._hp_mapping.lp_fragment_address

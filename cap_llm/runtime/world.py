@@ -11,7 +11,7 @@ import ctypes
 import datetime
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
@@ -108,10 +108,17 @@ class World:
             with self.bounded("a barrier"):
                 dist.barrier()
 
-    def bounded(self, what: str):
+    @contextlib.contextmanager
+    def bounded(self, what: str) -> Iterator[None]:
         """For the body of a `with` that takes seconds, once all ranks are at it: where all ranks
         stay in such bodies for long, the job ends with an error (see `watch.py`)."""
-        return self._watch.bounded(what) if self._watch else contextlib.nullcontext()
+        if not self._watch:
+            yield
+            return
+        with self._watch.bounded(what):
+            yield
+            if self.device.type == "cuda":  # NCCL's calls return before they are done
+                torch.cuda.current_stream(self.device).synchronize()
 
     def tell(self, what: Callable[[str], None]) -> None:
         """What to do with the reason when the watch ends the job."""
