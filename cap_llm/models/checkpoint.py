@@ -187,11 +187,14 @@ def has_weights(folder: Path, world: World) -> bool:
     return world.gather(bool(_weight_files(folder)))[0]
 
 
+def can_be_streamed(folder: Path) -> bool:
+    """Whether a directory holds a model's safetensors, not other formats or left-over shards."""
+    return any((folder / name).exists() for name in (INDEX, SINGLE))
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """A model directory's weights; none without an index, where a removal of shards was killed."""
-    if not any((folder / name).exists() for name in (INDEX, SINGLE)):
-        return []
-    return sorted(folder.glob("model*.safetensors"))
+    return sorted(folder.glob("model*.safetensors")) if can_be_streamed(folder) else []
 
 
 def remove_weights(folder: Path) -> None:

@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
 from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import INDEX, SINGLE, Checkpoint, config_dict, has_weights
+from cap_llm.models.checkpoint import Checkpoint, can_be_streamed, config_dict, has_weights
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import Run
 from cap_llm.text.corpora import offline
@@ -56,7 +56,7 @@ def _unquantised(path: Path, option: str) -> Path:
 
 def needs_conversion(folder: Path) -> bool:
     """Whether the weights are in a format that cannot be streamed (.bin, .gguf)."""
-    return not any((folder / name).exists() for name in (INDEX, SINGLE))
+    return not can_be_streamed(folder)
 
 
 def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source") -> Path:
