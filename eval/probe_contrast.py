@@ -79,10 +79,8 @@ def show(options: argparse.Namespace, console: Console) -> None:
     tokenizer = load_tokenizer(str(options.dense))
     corpus, n = calibration_corpus(options.corpus), options.sequences
     text = pack(tokenizer, corpus, n + EXTRA, 1, options.length, 0)
-    dense = states_of(options.dense, text.ids, world.device)
-    pruned = states_of(options.pruned, text.ids[:n], world.device)
-    head = AutoModelForCausalLM.from_pretrained(options.dense, dtype=torch.float32)
-    head = head.get_output_embeddings().weight.detach().to(world.device)
+    dense, head = states_and_head(options.dense, text.ids, world.device)
+    pruned, _ = states_and_head(options.pruned, text.ids[:n], world.device)
     way = dense[:n] - pruned
 
     def kl(states: torch.Tensor) -> torch.Tensor:
@@ -113,10 +111,14 @@ def show(options: argparse.Namespace, console: Console) -> None:
 
 
 @torch.no_grad()
-def states_of(folder: Path, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Final states [N, T, H] of a model directory, in float32."""
+def states_and_head(
+    folder: Path, ids: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final states [N, T, H] of a model directory and its head's weight [V, H], in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-    return torch.cat([Decoder(model)(part.to(device), False)[0] for part in ids.split(4)])
+    decoder = Decoder(model)
+    states = torch.cat([decoder(part.to(device), False)[0] for part in ids.split(4)])
+    return states, decoder.head.weight.detach()
 
 
 def contrast(text, dense: torch.Tensor, n: int, changes: dict, folder: Path, world: World):
