@@ -52,6 +52,7 @@ SEEDS = range(3)
 Cell = tuple[str, str, int]  # arm, pattern, seed
 
 WANDA = ["--oneshot.method", "wanda"]
+BF16 = ["--reconstruct.dtype", "bfloat16"]  # what a GPU takes by default
 NOTHING = ["--sds.mu", "0", "--sds.l1", "0", "--sds.l2", "0", "--sds.adjust", "false"]
 ONESHOT = {  # arm -> options
     "magnitude": ["--oneshot.method", "magnitude"],
@@ -69,13 +70,17 @@ LATER = {  # arm -> the arm whose model it starts from, stage, options
     "C2 on SparseGPT": ("SparseGPT", "sds", ["--sds.redensify", "false"]),
     "C3 on SparseGPT": ("SparseGPT", "sds", [*NOTHING, "--calibration.held_out", "0"]),
     "SDS (paper) on SparseGPT": ("SparseGPT", "sds", ["--sds.mode", "paper"]),
-    "SparseGPT + reconstruction": ("SparseGPT", "reconstruct", []),
-    "ALPS + reconstruction": ("ALPS", "reconstruct", []),
-    "ALPS + reconstruction, 5 epochs": ("ALPS", "reconstruct", ["--reconstruct.epochs", "5"]),
+    "SparseGPT + reconstruction": ("SparseGPT", "reconstruct", BF16),
+    "ALPS + reconstruction": ("ALPS", "reconstruct", BF16),
+    "ALPS + reconstruction, 5 epochs": (
+        "ALPS",
+        "reconstruct",
+        [*BF16, "--reconstruct.epochs", "5"],
+    ),
     "ALPS + reconstruction, student": (
         "ALPS",
         "reconstruct",
-        ["--reconstruct.inputs", "student"],
+        [*BF16, "--reconstruct.inputs", "student"],
     ),
 }
 ARMS = (*ONESHOT, *LATER)
@@ -404,7 +409,7 @@ NOTE = f"""\
 Made by `python eval/study_solvers.py` of {assets.MODEL_NAME}:
 calibration on 128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard deviation
 where there are several seeds. SDS and reconstruction see 16 more sequences, of other documents, by
-which they judge what they made; the one-shot methods do not.
+which they judge what they made; the one-shot methods do not. Reconstruction multiplies in bfloat16.
 
 "To SparseGPT" and "gap closed" (of the gap between SparseGPT and the dense model) are of
 WikiText-2's first {FIRST} windows, paired by seed. Under SDS stands what it gives less the better

@@ -344,6 +344,8 @@ class _Section:
                     (self._error(place[sequence]) / len(batch)).backward()
             for p in self.parameters if self.team.size > 1 else ():
                 p.grad = self.team.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+            for p, mask in self.keep.items():  # zeros leave Adam's moments and the weights at zero
+                p.grad.mul_(mask)
             optimizer.step()
             schedule.step()
 
@@ -357,16 +359,12 @@ class _Section:
 
     @contextmanager
     def _trainable(self) -> Iterator[None]:
-        """Gradients for the parameters; zero ones, where a mask says so, leave Adam's moments and
-        the weights at zero."""
+        """Gradients for the parameters."""
         for p in self.parameters:
             p.requires_grad_(True)
-        handles = [p.register_hook(mask.mul) for p, mask in self.keep.items()]
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
             for p in self.parameters:
                 p.requires_grad_(False)
                 p.grad = None
