@@ -12,14 +12,15 @@ Adam's steps are a share of each tensor's root mean square, so that one rate fit
 scale, matrices and norms alike (as Adafactor's relative steps, Shazeer & Stern 2018). With the
 papers' rate for all, 2e-4 in steps of 8 sequences, a small model's weights move too little.
 
-The error is relative, token by token, |y - y_dense|^2 / |y_dense|^2, without the first position:
-its activations are hundreds of times the others', and a plain mean would see nothing else. Text
-that is held out decides when to stop and which epoch's weights to keep; the pruned block itself
-counts as epoch 0, so that a block never gets worse on it, trained whole or in halves.
+The error is relative, token by token, |y - y_dense|^2 / |y_dense|^2: the first position's
+activations are hundreds of times the others', and a plain mean would see nothing else. Text that
+is held out decides when to stop and which epoch's weights to keep; the pruned block itself counts
+as epoch 0, so that a block never gets worse on it, trained whole or in halves.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +44,6 @@ from cap_llm.runtime.world import World
 from cap_llm.text.reading import Texts
 
 STAGE = "reconstruct"
-SKIP = 1  # first positions without a say
 PATIENCE = 2  # epochs; large steps may make it worse first, and the small ones at the end better
 
 
@@ -303,7 +303,8 @@ class _Section:
         before = least = self.judge()
         best, kept = _copies(self.parameters), 0
         with self._trainable():
-            for epoch in range(1, settings.epochs + 1):
+            epochs = settings.epochs if before else 0  # the dense block itself learns nothing
+            for epoch in range(1, epochs + 1):
                 phase(f"epoch {epoch} of {settings.epochs}, error {least:.4f}")
                 self._epoch(optimizer, schedule, draw)
                 with self._as_stored():
@@ -335,11 +336,18 @@ class _Section:
         return value
 
     def _epoch(self, optimizer, schedule, draw: torch.Generator) -> None:
-        """One pass over the calibration text, in an order of its own."""
-        place = self.trainer.place
-        for batch in torch.randperm(self.trainer.n, generator=draw).split(self.settings.batch):
+        """One pass over the calibration text, in an order of its own.
+
+        A step takes a sequence from each of as many parts of the text, so that ranks that share the
+        text, by parts too, share every step.
+        """
+        place, n = self.trainer.place, self.trainer.n
+        parts = torch.arange(n).tensor_split(min(self.settings.batch, n))
+        orders = (part[torch.randperm(len(part), generator=draw)].tolist() for part in parts)
+        for step in itertools.zip_longest(*orders):
+            batch = [sequence for sequence in step if sequence is not None]
             optimizer.zero_grad()
-            for sequence in batch.tolist():
+            for sequence in batch:
                 if sequence in place:
                     (self._error(place[sequence]) / len(batch)).backward()
             for p in self.parameters if self.team.size > 1 else ():
@@ -353,7 +361,7 @@ class _Section:
         """The mean relative error of sequence k's tokens."""
         with self.trainer.autocast():
             out = _output(self.calls[k], self.block, self.inputs[k], self.module)
-        y, out = self.targets[k][..., SKIP:, :].float(), out[..., SKIP:, :].float()
+        y, out = self.targets[k].float(), out.float()
         size = y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)
         return ((out - y).square().sum(-1) / size).mean()
 
