@@ -47,7 +47,6 @@ if TYPE_CHECKING:  # late, so that `--help` is quick
 
 def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     """Runs the stages that `config` names."""
-    from cap_llm.blockwise.plan import check_everything
     from cap_llm.evaluation.evaluate import evaluate
     from cap_llm.evaluation.report import collect, write_report
     from cap_llm.evaluation.tasks import find_tasks
@@ -61,11 +60,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     run = None
     try:
         located = locate(config.model)
-        check_everything(located, config, console, world)
-        if "recover" in config.stages and located.is_dir():
-            from cap_llm.recovery.check import check_recovery
-
-            check_recovery(located, config, world, console)
+        check(located, config, console, world)
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
         texts = read_texts(config, located) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
@@ -75,7 +70,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         run.describe(title, config_yaml)
         source = prepare(located, config.model, run)
         if source != located:
-            check_everything(source, config, console, world)
+            check(source, config, console, world)
         texts = texts or read_texts(config, source)
         keep, models = config.runtime.keep_intermediate, {}
         for stage in [s for s in MODELS if s in config.stages]:
@@ -111,6 +106,19 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     world.close()
 
 
+def check(
+    model: Path | None, config: Config, console: Console, world: World, predict: bool = False
+) -> None:
+    """Refuses what would fail later; with `predict`, says what the work takes."""
+    from cap_llm.blockwise.plan import check_everything
+
+    check_everything(model, config, console, world, predict)
+    if "recover" in config.stages and model and model.is_dir():
+        from cap_llm.recovery.check import check_recovery
+
+        check_recovery(model, config, world, console, predict)
+
+
 def make(stage: str, source: Path, texts: Texts, config: Config, run: Run) -> Path:
     """Runs a stage that makes a model; its folder."""
     if stage == "oneshot":
@@ -140,7 +148,6 @@ def drop(folder: Path, world: World) -> None:
 
 def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
-    from cap_llm.blockwise.plan import check_everything
     from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.source import locate
     from cap_llm.runtime.rundir import refuse_other, refuse_strangers
@@ -153,11 +160,7 @@ def dry_run(config: Config, console: Console) -> None:
     for stage in ("dense", *config.stages):
         refuse_other(folder / stage, config.recipe(stage))
     located = locate(config.model, download=False)
-    check_everything(located, config, console, world, predict=True)
-    if located and located.is_dir() and "recover" in config.stages:
-        from cap_llm.recovery.check import check_recovery
-
-        check_recovery(located, config, world, console, predict=True)
+    check(located, config, console, world, predict=True)
     if "evaluate" in config.stages:
         find_tasks(config.evaluate, console, fetch=False)
     if located and located.is_dir():

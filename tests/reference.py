@@ -70,7 +70,6 @@ def sparsegpt(
     n_rows, n_columns = w.shape
     if allowed is None:
         allowed = torch.ones_like(w, dtype=torch.bool)
-    w *= allowed
     inverse = torch.linalg.inv(hessian.double())
     upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     mask = allowed.clone()

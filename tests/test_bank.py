@@ -54,6 +54,14 @@ def test_a_bank_knows_which_rows_it_has(tmp_path):
     assert bank.has(torch.tensor([2, 3, 4, 7])).tolist() == [True, False, True, True]
 
 
+def test_a_row_that_was_written_but_cannot_be_seen_is_an_error(tmp_path):
+    bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
+    bank.write(torch.tensor([7, 2]), rows(2))
+    bank.demand(torch.tensor([2, 7]))
+    with pytest.raises(UserError, match="other ranks wrote cannot be seen on this node.*NFS"):
+        bank.demand(torch.tensor([2, 3]))
+
+
 def test_rows_are_rounded_to_bfloat16_and_read_as_fp32(tmp_path):
     bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
     values = rows(1)

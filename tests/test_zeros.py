@@ -183,6 +183,47 @@ def test_the_weights_themselves_are_masked_after_every_step():
     keeper.check()
 
 
+def test_a_step_of_some_weights_masks_these_alone():
+    """As ZeRO-3 steps: the optimizer holds a sub-group at a time."""
+    model = network()
+    masks = masks_of_zeros(model)
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    keeper = keep_zeros(model, masks, optimizer)
+    with torch.no_grad():
+        for name in masks:
+            model.get_parameter(name).add_(1)
+    optimizer.param_groups[0]["params"] = [model[0].weight]
+    optimizer.step()
+    assert keeper.regrown() == {"4.weight": int((~masks["4.weight"]).sum())}
+
+
+def test_the_flat_fp32_weights_of_deepspeeds_fused_adam_are_masked():
+    """Stage 0 in 16 bits: the 16-bit weights are copies of a flat fp32 one that is stepped."""
+    model = network()
+    masks = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters() if p.dim() > 1}
+    group = list(model.parameters())
+
+    class Wrapper:
+        fp16_groups = [group]
+        fp32_groups_flat = [torch.cat([p.detach().flatten() for p in group]).requires_grad_()]
+        optimizer = torch.optim.AdamW(fp32_groups_flat, lr=0.1)
+
+        def step(self):
+            self.fp32_groups_flat[0].grad = torch.cat([p.grad.flatten() for p in group])
+            self.optimizer.step()
+            parts = self.fp32_groups_flat[0].detach().split([p.numel() for p in group])
+            for p, part in zip(group, parts, strict=True):
+                p.data.copy_(part.view(p.shape))
+
+    keeper = keep_zeros(model, masks, wrapper := Wrapper())
+    backward(model, 0)
+    wrapper.step()
+    keeper.check()
+    assert all(
+        p.count_nonzero() == masks[n].sum() for n, p in model.named_parameters() if n in masks
+    )
+
+
 def test_regrown_weights_are_counted():
     model = network()
     masks = masks_of_zeros(model)

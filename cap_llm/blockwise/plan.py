@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from cap_llm.blockwise.cache import free_memory
 from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import matrix, plan_sparsities
-from cap_llm.blockwise.sds import plan_second_prune
+from cap_llm.blockwise.sds import SGD_BATCH, plan_second_prune
 from cap_llm.config import MODELS, Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, config_dict
@@ -211,7 +211,12 @@ def _estimate(
         work = 4 * 4 * largest
         if config.uses_calibration:
             columns = max(c for shapes in linears for _, c in shapes)
-            work = max(work, 3 * 4 * columns**2 + 4 * 4 * largest)
+            squares, copies = 3, 4  # fp32 matrices [C, C] and [R, C] that a solver holds at most
+            if config.oneshot.method in ("alps", "admm_grad") or "sds" in made:
+                squares, copies = 5, 8
+            if "sds" in made and config.sds.mode == "paper":
+                squares += -(-config.calibration.sequences // SGD_BATCH)
+            work = max(work, 4 * (squares * columns**2 + copies * largest))
             n = config.calibration.sequences * config.calibration.length
             tokens.append(n)
             # walks of the text: one for oneshot, three more for OWL and its guard, two for sds
@@ -219,6 +224,8 @@ def _estimate(
             walks += 2 * ("sds" in made)
             if "sds" in made:  # the dense block; sparse, dense and free weights in fp32
                 work += (width + 3 * 4) * max(block_weights)
+                if config.sds.data == "redense":  # what a resumed run sends text through
+                    estimate["disk"] += width * sum(block_weights)
             forwards = walks
             if "reconstruct" in made:  # a backward counts twice
                 forwards += 1 + 3 * config.reconstruct.epochs
@@ -253,7 +260,9 @@ def _estimate(
         estimate["activations"] = min(kept + waiting, allowed)
         estimate["disk"] += max(0, kept - allowed) * world.size
     outside = n_weights - sum(block_weights)
-    estimate["memory"] = width * (outside + 2 * max(block_weights)) + work + estimate["activations"]
+    loaded = 4 if "reconstruct" in made else width
+    estimate["memory"] = loaded * (outside + 2 * max(block_weights)) + work
+    estimate["memory"] += estimate["activations"]
     if "evaluate" in config.stages and config.evaluate.tasks:
         estimate["memory"] = max(estimate["memory"], width * n_weights)  # the whole model at once
     return estimate

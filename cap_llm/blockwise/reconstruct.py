@@ -67,8 +67,10 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     if work.done:
         return work.folder
     work.begin(texts, config, dtype=torch.float32)
-    masks = start_masks(pruned, run)
     world, in_turn = run.world, config.reconstruct.inputs == "dense"
+    if in_turn:
+        work.model.drop_outside()  # before the dense model brings its own
+    masks = start_masks(pruned, run)
     if not in_turn and world.size > config.reconstruct.batch:
         run.console.say(
             f"{STAGE}: {world.size} ranks share steps of {config.reconstruct.batch} sequences, so "

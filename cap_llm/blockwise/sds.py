@@ -45,7 +45,7 @@ from cap_llm.sparsity.patterns import Pattern, choose, obeys
 from cap_llm.text.reading import Texts
 
 STAGE = "sds"
-BATCH = 8  # sequences of an SGD step in mode `paper`
+SGD_BATCH = 8  # sequences of an SGD step in mode `paper`
 
 
 def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
@@ -70,6 +70,8 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     dense_model = BlockModel.open(dense, run.world.device)
     masks = start_masks(pruned, run)
     plan = plan_second_prune(masks, dense_model, config)
+    if config.sds.data != "dense":
+        dense_model.drop_outside()  # before the pruned model brings its own
     work.begin(texts, config)
     todo = len(work.finished) < len(work.model)
     with work.work() as (bar, scratch):
@@ -85,7 +87,7 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
                     result = step.change(i, block, dense_block, bar.phase)
                     bar.phase("writing")
                     if run.world.first:
-                        step.keep_redense(i)
+                        step.keep_redense(i, block)
                         get = work.model.model.get_parameter
                         work.write(i, {r.name: get(r.name) for r in result.rows}, result)
                     run.world.barrier()
@@ -177,8 +179,10 @@ class _Step:
         held_out = texts.held_out[list(self.world.share(len(texts.held_out)))]
         self.holds_out = len(texts.held_out) > 0
         # a batch of SGD has statistics of its own; mode `gram` is one batch
-        self.n_batches = -(-len(texts.calibration) // BATCH) if self.settings.mode == "paper" else 1
-        batch = BATCH if self.settings.mode == "paper" else len(texts.calibration)
+        self.n_batches = (
+            -(-len(texts.calibration) // SGD_BATCH) if self.settings.mode == "paper" else 1
+        )
+        batch = SGD_BATCH if self.settings.mode == "paper" else len(texts.calibration)
         self.batch_of = [n // batch for n in mine]  # of each calibration sequence
         parts = 2 if self.settings.redensify else 1
         memory = Memory.plan(self.model.device, config.runtime.activation_gib, parts)
@@ -266,11 +270,14 @@ class _Step:
         """The sparsity of a linear of block i; 0 for one that `oneshot.layers` leaves as it is."""
         return self.plan.get(self.model.weight_name(i, n), 0.0)
 
-    def keep_redense(self, i: int) -> None:
-        """Writes block i's re-densified weights, where a resumed run has to send text through."""
-        if self.settings.data == "redense":
-            with atomic(self._redense_file(i)) as temporary:
-                save_file({n: w.cpu().contiguous() for n, w in self.free.items()}, temporary)
+    def keep_redense(self, i: int, block: nn.Module) -> None:
+        """Writes block i's re-densified weights, where a resumed run has to send text through: in
+        the type in which they were passed."""
+        if self.settings.data != "redense":
+            return
+        free = {n: w.to(matrix(block.get_submodule(n)).dtype) for n, w in self.free.items()}
+        with atomic(self._redense_file(i)) as temporary:
+            save_file({n: w.cpu().contiguous() for n, w in free.items()}, temporary)
 
     def _redense_file(self, i: int) -> Path:
         return self.work.parts / f"{i:05d}.redense"

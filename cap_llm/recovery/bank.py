@@ -98,6 +98,17 @@ class Bank:
         """Which sequences [B] have a row, boolean."""
         return torch.from_numpy(self._there[ids.numpy()]).bool()
 
+    def demand(self, ids: torch.Tensor) -> None:
+        """Raises:
+        UserError: a row of sequences [B] is missing that some rank has written.
+        """
+        if not self.has(ids).all():
+            raise UserError(
+                f"rows of the bank {self.folder} that other ranks wrote cannot be seen on this "
+                "node: its file system does not share memory mappings, as NFS; put output_dir on "
+                "one that does (Lustre, GPFS), or use one node"
+            )
+
     def flush(self) -> None:
         """Brings this rank's rows to the disk, before a checkpoint relies on them."""
         self._rows.flush()

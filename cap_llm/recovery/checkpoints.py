@@ -17,6 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cap_llm.config import RecoverConfig
 from cap_llm.recovery.engines import stage_of
 from cap_llm.runtime.console import Console
@@ -49,7 +51,7 @@ def named(config: RecoverConfig) -> Path | None:
     Raises:
         UserError: it is none.
     """
-    if config.resume in (True, False, "auto"):
+    if not _names_one(config):
         return None
     path = Path(str(config.resume))
     if not (path / COMPLETE).exists():
@@ -87,21 +89,19 @@ def find(
         for path in folder.glob("*-*"):
             if not (path / COMPLETE).exists():
                 shutil.rmtree(path)  # its writer was killed
-    world.barrier()
-    names_one = config.resume not in (True, False, "auto")
-    complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
-    if names_one:
-        complete = [p for p in complete if _state(p).get("from") == str(config.resume)]
-    path = complete[-1] if complete else None
-    if names_one and path is None:
-        path = named(config)
-    if path is None and config.resume is True:
-        raise UserError(f"recover.resume is true, but {folder} holds no complete checkpoint")
-    path = world.gather(path)[0]  # the first rank's view counts
+    path = problem = None
+    if world.first:
+        try:
+            path = _chosen(folder, config)
+        except UserError as error:
+            problem = error
+    path, problem = world.gather((path, problem))[0]  # the first rank's view counts
+    if problem:
+        raise problem
     if path is None:
         return None
     facts = read_json(path / COMPLETE)
-    if names_one:
+    if _names_one(config):
         facts["state"]["from"] = str(config.resume)
     made_with = facts["recipe"] | {"zero_stage": facts["zero_stage"]}
     now = recipe | {"zero_stage": stage_of(settings)}
@@ -121,6 +121,22 @@ def find(
     return Found(path, facts["step"], facts["state"])
 
 
+def _names_one(config: RecoverConfig) -> bool:
+    return config.resume not in (True, False, "auto")
+
+
+def _chosen(folder: Path, config: RecoverConfig) -> Path | None:
+    """The complete checkpoint to go on from, if there is one."""
+    complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
+    if _names_one(config):
+        complete = [p for p in complete if _state(p).get("from") == str(config.resume)]
+    if complete:
+        return complete[-1]
+    if config.resume is True:
+        raise UserError(f"recover.resume is true, but {folder} holds no complete checkpoint")
+    return named(config)
+
+
 def save(
     engine, folder: Path, step: int, state: dict, recipe: dict, stage: int, keep: int, world: World
 ) -> None:
@@ -132,20 +148,21 @@ def save(
     world.barrier()
     try:
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        failure = None
     except Exception as error:  # torch's zip writer has errors of its own for a full disk
-        failure = f"{' '.join(str(error).split())[:160]}"
-    failures = [f for f in world.gather(failure) if f]
-    if failures:
+        # at once: the other ranks may wait for this one inside DeepSpeed
         raise UserError(
-            f"the checkpoint {folder / tag} cannot be written ({failures[0]}); the one before "
-            "it is kept: free some space and give the same command again"
-        )
+            f"the checkpoint {folder / tag} cannot be written "
+            f"({' '.join(str(error).split())[:160]}); the one before it is kept: free some space "
+            "and give the same command again"
+        ) from error
+    world.barrier()
     if world.first:
         facts = {"step": step, "ranks": world.size, "zero_stage": stage, "state": state}
         write_json(folder / tag / COMPLETE, facts | {"recipe": recipe})
         complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
-        for path in complete[:-keep]:
+        # of this training only: one begun by `recover.resume` may be behind an earlier one here
+        own = [p for p in complete if _state(p).get("from") == state.get("from")]
+        for path in own[:-keep]:
             _remove(path)
     world.barrier()
 
@@ -170,6 +187,11 @@ def load(engine, found: Found) -> None:
     )
     if path is None:
         raise UserError(f"DeepSpeed cannot load the checkpoint {found.path}")
+    # The universal form leaves Adam's count of steps on the CPU, where a fused step on a GPU does
+    # not take it, and one tensor for all sub-groups of ZeRO-3, each of which would count on.
+    for parameter, state in engine.basic_optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def _universal(path: Path, stage: int, world: World) -> Path:

@@ -103,6 +103,8 @@ class Contrasts:
             else:
                 rows = torch.stack([bank.read(everyone) for bank in term.banks]).to(device)
             extra = self._extra(term, place, micro)
+            for bank in term.banks:
+                bank.demand(extra)
             further = torch.stack([bank.read(extra) for bank in term.banks]).to(device)
             centre = term.centre.to(device)
             losses[term.name] = self._loss(
@@ -155,11 +157,11 @@ class Contrasts:
         return torch.from_numpy(draw.choice(among.numpy(), n, replace=False))
 
     def seen(self, place: int) -> torch.Tensor:
-        """Ids of the sequences of the first `place` steps, in order."""
+        """Ids of the sequences of the first `place` steps."""
         text = self.encoder.text
         if place * self.batch >= len(text.ids):
             return torch.arange(len(text.ids))
-        return text.draws(0, place * self.batch, self.encoder.seed).sort().values
+        return text.draws(0, place * self.batch, self.encoder.seed)
 
     @torch.no_grad()
     def fill(

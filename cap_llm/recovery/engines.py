@@ -41,7 +41,7 @@ def start(world: World) -> None:
     if world.device.type == "cpu":
         # it would be compiled for a minute, and only inference uses it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if world.size == 1 and "MASTER_PORT" not in os.environ:  # else a launcher started this rank
+    if world.size == 1 and "RANK" not in os.environ:  # else a launcher started this rank
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -160,7 +160,7 @@ def _initialize(option: str, **arguments):
 
     try:
         return deepspeed.initialize(**arguments)[0]
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # assertions and errors of every kind
         what = " ".join(str(error).split())[:300] or type(error).__name__
@@ -194,6 +194,8 @@ def _load(folder: Path, settings: dict | None, dtype: torch.dtype):
     sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive
     try:
         model = model_class(folder).from_pretrained(folder, config=config, dtype=dtype)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # every format fails in a way of its own
         raise UserError(
             f"{folder} cannot be read by transformers: {' '.join(str(error).split())[:200]}"

@@ -26,6 +26,8 @@ from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
 from cap_llm.runtime.rundir import Run, peak_memory
 from cap_llm.text.packing import PackedText
 
+MOST_OVERFLOWS = 40  # steps in a row: more than DeepSpeed's scale can be halved from 2^32
+
 
 @dataclass
 class Job:
@@ -46,6 +48,7 @@ class Job:
             the time of earlier jobs counts.
         held_out: perplexity of the held-out sequences, by step.
         resumed_from: the checkpoint that `recover.resume` named, if it was begun by one.
+        overflows: steps in a row that float16 has made nothing of.
     """
 
     student: Path
@@ -61,6 +64,7 @@ class Job:
     began: float = 0.0
     held_out: dict[int, float] = field(default_factory=dict)
     resumed_from: str | None = None
+    overflows: int = 0
 
 
 def train(job: Job, config: RecoverConfig, run: Run):
@@ -165,7 +169,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
 
     Returns:
         The loss and its parts, averaged over its micro-batches and all ranks, and the norm of the
-        gradient before clipping.
+        gradient before clipping, unless it overflowed in float16: then the step was left out.
 
     Raises:
         UserError: the loss or the gradient is not finite, or fp16 overflows at every scale.
@@ -197,22 +201,37 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
                 # stage 0 in fp32: DeepSpeed clips without saying what the norm was
                 gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
                 norm = torch.nn.utils.get_total_norm(gradients).item()
+            scale = getattr(engine.optimizer, "loss_scale", 1.0)  # before the step changes it
             engine.step()
         except Exception as error:
             if "scale" in str(error) and "minimum" in str(error):
-                raise UserError(
-                    f"step {step + 1} overflows in float16 at every loss scale; use "
-                    "--recover.dtype bfloat16 or float32"
-                ) from None
+                raise _overflow(step) from None
             raise
     norm = engine.get_global_grad_norm() if norm is None else norm
-    if not 0 <= norm < math.inf and config.dtype != "float16":  # which lowers its scale instead
+    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":  # stage 0: of the scaled loss
+        norm /= scale
+    figures = dict(zip(parts, (total / n_micro).tolist(), strict=True))
+    if 0 <= norm < math.inf:
+        job.overflows = 0
+        return figures | {"grad_norm": float(norm)}
+    if config.dtype != "float16":
         raise UserError(
             f"the gradient of step {step + 1} is not finite, though its loss is; the sequences of "
             f"this batch are {batch.tolist()}. Nothing of this step was kept: lower --recover.lr, "
             "or go on from the last checkpoint with --recover.dtype float32"
         )
-    return dict(zip(parts, (total / n_micro).tolist(), strict=True)) | {"grad_norm": float(norm)}
+    # DeepSpeed lowers its scale, but not a fixed one, and at stage 0 it never says where that ends
+    job.overflows += 1
+    if job.overflows >= MOST_OVERFLOWS:
+        raise _overflow(step)
+    return figures
+
+
+def _overflow(step: int) -> UserError:
+    return UserError(
+        f"step {step + 1} overflows in float16 at every loss scale; use --recover.dtype bfloat16 "
+        "or float32"
+    )
 
 
 def _losses(engine, job: Job, mine, everyone, place, micro, config: RecoverConfig, world):
@@ -295,7 +314,8 @@ def _line(figures: dict[str, float]) -> str:
     if not figures:
         return ""
     shown = [f"loss {figures['loss']:.4f}", f"{figures['tokens_a_second']:,.0f} tokens/s"]
-    shown += [f"lr {figures['lr']:.1e}", f"norm {figures['grad_norm']:.3f}"]
+    norm = f"norm {figures['grad_norm']:.3f}" if "grad_norm" in figures else "overflow, left out"
+    shown += [f"lr {figures['lr']:.1e}", norm]
     shown += [size(figures.get("cuda_bytes", figures["memory_bytes"]))]
     parts = [f"{name} {figures[name]:.4f}" for name in ObjectiveConfig.TERMS if name in figures]
     return "  ".join(shown + parts)

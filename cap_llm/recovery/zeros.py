@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._utils import _unflatten_dense_tensors
 
 from cap_llm.runtime.errors import UserError
 
@@ -113,15 +114,23 @@ class ZeroKeeper:
             self._kept.append(_Kept(name, named[name], mask))
         self._bind_fragments()
         self._handles = [k.parameter.register_hook(k.mask_gradient) for k in self._kept]
-        self._handles.append(base.register_step_post_hook(lambda *_: self.apply()))
+        self._handles.append(base.register_step_post_hook(lambda stepped, *_: self.apply(stepped)))
         self.apply()
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Sets this rank's fp32 weights that are masked to zero. No communication."""
+    def apply(self, stepped: torch.optim.Optimizer | None = None) -> None:
+        """Sets this rank's fp32 weights that are masked to zero. No communication.
+
+        Args:
+            stepped: an optimizer that has changed no others than the ones it holds now: ZeRO-3
+                steps a sub-group at a time.
+        """
+        groups = stepped.param_groups if stepped else ()
+        changed = {p.untyped_storage().data_ptr() for group in groups for p in group["params"]}
         for kept in self._kept:
-            for weights, mask in kept.fragments():
-                weights.mul_(mask)
+            for weights, start in kept.fragments():
+                if not stepped or weights.untyped_storage().data_ptr() in changed:
+                    weights.mul_(kept.mask_of(weights, start))
 
     @torch.no_grad()
     def regrown(self) -> dict[str, int]:
@@ -134,7 +143,8 @@ class ZeroKeeper:
         for i, kept in enumerate(self._kept):
             for k, pieces in enumerate((kept.fragments(), kept.model_weights())):
                 if first or kept.sharded(k):  # what all ranks hold alike counts once
-                    counts[k, i] = sum(int(((w != 0) & ~mask).sum()) for w, mask in pieces)
+                    grown = ((w != 0) & ~kept.mask_of(w, start) for w, start in pieces)
+                    counts[k, i] = sum(int(g.sum()) for g in grown)
         if dist.is_initialized() and self._kept:
             counts = counts.to(self._kept[0].parameter.device)
             dist.all_reduce(counts)
@@ -169,6 +179,11 @@ class ZeroKeeper:
         if hasattr(self._wrapper, "fp32_groups"):  # stage 0 with 16-bit weights, unfused
             groups = zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True)
             masters = {id(lp): hp for g in groups for lp, hp in zip(*g, strict=True)}
+        elif hasattr(self._wrapper, "fp32_groups_flat"):  # the same, with DeepSpeed's FusedAdam
+            groups = zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups_flat, strict=True)
+            for group, flat in groups:
+                views = _unflatten_dense_tensors(flat.data, group)
+                masters |= {id(lp): hp for lp, hp in zip(group, views, strict=True)}
         for kept in self._kept:
             kept.master = masters.get(id(kept.parameter))
 
@@ -211,8 +226,13 @@ class _Kept:
         p = self.parameter
         return hasattr(p, "ds_tensor") or (not of_the_model and hasattr(p, "_hp_mapping"))
 
-    def fragments(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The fp32 weights [n] that this rank's optimizer steps, with their mask [n]."""
+    def mask_of(self, weights: torch.Tensor, start: int) -> torch.Tensor:
+        """The mask of a piece of the parameter, which begins at `start` of it, flattened."""
+        return self.mask(weights.device, start, weights.numel()).view(weights.shape)
+
+    def fragments(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """The fp32 weights that this rank's optimizer steps, and where in the parameter they
+        begin."""
         p = self.parameter
         if hasattr(p, "ds_tensor"):  # ZeRO-3: a flat shard, padded so that all are equally long
             # the shard itself: the public function gives a copy where the optimizer is offloaded
@@ -221,23 +241,19 @@ class _Kept:
         elif hasattr(p, "_hp_mapping"):  # ZeRO-1 and 2: a piece of a flat buffer
             if p._hp_mapping is not None:  # another rank's otherwise
                 address = p._hp_mapping.lp_fragment_address
-                weights = p._hp_mapping.get_hp_fragment().view(-1)
-                yield weights, self.mask(weights.device, address.start, address.numel)
+                yield p._hp_mapping.get_hp_fragment().view(-1), address.start
         else:
-            yield self._whole(p if self.master is None else self.master)
+            yield (p if self.master is None else self.master).data, 0
 
-    def model_weights(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The weights that the model computes with, as this rank holds them, with their mask."""
+    def model_weights(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """The weights that the model computes with, as this rank holds them, and where in the
+        parameter they begin."""
         p = self.parameter
-        yield self._shard(p.ds_tensor) if hasattr(p, "ds_tensor") else self._whole(p)
+        yield self._shard(p.ds_tensor) if hasattr(p, "ds_tensor") else (p.data, 0)
 
-    def _shard(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _shard(self, weights: torch.Tensor) -> tuple[torch.Tensor, int]:
         weights = weights.data.view(-1)
-        n = weights.numel()
-        return weights, self.mask(weights.device, n * dist.get_rank(), n)
-
-    def _whole(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return weights.data, self.mask(weights.device).view(self.shape)
+        return weights, weights.numel() * dist.get_rank()
 
 
 def _bits(device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -73,6 +73,7 @@ def alps(
             growth = 1.3 if moved >= 0.1 else 1.2 if moved >= 0.005 else 1.1
             rho, grown = rho * growth, True
             u /= growth
+        inverse = None  # two matrices [C, C] fewer stand at once
         inverse = regularised_inverse(h, rho)
     return b * mask / scale, mask
 
@@ -120,4 +121,5 @@ def regularised_inverse(hessian: torch.Tensor, rho: float) -> torch.Tensor:
     """(H + rho I)^-1 for a positive definite H [C, C]."""
     shifted = hessian.clone()
     shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    shifted = torch.linalg.cholesky(shifted)  # lets go of what it was
+    return torch.cholesky_inverse(shifted)

@@ -47,8 +47,6 @@ def sparsegpt(
         tile, block_size = (pattern.m * max(1, n // pattern.m) for n in (TILE, block_size))
     w = weight.T.clone(memory_format=torch.contiguous_format)
     w[factor.dead] = 0
-    if allowed is not None:
-        w *= allowed.T
     mask = torch.empty_like(weight, dtype=torch.bool)
     for start in range(0, n_columns, block_size):
         end = min(start + block_size, n_columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,9 +57,14 @@ class PackedText:
         """
         n, places = len(self.ids), [np.empty(0, dtype=np.int64)]
         for epoch in range(start // n, -(-end // n)):
-            order = np.random.default_rng([seed, epoch]).permutation(n)
+            order = _permutation(n, seed, epoch)
             places.append(order[max(0, start - epoch * n) : end - epoch * n])
         return torch.from_numpy(np.concatenate(places))
+
+
+@functools.lru_cache(2)  # a training reads one epoch at a time, or the end of one and the next
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def pack(

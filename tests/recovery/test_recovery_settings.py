@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from support import ROOT
 from cap_llm.config import ObjectiveConfig, RecoverConfig
 from cap_llm.recovery import checkpoints as checkpoints_module
 from cap_llm.recovery import engines
-from cap_llm.recovery.training import learning_rate
+from cap_llm.recovery.contrasts import Contrasts
+from cap_llm.recovery.training import MOST_OVERFLOWS, Job, learning_rate, step_once
+from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
+from cap_llm.text.packing import PackedText
 
 
 def test_the_converted_form_of_a_checkpoint_goes_with_it(tmp_path):
@@ -31,6 +35,107 @@ def test_the_converted_form_of_a_checkpoint_goes_with_it(tmp_path):
     shutil.copytree(tmp_path / "step-000001", tmp_path / "universal-step-000001")
     save(2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_old_checkpoints_go_but_never_those_of_another_training(tmp_path):
+    class Engine:
+        def save_checkpoint(self, folder, tag, save_latest):
+            (Path(folder) / tag).mkdir()
+
+    def save(step, start):
+        state = {"from": start}
+        checkpoints_module.save(Engine(), tmp_path, step, state, {}, 2, 2, World.alone(CPU))
+
+    for step in (100, 200, 300):
+        save(step, None)
+    save(150, "/elsewhere/step-000100")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-000150",
+        "step-000200",
+        "step-000300",
+    ]
+
+
+def test_a_rank_that_cannot_write_its_checkpoint_says_so_and_waits_for_nobody(tmp_path):
+    class Engine:
+        def save_checkpoint(self, folder, tag, save_latest):
+            raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
+
+    class Waits(World):
+        def gather(self, _):
+            raise AssertionError("the others are inside DeepSpeed")
+
+    with pytest.raises(UserError, match="step-000007 cannot be written .*unexpected pos.*free"):
+        checkpoints_module.save(Engine(), tmp_path, 7, {}, {}, 0, 2, Waits.alone(CPU))
+
+
+def test_what_was_loaded_counts_its_steps_by_itself():
+    """DeepSpeed's universal form gives one tensor to all sub-groups of ZeRO-3."""
+    step, weights = torch.tensor(5.0), [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+
+    class Engine:
+        basic_optimizer = torch.optim.AdamW(weights, fused=True)
+
+        def load_checkpoint(self, folder, tag, load_lr_scheduler_states):
+            for p in weights:
+                moments = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+                self.basic_optimizer.state[p] = {"step": step, **moments}
+            return folder, {}
+
+    checkpoints_module.load(Engine(), checkpoints_module.Found(Path("there/step-5"), 5, {}))
+    for p in weights:
+        p.grad = torch.ones(3)
+    Engine.basic_optimizer.step()
+    assert [Engine.basic_optimizer.state[p]["step"].item() for p in weights] == [6, 6, 6]
+
+
+class FP16_UnfusedOptimizer:  # by DeepSpeed's name
+    """Stage 0 in float16: halves its scale down to 1 and never says that it is there."""
+
+    param_groups = ({},)
+    loss_scale = 2.0**16
+
+
+class HalfEngine:
+    """Steps whose scaled gradients have the given norms."""
+
+    def __init__(self, norms):
+        self.optimizer, self.norms = FP16_UnfusedOptimizer(), iter(norms)
+
+    def __call__(self, ids, teacher, head):
+        one = torch.ones((), requires_grad=True)
+        return one, one, one, torch.zeros(()), None
+
+    def backward(self, loss):
+        pass
+
+    def step(self):
+        self.norm = next(self.norms)
+        if self.norm == float("inf"):
+            self.optimizer.loss_scale = max(1.0, self.optimizer.loss_scale / 2)
+
+    def get_global_grad_norm(self):
+        return self.norm
+
+
+def half_steps(norms, n: int) -> list[dict]:
+    config = RecoverConfig(batch=1, length=128, tokens=12800, dtype="float16")
+    ids = torch.zeros(4, 128, dtype=torch.long)
+    world = World.alone(CPU)
+    none = Contrasts(None, config.contrast, 1, world)
+    job = Job(Path(), (), None, none, PackedText(ids, ids, ids, ""), Path(), {}, "", "")
+    engine = HalfEngine(norms)
+    return [step_once(engine, job, i, config, SimpleNamespace(world=world)) for i in range(n)]
+
+
+def test_float16_steps_that_overflow_are_left_out_until_there_are_too_many():
+    inf = float("inf")
+    steps = half_steps([inf, inf, 2.0**14, 2.0**15], 4)  # the loss is scaled by 2^14 after two
+    assert [step.get("grad_norm") for step in steps] == [None, None, 1.0, 2.0]
+    nearly = [inf] * (MOST_OVERFLOWS - 1) + [1.0]
+    half_steps(nearly + nearly, 2 * MOST_OVERFLOWS)
+    with pytest.raises(UserError, match="overflows in float16 at every loss scale"):
+        half_steps([inf] * MOST_OVERFLOWS, MOST_OVERFLOWS)
 
 
 def test_what_a_deepspeed_file_leaves_out_is_the_recipes(tmp_path):
