@@ -78,7 +78,9 @@ class _HeadLoss(torch.autograd.Function):
             ce += (normaliser - logits.gather(1, target)).sum()
             d = None  # of the loss with respect to the logits, [chunk, V]
             if t_states is not None:
-                ours = logits.div(temperature).logsumexp(1, keepdim=True)
+                ours = normaliser
+                if temperature != 1:
+                    ours = logits.div(temperature).logsumexp(1, keepdim=True)
                 t_logits = F.linear(t_states[at : at + chunk], t_weight, t_bias).float()
                 q = t_logits / temperature
                 theirs = q.logsumexp(1, keepdim=True)
