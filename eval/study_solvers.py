@@ -82,6 +82,11 @@ LATER = {  # arm -> the arm whose model it starts from, stage, options
         "reconstruct",
         [*BF16, "--reconstruct.inputs", "student"],
     ),
+    "ALPS + reconstruction, student, 5 epochs": (
+        "ALPS",
+        "reconstruct",
+        [*BF16, "--reconstruct.inputs", "student", "--reconstruct.epochs", "5"],
+    ),
 }
 ARMS = (*ONESHOT, *LATER)
 CONTROLS = {  # C1 and C2 of each SDS
@@ -94,7 +99,10 @@ MAIN = (  # arms that come first
     *("Wanda", "SDS on Wanda", "ALPS + reconstruction"),
 )
 # At 2:4 with one seed alone: an identity check, what more epochs give, and what takes hours.
-ONCE = ("C3 on SparseGPT", "ALPS + reconstruction, 5 epochs", "SDS (paper) on SparseGPT")
+ONCE = (
+    *("C3 on SparseGPT", "ALPS + reconstruction, 5 epochs"),
+    *("ALPS + reconstruction, student, 5 epochs", "SDS (paper) on SparseGPT"),
+)
 PATTERNS = {
     "2:4": ["--oneshot.pattern", "2:4"],
     "50 %": ["--oneshot.sparsity", "0.5"],
