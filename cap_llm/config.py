@@ -196,9 +196,9 @@ class ReconstructConfig:
     """Block reconstruction: the weights that stay are trained, a block at a time, to give the dense
     block's output (Shin et al. 2024)."""
 
-    inputs: Literal["dense", "student"] = "dense"
-    """What a block reads while it is trained: the dense model's activations, so that blocks are
-    independent and ranks take them in turn, or those of the blocks reconstructed before it."""
+    inputs: Literal["dense", "student"] = "student"
+    """What a block reads while it is trained: what the blocks reconstructed before it give, or the
+    dense model's activations, so that blocks are independent and ranks take them in turn."""
     epochs: int = 2
     """Passes over the calibration text, at most: two without a gain on held-out text end it."""
     lr: float = 0.005

@@ -38,8 +38,9 @@ RUNS = {
     "SparseGPT 50 %": [],
     "Wanda 50 %": WANDA,
     "ALPS 50 %": ["--oneshot.method", "alps"],
-    "Wanda + reconstruction 50 %": [  # as many epochs as published
+    "Wanda + reconstruction 50 %": [  # inputs and epochs as published
         *(*WANDA, "--stages", "[oneshot, reconstruct, evaluate]", "--reconstruct.epochs", "10"),
+        *("--reconstruct.inputs", "dense"),
     ],
     "SparseGPT 2:4": TWO_OF_FOUR,
     "Wanda 2:4": [*WANDA, *TWO_OF_FOUR],

@@ -38,6 +38,7 @@ ROWS = {  # stage, options, ranks, parts into which the threads are cut
     "reconstruction, 1 epoch": ("reconstruct", ["--reconstruct.epochs", "1"], 1, 1),
     "reconstruction": ("reconstruct", [], 1, 1),
     "reconstruction, 5 epochs": ("reconstruct", ["--reconstruct.epochs", "5"], 1, 1),
+    "reconstruction, dense inputs": ("reconstruct", ["--reconstruct.inputs", "dense"], 1, 1),
     "reconstruction, bfloat16": ("reconstruct", ["--reconstruct.dtype", "bfloat16"], 1, 1),
     HALF: ("reconstruct", [], 1, 2),
     TWO: ("reconstruct", [], 2, 2),

@@ -52,7 +52,9 @@ SEEDS = range(3)
 Cell = tuple[str, str, int]  # arm, pattern, seed
 
 WANDA = ["--oneshot.method", "wanda"]
-BF16 = ["--reconstruct.dtype", "bfloat16"]  # what a GPU takes by default
+STUDENT = ["--reconstruct.dtype", "bfloat16"]  # what a GPU takes by default
+DENSE = [*STUDENT, "--reconstruct.inputs", "dense"]
+FIVE = ["--reconstruct.epochs", "5"]
 NOTHING = ["--sds.mu", "0", "--sds.l1", "0", "--sds.l2", "0", "--sds.adjust", "false"]
 ONESHOT = {  # arm -> options
     "magnitude": ["--oneshot.method", "magnitude"],
@@ -70,23 +72,11 @@ LATER = {  # arm -> the arm whose model it starts from, stage, options
     "C2 on SparseGPT": ("SparseGPT", "sds", ["--sds.redensify", "false"]),
     "C3 on SparseGPT": ("SparseGPT", "sds", [*NOTHING, "--calibration.held_out", "0"]),
     "SDS (paper) on SparseGPT": ("SparseGPT", "sds", ["--sds.mode", "paper"]),
-    "SparseGPT + reconstruction": ("SparseGPT", "reconstruct", BF16),
-    "ALPS + reconstruction": ("ALPS", "reconstruct", BF16),
-    "ALPS + reconstruction, 5 epochs": (
-        "ALPS",
-        "reconstruct",
-        [*BF16, "--reconstruct.epochs", "5"],
-    ),
-    "ALPS + reconstruction, student": (
-        "ALPS",
-        "reconstruct",
-        [*BF16, "--reconstruct.inputs", "student"],
-    ),
-    "ALPS + reconstruction, student, 5 epochs": (
-        "ALPS",
-        "reconstruct",
-        [*BF16, "--reconstruct.inputs", "student", "--reconstruct.epochs", "5"],
-    ),
+    "SparseGPT + reconstruction": ("SparseGPT", "reconstruct", DENSE),
+    "ALPS + reconstruction": ("ALPS", "reconstruct", DENSE),
+    "ALPS + reconstruction, 5 epochs": ("ALPS", "reconstruct", [*DENSE, *FIVE]),
+    "ALPS + reconstruction, student": ("ALPS", "reconstruct", STUDENT),
+    "ALPS + reconstruction, student, 5 epochs": ("ALPS", "reconstruct", [*STUDENT, *FIVE]),
 }
 ARMS = (*ONESHOT, *LATER)
 CONTROLS = {  # C1 and C2 of each SDS
@@ -417,7 +407,8 @@ NOTE = f"""\
 Made by `python eval/study_solvers.py` of {assets.MODEL_NAME}:
 calibration on 128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard deviation
 where there are several seeds. SDS and reconstruction see 16 more sequences, of other documents, by
-which they judge what they made; the one-shot methods do not. Reconstruction multiplies in bfloat16.
+which they judge what they made; the one-shot methods do not. Reconstruction multiplies in
+bfloat16; its blocks read the dense model's activations or, named "student", the pruned one's.
 
 "To SparseGPT" and "gap closed" (of the gap between SparseGPT and the dense model) are of
 WikiText-2's first {FIRST} windows, paired by seed. Under SDS stands what it gives less the better

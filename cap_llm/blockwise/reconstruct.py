@@ -1,12 +1,12 @@
 """The stage `reconstruct`: each pruned block is trained to give the dense block's output.
 
 All weights that the mask leaves, biases and norms of a block are trained together (Shin et al.
-2024, "BR + GP"; Guo et al. 2024, EBFT). With the dense model's activations as input the blocks are
-independent: as many blocks as there are ranks make a round, in which the ranks share the sequences
-on their way through the dense blocks, and then each trains one block on all of them; what keeps W
-ranks from being W times as fast is that a round lasts as long as its slowest block. With the
-student's own activations a block must wait for the one before it, and the ranks share the sequences
-of each step instead.
+2024, "BR + GP"; Guo et al. 2024, EBFT). With the student's own activations as input a block makes
+good for those before it, for which it must wait; the ranks share the sequences of each step. With
+the dense model's activations the blocks are independent: as many blocks as there are ranks make a
+round, in which the ranks share the sequences on their way through the dense blocks, and then each
+trains one block on all of them; what keeps W ranks from being W times as fast is that a round lasts
+as long as its slowest block.
 
 Adam's steps are a share of each tensor's root mean square, so that one rate fits models of any
 scale, matrices and norms alike (as Adafactor's relative steps, Shazeer & Stern 2018). With the
