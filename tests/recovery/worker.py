@@ -112,7 +112,7 @@ def without_hooks():
     """The keeper's hooks do nothing; its counting stays."""
     with (
         mock.patch.object(zeros._Kept, "mask_gradient", lambda self, gradient: gradient),
-        mock.patch.object(zeros.ZeroKeeper, "apply", lambda self: None),
+        mock.patch.object(zeros.ZeroKeeper, "apply", lambda *_: None),
     ):
         yield
 
