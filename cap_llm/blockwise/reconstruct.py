@@ -355,7 +355,8 @@ class _Section:
             for p in self.parameters if self.team.size > 1 else ():
                 p.grad = self.team.sum(torch.zeros_like(p) if p.grad is None else p.grad)
             for p, mask in self.keep.items():  # zeros leave Adam's moments and the weights at zero
-                p.grad.mul_(mask)
+                if p.grad is not None:  # else the block makes no use of it
+                    p.grad.mul_(mask)
             optimizer.step()
             schedule.step()
 

@@ -179,10 +179,8 @@ class _Step:
         held_out = texts.held_out[list(self.world.share(len(texts.held_out)))]
         self.holds_out = len(texts.held_out) > 0
         # a batch of SGD has statistics of its own; mode `gram` is one batch
-        self.n_batches = (
-            -(-len(texts.calibration) // SGD_BATCH) if self.settings.mode == "paper" else 1
-        )
         batch = SGD_BATCH if self.settings.mode == "paper" else len(texts.calibration)
+        self.n_batches = -(-len(texts.calibration) // batch)
         self.batch_of = [n // batch for n in mine]  # of each calibration sequence
         parts = 2 if self.settings.redensify else 1
         memory = Memory.plan(self.model.device, config.runtime.activation_gib, parts)

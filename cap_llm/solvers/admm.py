@@ -73,7 +73,7 @@ def alps(
             growth = 1.3 if moved >= 0.1 else 1.2 if moved >= 0.005 else 1.1
             rho, grown = rho * growth, True
             u /= growth
-        inverse = None  # two matrices [C, C] fewer stand at once
+        inverse = None  # the old one goes before the new one is made
         inverse = regularised_inverse(h, rho)
     return b * mask / scale, mask
 

@@ -23,32 +23,26 @@ from cap_llm.runtime.world import World
 from cap_llm.text.packing import PackedText
 
 
+class SavingEngine:
+    def save_checkpoint(self, folder, tag, save_latest):
+        (Path(folder) / tag).mkdir()
+
+
+def save(folder: Path, step: int, keep: int, **state) -> None:
+    checkpoints_module.save(SavingEngine(), folder, step, state, {}, 2, keep, World.alone(CPU))
+
+
 def test_the_converted_form_of_a_checkpoint_goes_with_it(tmp_path):
-    class Engine:
-        def save_checkpoint(self, folder, tag, save_latest):
-            (Path(folder) / tag).mkdir()
-
-    def save(step):
-        checkpoints_module.save(Engine(), tmp_path, step, {}, {}, 2, 1, World.alone(CPU))
-
-    save(1)
+    save(tmp_path, 1, keep=1)
     shutil.copytree(tmp_path / "step-000001", tmp_path / "universal-step-000001")
-    save(2)
+    save(tmp_path, 2, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 
 def test_old_checkpoints_go_but_never_those_of_another_training(tmp_path):
-    class Engine:
-        def save_checkpoint(self, folder, tag, save_latest):
-            (Path(folder) / tag).mkdir()
-
-    def save(step, start):
-        state = {"from": start}
-        checkpoints_module.save(Engine(), tmp_path, step, state, {}, 2, 2, World.alone(CPU))
-
     for step in (100, 200, 300):
-        save(step, None)
-    save(150, "/elsewhere/step-000100")
+        save(tmp_path, step, keep=2)
+    save(tmp_path, 150, keep=2, **{"from": "/elsewhere/step-000100"})
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "step-000150",
         "step-000200",
