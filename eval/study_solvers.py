@@ -7,8 +7,8 @@ on the first 32 windows (2048 tokens) of WikiText-2 and of held-out C4. At 50 % 
 three seeds of the calibration text, and the first one is scored on the whole of WikiText-2 as well.
 What decides most comes first: the main arms at 2:4 and 50 %, first seed.
 
-All of it is 126 cells. By the count of their operations at 200 Gflop/s, as two cores give, that is
-about 35 hours on a machine that does nothing else: 13 of scoring, 19 of pruning and 3 for SDS in
+All of it is 111 cells. By the count of their operations at 200 Gflop/s, as two cores give, that is
+about 33 hours on a machine that does nothing else: 12 of scoring, 18 of pruning and 3 for SDS in
 mode `paper`, which comes last. `make study` stops at the one-shot arms of the first seed.
 
 Finished scores are kept in `eval/results/study_solvers.json` and not repeated; a stopped cell goes
@@ -52,9 +52,10 @@ SEEDS = range(3)
 Cell = tuple[str, str, int]  # arm, pattern, seed
 
 WANDA = ["--oneshot.method", "wanda"]
-STUDENT = ["--reconstruct.dtype", "bfloat16"]  # what a GPU takes by default
-DENSE = [*STUDENT, "--reconstruct.inputs", "dense"]
-FIVE = ["--reconstruct.epochs", "5"]
+# bfloat16 is what a GPU takes by default, five epochs are what the recipes have
+RECONSTRUCT = ["--reconstruct.dtype", "bfloat16", "--reconstruct.epochs", "5"]
+DENSE = [*RECONSTRUCT, "--reconstruct.inputs", "dense"]
+TWO = ["--reconstruct.epochs", "2"]
 NOTHING = ["--sds.mu", "0", "--sds.l1", "0", "--sds.l2", "0", "--sds.adjust", "false"]
 ONESHOT = {  # arm -> options
     "magnitude": ["--oneshot.method", "magnitude"],
@@ -72,11 +73,11 @@ LATER = {  # arm -> the arm whose model it starts from, stage, options
     "C2 on SparseGPT": ("SparseGPT", "sds", ["--sds.redensify", "false"]),
     "C3 on SparseGPT": ("SparseGPT", "sds", [*NOTHING, "--calibration.held_out", "0"]),
     "SDS (paper) on SparseGPT": ("SparseGPT", "sds", ["--sds.mode", "paper"]),
-    "SparseGPT + reconstruction": ("SparseGPT", "reconstruct", DENSE),
-    "ALPS + reconstruction": ("ALPS", "reconstruct", DENSE),
-    "ALPS + reconstruction, 5 epochs": ("ALPS", "reconstruct", [*DENSE, *FIVE]),
-    "ALPS + reconstruction, student": ("ALPS", "reconstruct", STUDENT),
-    "ALPS + reconstruction, student, 5 epochs": ("ALPS", "reconstruct", [*STUDENT, *FIVE]),
+    "SparseGPT + reconstruction": ("SparseGPT", "reconstruct", RECONSTRUCT),
+    "ALPS + reconstruction": ("ALPS", "reconstruct", RECONSTRUCT),
+    "ALPS + reconstruction, 2 epochs": ("ALPS", "reconstruct", [*RECONSTRUCT, *TWO]),
+    "ALPS + reconstruction, dense inputs": ("ALPS", "reconstruct", DENSE),
+    "ALPS + reconstruction, dense inputs, 2 epochs": ("ALPS", "reconstruct", [*DENSE, *TWO]),
 }
 ARMS = (*ONESHOT, *LATER)
 CONTROLS = {  # C1 and C2 of each SDS
@@ -85,13 +86,14 @@ CONTROLS = {  # C1 and C2 of each SDS
     "SDS (paper) on SparseGPT": ("SparseGPT + refit", "C2 on SparseGPT"),
 }
 MAIN = (  # arms that come first
-    *("SparseGPT", "SparseGPT + refit", "ALPS", "SDS on SparseGPT", "C2 on SparseGPT"),
-    *("Wanda", "SDS on Wanda", "ALPS + reconstruction"),
+    *("SparseGPT", "SparseGPT + refit", "ALPS", "ALPS + reconstruction"),
+    *("SDS on SparseGPT", "C2 on SparseGPT", "Wanda", "SDS on Wanda"),
 )
-# At 2:4 with one seed alone: an identity check, what more epochs give, and what takes hours.
+# At 2:4 with one seed alone: controls, other settings of reconstruction, and what takes hours.
 ONCE = (
-    *("C3 on SparseGPT", "ALPS + reconstruction, 5 epochs"),
-    *("ALPS + reconstruction, student, 5 epochs", "SDS (paper) on SparseGPT"),
+    *("C3 on SparseGPT", "SparseGPT + reconstruction", "ALPS + reconstruction, 2 epochs"),
+    *("ALPS + reconstruction, dense inputs", "ALPS + reconstruction, dense inputs, 2 epochs"),
+    "SDS (paper) on SparseGPT",
 )
 PATTERNS = {
     "2:4": ["--oneshot.pattern", "2:4"],
@@ -407,8 +409,8 @@ NOTE = f"""\
 Made by `python eval/study_solvers.py` of {assets.MODEL_NAME}:
 calibration on 128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard deviation
 where there are several seeds. SDS and reconstruction see 16 more sequences, of other documents, by
-which they judge what they made; the one-shot methods do not. Reconstruction multiplies in
-bfloat16; its blocks read the dense model's activations or, named "student", the pruned one's.
+which they judge what they made; the one-shot methods do not. Reconstruction is of five epochs on
+the pruned model's own activations and multiplies in bfloat16, unless its name says otherwise.
 
 "To SparseGPT" and "gap closed" (of the gap between SparseGPT and the dense model) are of
 WikiText-2's first {FIRST} windows, paired by seed. Under SDS stands what it gives less the better

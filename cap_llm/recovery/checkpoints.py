@@ -23,7 +23,7 @@ from cap_llm.config import RecoverConfig
 from cap_llm.recovery.engines import stage_of
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.files import flush_folder, read_json, write_json
 from cap_llm.runtime.rundir import difference
 from cap_llm.runtime.world import World
 
@@ -148,6 +148,7 @@ def save(
     world.barrier()
     try:
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        flush_folder(folder / tag)  # else a crash of the machine may leave a mark without its files
     except Exception as error:  # torch's zip writer has errors of its own for a full disk
         # at once: the other ranks may wait for this one inside DeepSpeed
         raise UserError(

@@ -22,8 +22,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        _flush(temporary)
         temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner only
         os.replace(temporary, path)
     except Exception as error:
@@ -35,6 +34,18 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:  # Ctrl-C and SIGTERM
         temporary.unlink(missing_ok=True)
         raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Has the disk hold every file below `folder`, whoever wrote it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _flush(path)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
 
 
 def disk_error(folder: Path, name: str, error: Exception) -> UserError:
