@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 
 .PHONY: demo test test-slurm test-faults study acceptance lint clean
 
-demo: $(INSTALLED)  ## prune a real pretrained model by six methods and compare them
+demo: $(INSTALLED)  ## prune a real pretrained model by six methods, reconstruct and recover, compare
 	$(BIN)/python eval/demo.py runs/demo
 
 test: $(INSTALLED)  ## the tests

@@ -1,4 +1,4 @@
-"""The demo: one-shot pruning and recovery of a real model, from nothing but Python packages.
+"""The demo: a real model pruned, reconstructed and recovered, from nothing but Python packages.
 
     python eval/demo.py [OUTPUT_DIR]          (`make demo` calls it)
 
@@ -34,8 +34,10 @@ METHODS = {
     "ALPS 50 %": ["--oneshot.method", "alps"],
     "SparseGPT + refit 2:4": ["--oneshot.refit", "true", "--oneshot.pattern", "2:4"],
 }
-START = "SparseGPT 50 %"  # of the recovery, which goes on in its run directory
-RECOVERED = f"{START} + recovery"
+LATER = {  # row -> the row in whose run directory it goes on, its stage
+    "SparseGPT 50 % + recovery": ("SparseGPT 50 %", "recover"),
+    "ALPS 50 % + reconstruction": ("ALPS 50 %", "reconstruct"),
+}
 
 
 def main() -> int:
@@ -52,17 +54,19 @@ def main() -> int:
     cards = torch.cuda.is_available()
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     runs = {"dense": ["--stages", "[evaluate]"], **METHODS}
-    runs[RECOVERED] = ["--stages", "[recover, evaluate]", "--recover.corpus", str(calibration)]
+    for row, (base, stage) in LATER.items():
+        runs[row] = [*METHODS[base], "--stages", f"[{stage}, evaluate]"]
     folders = []
     for n, (name, options) in enumerate(runs.items(), 1):
         console.say(f"\n[{n}/{len(runs)}] {name}", style="bold")
-        place = START if name == RECOVERED else name
+        place, stage = LATER.get(name, (name, "oneshot"))
         folder = out / place.lower().replace(" %", "").replace(" + ", "-").replace(" ", "-")
         command = [
-            *(launcher if name == RECOVERED and not cards else [sys.executable]),
+            *(launcher if stage == "recover" and not cards else [sys.executable]),
             str(ROOT / "cap_llm/train.py"),
             *("--config", "demo", "--output_dir", str(folder), "--name", name),
             *("--model.path", str(model), "--calibration.corpus", str(calibration)),
+            *("--recover.corpus", str(calibration)),
             *("--evaluate.corpora", f"[{held_out}]", *options),
         ]
         code = subprocess.run(command, env=environment, check=False).returncode
