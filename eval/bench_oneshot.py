@@ -38,7 +38,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # the project, where it is not installed
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # the project, where it is not installed
+
+from shapes import BELOW, SHAPES, random_model  # noqa: E402
 
 PEER = ("torch==2.13.0", "llmcompressor==0.14.0.1")
 TITLES = {
@@ -91,7 +93,7 @@ def parse() -> argparse.Namespace:
     add("--peer-python", type=Path, help="python of an environment that has llmcompressor")
     add("--make-peer", type=Path, metavar="DIR", help="make that environment in DIR, if not there")
     add("--random-shape", choices=SHAPES, help="only cap_llm, on random weights of this shape")
-    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "cap_llm_bench", help="scratch")
+    add("--work", type=Path, default=BELOW, help="scratch")
     add("--out", type=Path, metavar="FILE.json", help="also write all figures here")
     add("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -154,10 +156,8 @@ def measure_shape(args: argparse.Namespace, scratch: Path) -> dict:
     """Memory and seconds of cap_llm on random weights of a published shape."""
     from safetensors.torch import save_file
 
-    shape = SHAPES[args.random_shape] | ({"num_hidden_layers": args.blocks} if args.blocks else {})
-    model = args.work / f"{args.random_shape}-{shape['num_hidden_layers']}"
-    if not (model / "model.safetensors.index.json").exists():
-        write_random_model(model, shape, scratch)
+    model = random_model(args.random_shape, args.blocks, args.work)
+    shape = json.loads((model / "config.json").read_text())
     draw = torch.Generator().manual_seed(args.seed)
     size = (args.sequences, args.length)
     ids = torch.randint(4, shape["vocab_size"], size, generator=draw)
@@ -446,45 +446,6 @@ def make_peer(folder: Path) -> Path:
 
 
 # Models
-
-
-SHAPES = {
-    "opt-1.3b": {
-        "hidden_size": 2048,
-        "ffn_dim": 8192,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 24,
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
-        "word_embed_proj_dim": 2048,
-    }
-}
-
-
-def write_random_model(folder: Path, shape: dict, scratch: Path) -> None:
-    """A model directory of OPT's kind with random fp16 weights, a block in memory at a time."""
-    from transformers import OPTConfig
-
-    from cap_llm.models.blocks import find_blocks, skeleton
-    from cap_llm.models.checkpoint import ShardWriter
-
-    config = OPTConfig(**shape, architectures=["OPTForCausalLM"], dtype="float16")
-    config.save_pretrained(scratch / "shape")
-    model = skeleton(scratch / "shape")
-    prefix, blocks = find_blocks(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(folder, len(blocks))
-    draw = torch.Generator().manual_seed(0)
-    parts = {i: f"{prefix}.{i}." for i in range(len(blocks))}
-    for i in [None, *parts]:
-        tensors = {}
-        for name, p in model.named_parameters():  # tied ones once
-            if name.startswith(parts[i]) if i is not None else not name.startswith(f"{prefix}."):
-                random = torch.randn(p.shape, generator=draw) * 0.02
-                ones = name.endswith("norm.weight")
-                tensors[name] = (torch.ones(p.shape) if ones else random).half()
-        writer.write(i, tensors)
-    writer.finish(scratch / "shape")
 
 
 def truncate(model: Path, n_blocks: int, scratch: Path) -> Path:

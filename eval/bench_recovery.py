@@ -1,8 +1,8 @@
 """Speed and memory of a recovery step: what each term of the objective costs, at each ZeRO stage.
 
-    python eval/bench_recovery.py [--model DIR] [--length 512] [--micro-batch 2] [--rounds 3]
-                                  [--passes 2] [--dtype bfloat16] [--gradient-checkpointing]
-                                  [--peak-tflops 989] [--out FILE.json]
+    python eval/bench_recovery.py [--model DIR | --random-shape opt-1.3b] [--length 512]
+                                  [--micro-batch 2] [--rounds 3] [--passes 2] [--dtype bfloat16]
+                                  [--gradient-checkpointing] [--peak-tflops 989] [--out FILE.json]
 
 A group is a number of ranks and a ZeRO stage: processes of their own that run the training's own
 step on real text and full banks. Its arms (cross-entropy; + KL from the teacher; + SquareHead;
@@ -12,6 +12,10 @@ too, so that a machine whose speed drifts slows all of them alike. A rank has as
 group. A ratio is the median over the rounds of the two steps next to each other, with the range of
 all rounds. The last lines hold the memory of the head's losses against one set of logits. Leave the
 machine alone meanwhile.
+
+A random shape needs no weights and no text. A group that finds no room is named and left out: the
+largest shape whose student and teacher fit is found by trying one after the other. On a GPU there
+is a group that offloads parameters, moments and teacher to main memory as well.
 
 Given the peak of a GPU, each line also says which share of it the model's operations make up:
 6 N + 12 L H T a token of length T for N weights that are multiplied with, 2 N + 4 L H T more where
@@ -23,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -36,6 +41,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
 from cap_llm.runtime.console import Console, quiet_libraries, size  # noqa: E402
 
 quiet_libraries()
+
+from shapes import SHAPES, random_model  # noqa: E402
 
 KL = {"ce": 0.2, "kl": 0.8}
 CONTRASTS = {"prc": 0.1, "fic": 0.1, "snc": 0.1}
@@ -67,9 +74,12 @@ def main() -> int:
     import torch
 
     console = Console()
-    model = options.model or str(assets.smollm2(console.say))
-    text, _ = assets.wikipedia(console.say)
-    common = {"model": model, "text": str(text), "length": options.length}
+    if options.random_shape:
+        model, text = str(random_model(options.random_shape, options.blocks)), None
+    else:
+        model = options.model or str(assets.smollm2(console.say))
+        text = str(assets.wikipedia(console.say)[0])
+    common = {"model": model, "text": text, "length": options.length}
     common |= {"rounds": options.rounds, "micro_batch": options.micro_batch, "dtype": options.dtype}
     common |= {"gradient_checkpointing": options.gradient_checkpointing}
     n = options.ranks
@@ -84,14 +94,20 @@ def main() -> int:
         (n, "zero1"): ["+ KL"],
         (n, "zero3"): ["+ KL", "KL + contrasts"],
     }
+    if torch.cuda.is_available():
+        groups[n, "zero3_offload"] = ["+ KL"]
     seconds: dict[tuple, list[float]] = {}  # by ranks, stage and arm
     peaks: dict[tuple, int] = {}
+    no_room: set[str] = set()
     with console.bar("measuring", options.passes * len(groups), "groups") as bar:
         for _ in range(options.passes):
             for (ranks, zero), arms in groups.items():
                 bar.phase(f"{ranks} ranks, {zero}")
                 work = common | {"ranks": ranks, "deepspeed": zero, "arms": arms}
-                for arm, line in launch(work).items():
+                measured = launch(work)
+                if measured is None:
+                    no_room.add(f"{ranks} rank{'s' * (ranks > 1)}, {zero}")
+                for arm, line in (measured or {}).items():
                     key = (ranks, zero, arm)
                     seconds[key] = seconds.get(key, []) + line["seconds"]
                     peaks[key] = max(peaks.get(key, 0), line["peak_bytes"])
@@ -109,10 +125,14 @@ def main() -> int:
         return [f"{100 * made * speed(key) / (key[0] * options.peak_tflops * 1e12):.1f} %"]
 
     def cost(ranks: int, zero: str, arms: tuple[str, str]) -> str:
-        more, less = (seconds[ranks, zero, arm] for arm in arms)
+        more, less = (seconds.get((ranks, zero, arm), []) for arm in arms)
+        if not more:
+            return ""
         shares = [100 * (a / b - 1) for a, b in zip(more, less, strict=True)]
         return f"{statistics.median(shares):+.1f} % ({min(shares):+.1f} to {max(shares):+.1f})"
 
+    for group in sorted(no_room):
+        console.say(f"no room for {group}", style="yellow")
     console.table(
         "a step",
         ["ranks", "ZeRO", "objective", "tokens/s", "peak memory a rank"]
@@ -128,19 +148,19 @@ def main() -> int:
         ["term", *(f"{r} rank{'s' * (r > 1)}" for r in sorted({1, n}))],
         [[term, *(cost(r, "zero2", arms) for r in sorted({1, n}))] for term, arms in COSTS.items()],
     )
-    for r in sorted({1, n}):
+    for r in (r for r in sorted({1, n}) if (r, "zero2", PASS) in seconds):
         share = speed((r, "zero2", "+ KL")) / speed((r, "zero2", PASS))
         console.say(
             f"{PASS} takes {share:.2f} of the time of a step of + KL, a token, on {r} rank"
             f"{'s' * (r > 1)} (ZeRO-2); a training makes one for FiC, a rung one for its snapshot"
         )
-    sharded = cost(n, "zero3", COSTS["contrasts, on KL"])
-    console.say(f"contrasts, on KL, under ZeRO-3 on {n} ranks: {sharded}")
-    if n > 1:
+    if sharded := cost(n, "zero3", COSTS["contrasts, on KL"]):
+        console.say(f"contrasts, on KL, under ZeRO-3 on {n} ranks: {sharded}")
+    if n > 1 and {(1, "zero2", "+ KL"), (n, "zero2", "+ KL")} <= seconds.keys():
         gain = speed((n, "zero2", "+ KL")) / speed((1, "zero2", "+ KL"))
         console.say(f"{n} ranks pass {gain:.2f} times the tokens of one (ZeRO-2, + KL)")
     heads = [launch(common | {"ranks": 1, "head_tokens": t}) for t in HEAD_TOKENS]
-    for head in heads:
+    for head in filter(None, heads):
         console.say(
             f"head losses of {head['tokens']} tokens: {size(head['forward_bytes'])} above their "
             f"inputs and the head's gradient, {size(head['extra_bytes'])} with the backward; one "
@@ -163,6 +183,8 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="model directory; default: SmolLM2-135M from its package")
+    parser.add_argument("--random-shape", choices=SHAPES, help="random weights and text instead")
+    parser.add_argument("--blocks", type=int, help="how many of the shape's; default: all")
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences at once, a rank")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of an arm, each pass")
@@ -178,8 +200,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def launch(work: dict) -> dict:
-    """Runs one group in processes of its own."""
+def launch(work: dict) -> dict | None:
+    """Runs one group in processes of its own; None where memory, or a card's, is too small."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -189,6 +211,8 @@ def launch(work: dict) -> dict:
         if "head_tokens" in work:  # what is freed goes back at once: memory is what stands
             environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if re.search(r"OutOfMemoryError|exitcode\s*: -9", done.stderr):
+            return None
         if done.returncode:
             raise SystemExit(f"{work} failed:\n{done.stderr[-3000:]}")
         return json.loads(out.read_text())
@@ -217,7 +241,7 @@ def steps(work: dict, world) -> dict[str, dict]:
     from cap_llm.recovery.zeros import keep_zeros
     from cap_llm.runtime.rundir import Run
     from cap_llm.text.corpora import read_corpus
-    from cap_llm.text.packing import pack
+    from cap_llm.text.packing import PackedText, pack
     from cap_llm.text.tokenizers import load_tokenizer
 
     model, folder = Path(work["model"]), Path(work["folder"])
@@ -241,14 +265,21 @@ def steps(work: dict, world) -> dict[str, dict]:
     engines.start(world)
     student_ds = engines.student_settings(config, world)
     teacher_ds = engines.teacher_settings(config, world, student_ds)
-    corpus = read_corpus(work["text"], "train")
-    text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
+    if work["text"]:
+        corpus = read_corpus(work["text"], "train")
+        text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
+    else:
+        ids = torch.randint(
+            4, 50_000, (33, config.length), generator=torch.Generator().manual_seed(0)
+        )
+        documents = torch.arange(32)[:, None].expand(32, config.length)
+        text = PackedText(ids[1:], documents, ids[:1], "random")
     engine = engines.load_student(model, student_ds, config, world)
 
     def masks():
         for name, p in engine.module.named_parameters():
-            if name.startswith("model.model.layers.") and name.endswith("proj.weight"):
-                shape = getattr(p, "ds_shape", p.shape)
+            shape = getattr(p, "ds_shape", p.shape)
+            if ".layers." in name and len(shape) == 2:
                 yield name, torch.arange(shape.numel()).view(shape) % 2 == 0
 
     keep_zeros(engine, masks())

@@ -2,7 +2,9 @@
 
 import bench_solvers
 import pytest
+import shapes
 import study_solvers as study
+from transformers import AutoModelForCausalLM
 
 EVERY = study.plan(study.ARMS, study.PATTERNS, study.SEEDS)
 
@@ -155,3 +157,15 @@ def test_no_ratio_is_printed_of_a_disturbed_row(capsys):
     assert "| 40.0 | - |  | 0.50 (disturbed) |" in said["ALPS"]
     assert "| 50.0 | 5.00 | 6.00 |" in said["SDS"]
     assert said["reconstruction"].endswith("| 0 in 1, 2 in 2 |")
+
+
+def test_a_shape_is_a_model_that_transformers_reads_and_is_written_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (16, 2, 3))
+    folder = shapes.random_model("tiny", blocks=2, below=tmp_path)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert len(model.model.decoder.layers) == 2 and not report["missing_keys"]
+    assert model.model.decoder.layers[0].fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    (folder / "config.json").unlink()
+    assert shapes.random_model("tiny", blocks=2, below=tmp_path) == folder
+    assert not (folder / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-2"]

@@ -332,10 +332,18 @@ def spread(
     result.rows += [everyone[name] for name in names]
 
 
-def carry(model: BlockModel, i: int, masks: dict[str, torch.Tensor], result: PrunedBlock) -> None:
+def carry(
+    model: BlockModel,
+    i: int,
+    masks: dict[str, torch.Tensor],
+    result: PrunedBlock,
+    patterns: dict[str, str] | None = None,
+    seconds: float = 0.0,
+) -> None:
     """Takes the masks [R, C] of linears of block i that a stage leaves as they are into its result.
 
-    Without them what follows would take their zeros for weights to train.
+    Without them what follows would take their zeros for weights to train. `patterns` has what a
+    weight's pattern is called, by its name; each row gets these `seconds`.
     """
     linears = model.linears(i)
     for n, mask in masks.items():
@@ -343,7 +351,8 @@ def carry(model: BlockModel, i: int, masks: dict[str, torch.Tensor], result: Pru
         result.masks[name] = mask.cpu()
         zeros, removed = int((weight == 0).sum()), int((~mask).sum())
         shape = list(weight.shape)
-        result.rows.append(Row(name, shape, "as found", zeros, removed, None, None, 0.0))
+        pattern = (patterns or {}).get(name, "as found")
+        result.rows.append(Row(name, shape, pattern, zeros, removed, None, None, seconds))
 
 
 def pattern_of(config: OneshotConfig) -> Pattern:

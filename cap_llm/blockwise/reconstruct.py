@@ -32,7 +32,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import ActivationCache, Memory
-from cap_llm.blockwise.prune import PrunedBlock, Row, matrix, stored_dtype
+from cap_llm.blockwise.prune import PrunedBlock, carry, stored_dtype
 from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
@@ -201,7 +201,6 @@ class _Trainer:
         """
         start = time.monotonic()
         linears = self.student.linears(i)
-        names = {n: self.student.weight_name(i, n) for n in linears}
         masks = masks_of_block(self.student, i, self.masks)
         keep = {
             m.weight: masks[n] if isinstance(m, nn.Linear) else masks[n].T
@@ -224,20 +223,10 @@ class _Trainer:
             error = whole.train(phase)
         self.inputs = self.outputs = None
         seconds = time.monotonic() - start
-        rows = [
-            Row(
-                names[n],
-                list(mask.shape),
-                self.patterns.get(names[n], "as found"),
-                int((matrix(linears[n]) == 0).sum()),
-                int((~mask).sum()),
-                None,
-                None,
-                round(seconds / len(masks), 4),
-            )
-            for n, mask in masks.items()
-        ]
-        return PrunedBlock({names[n]: m.cpu() for n, m in masks.items()}, rows, seconds, error)
+        result = PrunedBlock({}, [], seconds, error)
+        each = round(seconds / max(1, len(masks)), 4)
+        carry(self.student, i, masks, result, self.patterns, each)
+        return result
 
     @torch.no_grad()
     def targets(self, i: int, module: str | None) -> ActivationCache:

@@ -60,7 +60,11 @@ def two(assets, tmp_path_factory) -> Cases:
         stopped = cases.add(f"stopped {zero}", ("stop", "recover", 5), **settings)
         again = ("copy", stopped, cases.out(f"resumed {zero}"))
         cases.add(f"resumed {zero}", edits=[again], **settings)
-        cases.add(f"mixed {zero}", **MIXED, **settings)
+        settings |= MIXED
+        cases.add(f"mixed {zero}", **settings)
+        stopped = cases.add(f"mixed, stopped {zero}", ("stop", "recover", 2), **settings)
+        again = ("copy", stopped, cases.out(f"mixed, resumed {zero}"))
+        cases.add(f"mixed, resumed {zero}", edits=[again], **settings)
     for name in ("cpu", "zero3_offload"):
         cases.add(name, recover__deepspeed=name)
     cases.add("half", **MIXED | {"recover.dtype": "float16"})
@@ -97,6 +101,10 @@ def later(assets, two, tmp_path_factory) -> dict[int, Cases]:
             copied = ("copy", two.out(f"stopped {zero}"), cases.out(f"resumed {zero}"))
             cases.add(f"resumed {zero}", edits=[copied], recover__deepspeed=zero)
     one = launches[1]
+    for zero in ZERO:
+        copied = ("copy", two.out(f"mixed, stopped {zero}"), one.out(f"mixed, resumed {zero}"))
+        same = MIXED | {"recover.deepspeed": zero, "recover.micro_batch": 2}
+        one.add(f"mixed, resumed {zero}", edits=[copied], **same)
     one.add("plain")
     add_resumes(one)
     add_rungs(one)
@@ -198,12 +206,15 @@ def test_without_its_hooks_weights_regrow_and_the_run_stops(two, zero):
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(two, zero):
-    stopped = two.stopped(f"stopped {zero}")
-    assert checkpoints(stopped)[-1] == "step-000005"
-    resumed = two.finished(f"resumed {zero}")
-    assert record(resumed)["resumed_at_step"] == 5
-    whole = two.finished(f"plain {zero}")
+@pytest.mark.parametrize(
+    ("whole", "stopped", "resumed", "step"),
+    [("plain", "stopped", "resumed", 5), ("mixed", "mixed, stopped", "mixed, resumed", 2)],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(two, whole, stopped, resumed, step, zero):
+    assert checkpoints(two.stopped(f"{stopped} {zero}"))[-1] == f"step-{step:06d}"
+    resumed = two.finished(f"{resumed} {zero}")
+    assert record(resumed)["resumed_at_step"] == step
+    whole = two.finished(f"{whole} {zero}")
     assert losses(resumed) == losses(whole)  # bit by bit
     for name, weight in tensors(whole / "recover").items():
         assert torch.equal(tensors(resumed / "recover")[name], weight)
@@ -224,6 +235,14 @@ def test_another_number_of_ranks_goes_on(assets, two, later, zero, ranks):
     assert record(run)["resumed_at_step"] == 5
     assert_close(losses(run), losses(two.finished(f"plain {zero}")), 1e-5)
     assert_zeros(run / "recover", assets.half)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_another_number_of_ranks_goes_on_in_16_bits(assets, two, later, zero):
+    run = later[1].finished(f"mixed, resumed {zero}")
+    assert record(run)["resumed_at_step"] == 2
+    assert_close(losses(run), losses(two.finished(f"mixed {zero}")), 0.01)
+    assert_16_bits(assets, run, "bfloat16")
 
 
 def add_resumes(cases: Cases) -> None:
@@ -353,6 +372,7 @@ def add_rungs(cases: Cases) -> None:
     dense = {"model.path": cases.assets.dense, "recover.teacher": "null"}
     short = {"recover.tokens": 2 * BATCH * LENGTH}
     cases.add("2:4", **dense, **short, recover__ladder="2:4")
+    cases.add("3:4, 2:4", **dense, **short, recover__ladder="3:4, 2:4")
     rungs = {"recover.ladder": "0.3, 0.4, 0.5"}
     cases.add("three rungs", **dense, **short, **rungs, recover__contrast__snapshots=1)
     two_rungs = {"recover.ladder": "0.6, 0.7"}
@@ -458,6 +478,16 @@ def test_a_dense_model_goes_to_a_pattern_at_once(one, assets):
         assert (mask.reshape(-1, 4).sum(1) == 2).all()
     assert "SnC is off on this rung" in (run / "log.txt").read_text()
     assert "snc" not in names(losses(run, "recover/1"))
+
+
+def test_a_ladder_of_patterns_takes_weights_from_each_group(one):
+    recover = one.finished("3:4, 2:4") / "recover"
+    first, last = masks(recover / "rungs" / "1" / "trained"), masks(recover)
+    for name, mask in last.items():
+        assert (first[name].reshape(-1, 4).sum(1) == 3).all()
+        assert (mask.reshape(-1, 4).sum(1) == 2).all()
+        assert not (mask & ~first[name]).any()
+    assert_zeros(recover, recover / "rungs" / "2" / "pruned")
 
 
 def test_a_ladder_prunes_inside_the_zeros_of_a_model_that_was_pruned_elsewhere(one, assets):

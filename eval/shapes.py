@@ -1,0 +1,69 @@
+"""Models of published shapes with random weights, for benchmarks that need no quality."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+SHAPES = {  # width, heads, blocks of OPT (Zhang et al. 2022, table 1)
+    "opt-125m": (768, 12, 12),
+    "opt-1.3b": (2048, 32, 24),
+    "opt-2.7b": (2560, 32, 32),
+    "opt-6.7b": (4096, 32, 32),
+    "opt-13b": (5120, 40, 40),
+    "opt-30b": (7168, 56, 48),
+    "opt-66b": (9216, 72, 64),
+}
+BELOW = Path(tempfile.gettempdir()) / "cap_llm_bench"
+
+
+def random_model(name: str, blocks: int | None = None, below: Path = BELOW) -> Path:
+    """A model directory of a shape, in fp16, written once; `blocks` cuts it short."""
+    from transformers import OPTConfig
+
+    width, heads, all_blocks = SHAPES[name]
+    blocks = blocks or all_blocks
+    folder = below / f"{name}-{blocks}"
+    config = OPTConfig(
+        hidden_size=width,
+        ffn_dim=4 * width,
+        num_attention_heads=heads,
+        num_hidden_layers=blocks,
+        word_embed_proj_dim=width,
+        vocab_size=50272,
+        max_position_embeddings=2048,
+        architectures=["OPTForCausalLM"],
+        dtype="float16",
+    )
+    if not (folder / "model.safetensors.index.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=below) as scratch:
+            config.save_pretrained(scratch)
+            _write(folder, Path(scratch))
+    return folder
+
+
+def _write(folder: Path, empty: Path) -> None:
+    """Random weights for the configuration in `empty`, a block in memory at a time."""
+    from cap_llm.models.blocks import find_blocks, skeleton
+    from cap_llm.models.checkpoint import ShardWriter
+
+    model = skeleton(empty)
+    prefix, blocks = find_blocks(model)
+    writer = ShardWriter(folder, len(blocks))
+    draw = torch.Generator().manual_seed(0)
+    for i in [None, *range(len(blocks))]:
+        tensors = {}
+        for name, p in model.named_parameters():
+            inside = name.removeprefix(f"{prefix}.")
+            block = None if inside == name else int(inside.split(".")[0])
+            if block == i and name != "lm_head.weight":  # OPT's head is its embedding
+                ones = name.endswith("norm.weight")
+                values = (
+                    torch.ones(p.shape) if ones else torch.randn(p.shape, generator=draw) * 0.02
+                )
+                tensors[name] = values.half()
+        writer.write(i, tensors)
+    writer.finish(empty)
