@@ -24,7 +24,7 @@ holds 888,509 tokens of SmolLM2's, 879,616 of them beside each run's own held-ou
 budget passes some of it again, and each run says so.
 
 The defaults are the screen for two cores. At 158 tokens/s an arm trains for 10 minutes; with what
-is pruned, banked, measured and scored it takes about 15, on a ladder 25 to 40, and all of them 11
+is pruned, banked, measured and scored it takes about 15, on a ladder 25 to 40, and all of them 12
 hours: 3.5 for the first arms, an hour and ten minutes a seed. With a GPU give --tokens 1007616
 --whole, or 860160 for text that is seen but once.
 """
@@ -71,19 +71,21 @@ class Arm:
         objective: weights of its terms, the others 0.
         ladder: its rungs; it starts from the dense model.
         start: the arm whose model it starts from.
+        teacher: the arm whose model teaches.
         base: the arm that it is held against.
     """
 
     objective: dict | None = None
     ladder: str = ""
     start: str = DENSE
+    teacher: str = DENSE
     base: str | None = None
 
     @property
     def needs(self) -> list[str]:
         """The arms whose models it reads."""
-        start = [] if self.start == DENSE else [self.start]
-        return start + [TUNED] * bool(self.objective and self.objective.get("fic"))
+        tuned = [TUNED] * bool(self.objective and self.objective.get("fic"))
+        return [arm for arm in dict.fromkeys([self.start, self.teacher, *tuned]) if arm != DENSE]
 
 
 ARMS = {
@@ -93,6 +95,8 @@ ARMS = {
     TUNED: Arm({"ce": 1.0}),
     "KL + FiC": Arm(KL | {"fic": 0.1}, start=PRUNED, base="KL"),
     "cross-entropy": Arm({"ce": 1.0}, start=PRUNED, base="KL"),
+    "cross-entropy + KL": Arm({"ce": 0.5, "kl": 0.5}, start=PRUNED, base="KL"),
+    "KL to the trained dense model": Arm(KL, start=PRUNED, teacher=TUNED, base="KL"),
     "KL + SquareHead": Arm(KL | {"feature": 1.0}, start=PRUNED, base="KL"),
     "KL; ladder": Arm(KL, UP),
     "KL + SnC; ladder": Arm(KL | {"snc": 0.1}, UP, base="KL; ladder"),
@@ -295,7 +299,11 @@ class Study:
             return given
         on_cpu, o = not torch.cuda.is_available(), self.options
         n_rungs = len(arm.ladder.split(","))
-        given += ["--recover.teacher", str(self.model), "--recover.seed", str(cell.seed)]
+        teacher = self.model
+        if arm.teacher != DENSE:
+            teacher = self._model_of(Cell(arm.teacher, cell.seed))
+            given += ["--model.dense", str(self.model)]
+        given += ["--recover.teacher", str(teacher), "--recover.seed", str(cell.seed)]
         given += ["--recover.corpus", str(self.texts["training"]), "--recover.length", str(LENGTH)]
         # A ladder has the text of all its rungs: as many distinct tokens as the other arms.
         given += ["--recover.sequences", str(o.tokens // LENGTH)]
@@ -405,10 +413,8 @@ def write_page(study: Study) -> None:
     page += [f"Made by `python eval/study_recovery.py --tokens {study.options.tokens}{whole}` of"]
     page += [f"{name}: mean ± standard deviation over seeds.", ""]
     weights = ", ".join(f"{name} {weight:g}" for name, weight in ALL.items())
-    page += [
-        "- **arms**: cross-entropy, KL and SquareHead weigh 1, each contrast 0.1; all terms are"
-    ]
-    page += [f"  {weights}."]
+    page += ["- **arms**: cross-entropy, KL and SquareHead weigh 1, cross-entropy + KL a half"]
+    page += [f"  each, a contrast 0.1; all terms are {weights}."]
     page += ["- **less KL**: the difference to KL alone (on a ladder: on the same one) of the same"]
     page += ["  seed, below 0 where the arm is better. A row with settings of its own is held"]
     page += ["  against KL with these settings where there is such a row, else against KL."]
