@@ -138,7 +138,14 @@ def main() -> int:
         ["ranks", "ZeRO", "objective", "tokens/s", "peak memory a rank"]
         + ["of the GPU's peak"] * bool(options.peak_tflops),
         [
-            [str(key[0]), key[1][-1], key[2], f"{speed(key):.1f}", size(peak), *used(key)]
+            [
+                str(key[0]),
+                key[1].removeprefix("zero"),
+                key[2],
+                f"{speed(key):.1f}",
+                size(peak),
+                *used(key),
+            ]
             for key, peak in peaks.items()
         ],
     )
@@ -197,7 +204,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--out", help="JSON file for all figures")
     parser.add_argument("--work", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.blocks and not options.random_shape:
+        parser.error("--blocks is of a --random-shape")
+    return options
 
 
 def launch(work: dict) -> dict | None:
