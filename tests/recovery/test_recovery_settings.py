@@ -18,9 +18,24 @@ from cap_llm.recovery import checkpoints as checkpoints_module
 from cap_llm.recovery import engines
 from cap_llm.recovery.contrasts import Contrasts
 from cap_llm.recovery.training import MOST_OVERFLOWS, Job, learning_rate, step_once
+from cap_llm.runtime import trackers
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 from cap_llm.text.packing import PackedText
+
+
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("tensorboard", lambda folder: trackers.TensorBoard(folder)),
+        ("wandb", lambda folder: trackers.Wandb(folder, "a-project", "a run", {})),
+    ],
+)
+def test_a_tracker_names_the_package_that_it_lacks(package, make, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"recover\.{package} .* pip install {package}"):
+        make(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class SavingEngine:
