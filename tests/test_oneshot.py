@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import FAMILIES, ROOT, environment, weights
+from support import FAMILIES, ROOT, environment, signalled, weights
 
 from cap_llm.blockwise.perplexity import perplexity
 from cap_llm.models.checkpoint import fingerprint
@@ -286,18 +285,9 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
     train = [sys.executable, str(ROOT / "cap_llm/train.py")]
     options = ["--oneshot.refit", "true"]
     killed = arguments(model, text_file, tmp_path / "killed", *options)
-    process = subprocess.Popen(
-        [*train, *killed], env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    third = tmp_path / "killed" / "oneshot" / "blocks" / "00002.json"
-    deadline = time.monotonic() + 120
-    while not third.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(end)
-    _, errors = process.communicate(timeout=60)
-    if end == signal.SIGTERM:
-        assert process.returncode == 143 and b"give the same command again" in errors
+    done = signalled(tmp_path / "killed", "block   3/24", end, killed)
+    assert done.returncode == (143 if end == signal.SIGTERM else -end), done.stderr
+    assert ("give the same command again" in done.stderr) == (end == signal.SIGTERM)
     assert not (tmp_path / "killed" / "oneshot" / "done.json").exists()
     for name in ("killed", "whole"):
         command = arguments(model, text_file, tmp_path / name, *options)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from damage import DOWN_1, UP_0, UP_1, assert_one_line, change_weights, finished_blocks, leftovers
+from support import signalled
 
 from cap_llm import train
 from cap_llm.blockwise import oneshot as oneshot_stage
@@ -171,20 +172,9 @@ def test_more_ranks_than_sequences_are_refused(base, out):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_job_says_how_to_go_on_and_does(base, command, out, tiny, number, code):
     args = [*base, "--model.path", str(tiny("llama", num_hidden_layers=40))]
-    with subprocess.Popen(
-        [sys.executable, train.__file__, *args],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as job:
-        for line in job.stdout:
-            if line.startswith("block   3/40"):
-                job.send_signal(number)
-                break
-        _, err = job.communicate(timeout=60)
+    job = signalled(out, "block   3/40", number, args)
     assert job.returncode == code
-    assert err == "cap-llm: stopped; give the same command again to go on\n"
+    assert job.stderr == "cap-llm: stopped; give the same command again to go on\n"
     kept = len(finished_blocks(out))
     assert 3 <= kept < 40
     assert not leftovers(out)

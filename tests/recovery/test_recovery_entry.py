@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from launches import BATCH, LENGTH, arguments, end
 from readings import assert_zeros, checkpoints
-from support import environment
+from support import environment, signalled
 
 from cap_llm import train
 from cap_llm.command_line import read_config
@@ -89,20 +89,9 @@ def test_a_real_signal_ends_a_training_with_143_and_a_checkpoint(assets, tmp_pat
     settings = assets.options(tmp_path / "run", 1)
     settings |= {"recover.tokens": 150 * BATCH * LENGTH, "recover.sequences": 24}
     settings |= {"recover.checkpoint_steps": 1000, "recover.evaluate_steps": 10}
-    with subprocess.Popen(
-        [sys.executable, train.__file__, *arguments(settings)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as job:
-        for line in job.stdout:
-            if "step    20/150" in line:
-                job.send_signal(signal.SIGTERM)
-                break
-        said, err = job.communicate(timeout=60)
-    assert job.returncode == 143, err
-    assert "cap-llm: stopped; give the same command again to go on" in err
-    step = int(re.search(r"checkpoint at step (\d+) of 150", said).group(1))
+    job = signalled(tmp_path / "run", "step    20/150", signal.SIGTERM, arguments(settings))
+    assert job.returncode == 143, job.stderr
+    assert "cap-llm: stopped; give the same command again to go on" in job.stderr
+    step = int(re.search(r"checkpoint at step (\d+) of 150", job.stdout).group(1))
     assert 20 <= step < 150
     assert checkpoints(tmp_path / "run") == [f"step-{step:06d}"]
