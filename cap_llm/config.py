@@ -178,9 +178,7 @@ class SdsConfig:
 
     def __post_init__(self):
         for name in ("mu", "l1", "l2"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"sds.{name} is {value:g}; it must be at least 0")
+            _at_least(f"sds.{name}", getattr(self, name), 0)
         if not (self.redensify or self.adjust):
             raise UserError("sds.redensify and sds.adjust are both off; nothing is left to do")
 
@@ -217,8 +215,7 @@ class ReconstructConfig:
         _at_least("reconstruct.epochs", self.epochs, 1)
         _at_least("reconstruct.batch", self.batch, 1)
         _at_least("reconstruct.seed", self.seed, 0)
-        if self.lr <= 0:
-            raise UserError(f"reconstruct.lr is {self.lr:g}; it must be above 0")
+        _above("reconstruct.lr", self.lr, 0)
 
 
 @dataclass
@@ -244,14 +241,8 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         for name in self.TERMS:
-            if getattr(self, name) < 0:
-                raise UserError(
-                    f"recover.objective.{name} is {getattr(self, name):g}; it must be at least 0"
-                )
-        if self.temperature <= 0:
-            raise UserError(
-                f"recover.objective.temperature is {self.temperature:g}; it must be above 0"
-            )
+            _at_least(f"recover.objective.{name}", getattr(self, name), 0)
+        _above("recover.objective.temperature", self.temperature, 0)
 
 
 @dataclass
@@ -291,18 +282,13 @@ class ContrastConfig:
             ("extra_sequences", 0),
             ("dim", 2),
             ("snapshots", 1),
+            ("segment_weight", 0),
+            ("token_weight", 0),
+            ("supervised", 0),
         ):
             _at_least(f"recover.contrast.{name}", getattr(self, name), least)
         for name in ("segment_temperature", "token_temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(
-                    f"recover.contrast.{name} is {getattr(self, name):g}; it must be above 0"
-                )
-        for name in ("segment_weight", "token_weight", "supervised"):
-            if getattr(self, name) < 0:
-                raise UserError(
-                    f"recover.contrast.{name} is {getattr(self, name):g}; it must be at least 0"
-                )
+            _above(f"recover.contrast.{name}", getattr(self, name), 0)
         if not self.segments * self.segment_weight + self.token_positions * self.token_weight:
             raise UserError(
                 "recover.contrast has neither segments nor token_positions with a weight; give "
@@ -391,14 +377,14 @@ class RecoverConfig:
             ("checkpoint_steps", 1),
             ("keep_checkpoints", 1),
             ("evaluate_steps", 1),
+            ("sequences", 1),
+            ("seed", 0),
         ):
             _at_least(f"recover.{name}", getattr(self, name), least)
-        if self.sequences is not None:
-            _at_least("recover.sequences", self.sequences, 1)
         if self.tokens < self.batch * self.length:
             raise UserError(
                 f"recover.tokens is {self.tokens}, less than one step of {self.batch} x "
-                f"{self.length} tokens"
+                f"{self.length} tokens; raise it, or lower batch or length"
             )
         if self.lr <= 0 or self.weight_decay < 0 or self.clip < 0 or not 0 <= self.warmup < 1:
             raise UserError(
@@ -412,15 +398,13 @@ class RecoverConfig:
                 "recover.objective has nothing to train towards: snc needs a rung before, fic a "
                 "model in recover.finetuned; give another weight above 0, such as kl"
             )
-        if self.gate is not None and self.gate <= 1:
-            raise UserError(f"recover.gate is {self.gate:g}; it must be above 1")
+        _above("recover.gate", self.gate, 1)
         for before, rung in zip(self.rungs, self.rungs[1:], strict=False):
             if rung.sparsity <= before.sparsity:
                 raise UserError(
                     f"recover.ladder goes from {before} to {rung}; masks only grow: each rung must "
                     "be sparser than the one before"
                 )
-        _at_least("recover.seed", self.seed, 0)
         if self.contrasts and self.contrast.segments * (self.SKIP + 1) > self.length:
             raise UserError(
                 f"recover.contrast.segments is {self.contrast.segments}, too many for sequences of "
@@ -541,10 +525,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         _at_least("evaluate.window", self.window, 2)
-        if self.max_windows is not None:
-            _at_least("evaluate.max_windows", self.max_windows, 1)
-        if self.limit is not None:
-            _at_least("evaluate.limit", self.limit, 1)
+        _at_least("evaluate.max_windows", self.max_windows, 1)
+        _at_least("evaluate.limit", self.limit, 1)
         _at_least("evaluate.batch_size", self.batch_size, 1)
 
 
@@ -563,10 +545,7 @@ class RuntimeConfig:
     holds those of its rungs until it ends."""
 
     def __post_init__(self):
-        if self.activation_gib is not None and self.activation_gib < 0:
-            raise UserError(
-                f"runtime.activation_gib is {self.activation_gib:g}; it must be at least 0"
-            )
+        _at_least("runtime.activation_gib", self.activation_gib, 0)
 
 
 STAGES = ("oneshot", "sds", "reconstruct", "recover", "evaluate")
@@ -740,6 +719,11 @@ def _corpus_key(corpus: str) -> str:
     return str(Path(corpus).resolve()) if Path(corpus).exists() else corpus
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{name} is {value}; it must be at least {least}")
+def _at_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{name} is {value:g}; it must be at least {least}")
+
+
+def _above(name: str, value: float | None, bound: int) -> None:
+    if value is not None and value <= bound:
+        raise UserError(f"{name} is {value:g}; it must be above {bound}")

@@ -9,7 +9,6 @@ scores, the metrics, the lock and `ended.json`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import socket
@@ -22,7 +21,7 @@ import yaml
 from cap_llm.config import MODELS, STAGES
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json
+from cap_llm.runtime.files import read_json, read_metrics
 from cap_llm.runtime.lock import ENDED, FILE, WATCH, holder
 
 
@@ -62,7 +61,7 @@ def status(folder: Path) -> dict:
         for stage in STAGES
         if stage in config.get("stages", []) or (folder / stage / "recipe.json").exists()
     ]
-    metrics = _metrics(folder / "metrics.jsonl")
+    metrics = read_metrics(folder)
     found = {stage: _PROGRESS[stage](folder, config, metrics) for stage in names}
     stages = {
         stage: "done" if done else "stopped" if text else "waiting"
@@ -94,15 +93,6 @@ def _job(folder: Path) -> tuple[str | None, str]:
     if psutil.pid_exists(who["pid"]) if here else seen < WATCH:
         return "running", f"{name} on {who['host']} is at work"
     return "failed", f"{name} on {who['host']} ended without a word, {duration(seen)} ago"
-
-
-def _metrics(path: Path) -> list[dict]:
-    lines = []
-    for line in _text(path).splitlines():
-        # one may be being written, or was when its writer was killed
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
 
 
 def _blockwise(stage: str, folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:

@@ -48,7 +48,8 @@ if TYPE_CHECKING:  # late, so that `--help` is quick
 def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     """Runs the stages that `config` names."""
     from cap_llm.evaluation.evaluate import evaluate
-    from cap_llm.evaluation.report import collect, write_report
+    from cap_llm.evaluation.report import write_report
+    from cap_llm.evaluation.runs import collect
     from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.checkpoint import has_weights
     from cap_llm.models.source import locate, prepare

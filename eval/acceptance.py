@@ -25,8 +25,8 @@ from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
 
 quiet_libraries()
 
-from cap_llm.evaluation.report import collect, write_report  # noqa: E402
-from cap_llm.evaluation.runs import Result  # noqa: E402
+from cap_llm.evaluation.report import write_report  # noqa: E402
+from cap_llm.evaluation.runs import Result, collect  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 
 TWO_OF_FOUR = ["--oneshot.pattern", "2:4", "--oneshot.sparsity", "null"]

@@ -351,7 +351,7 @@ def run_ours(job: dict) -> None:
     from cap_llm.config import OneshotConfig
     from cap_llm.models.blocks import BlockModel
     from cap_llm.models.checkpoint import ShardWriter
-    from cap_llm.runtime.rundir import peak_memory
+    from cap_llm.runtime.peaks import peak_memory
     from cap_llm.runtime.world import World
 
     clock, groups = Clock(), []

@@ -249,6 +249,7 @@ def steps(work: dict, world) -> dict[str, dict]:
     from cap_llm.recovery import engines, training
     from cap_llm.recovery.contrasts import Contrasts
     from cap_llm.recovery.zeros import keep_zeros
+    from cap_llm.runtime.peaks import forget, highest, peaks
     from cap_llm.runtime.rundir import Run
     from cap_llm.text.corpora import read_corpus
     from cap_llm.text.packing import PackedText, pack
@@ -302,7 +303,7 @@ def steps(work: dict, world) -> dict[str, dict]:
         return teacher(ids, False)[0]
 
     def timed(arm: str, step: int, work, *given) -> None:
-        forget_peak(world)
+        forget()
         world.barrier()
         start = time.perf_counter()
         work(*given)
@@ -312,7 +313,8 @@ def steps(work: dict, world) -> dict[str, dict]:
         if step:
             line["seconds"].append(round(time.perf_counter() - start, 3))
         else:  # the first step of an arm also allocates; it is not timed
-            line["peak_bytes"] = max(world.gather(peak(world)))
+            most = highest(world.gather(peaks()))
+            line["peak_bytes"] = most.get("peak_cuda_bytes", most["peak_memory_bytes"])
 
     for step in range(work["rounds"] + 1):
         for arm, config in configs.items():
@@ -381,26 +383,6 @@ def flops_a_token(model: Path, length: int) -> tuple[float, float]:
     return 3 * forward, forward
 
 
-def forget_peak(world) -> None:
-    """Lets the count of the most memory start anew."""
-    import torch
-
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(world) -> int:
-    """Most bytes held since: of the card, or of main memory."""
-    import torch
-
-    from cap_llm.runtime.rundir import peak_memory
-
-    on_card = world.device.type == "cuda"
-    return torch.cuda.max_memory_allocated() if on_card else peak_memory()
-
-
 def head_memory(work: dict) -> dict:
     """Memory that the head's losses take above their inputs and the head's own gradient."""
     import torch
@@ -408,6 +390,7 @@ def head_memory(work: dict) -> dict:
     from cap_llm.models.checkpoint import config_dict
     from cap_llm.recovery.objectives import head_loss
     from cap_llm.recovery.recover import state_width
+    from cap_llm.runtime.peaks import forget
 
     vocabulary, width = (
         config_dict(Path(work["model"]))["vocab_size"],
@@ -424,7 +407,7 @@ def head_memory(work: dict) -> dict:
         status = Path("/proc/self/status").read_text()
         return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    forget()
     before = memory("VmRSS")
     total, _, _ = head_loss(
         states, weight, None, target, (states.detach(), other, None), 0.2, 0.8, 1.0

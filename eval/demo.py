@@ -24,7 +24,8 @@ quiet_libraries()
 import assets  # noqa: E402
 import torch  # noqa: E402
 
-from cap_llm.evaluation.report import collect, write_report  # noqa: E402
+from cap_llm.evaluation.report import write_report  # noqa: E402
+from cap_llm.evaluation.runs import collect  # noqa: E402
 
 METHODS = {
     "magnitude 50 %": ["--oneshot.method", "magnitude"],

@@ -36,8 +36,8 @@ def main() -> int:
     @without_sections()
     def work(console: Console) -> None:
         from cap_llm.blockwise.plan import check_everything
-        from cap_llm.evaluation.evaluate import FILE, facts_of, score_corpora
-        from cap_llm.evaluation.zeroshot import weights_digest
+        from cap_llm.evaluation.evaluate import FILE, score_corpora
+        from cap_llm.evaluation.results import facts_of
         from cap_llm.models.source import locate, needs_conversion
         from cap_llm.runtime.world import World
         from cap_llm.text.reading import read_texts
@@ -60,8 +60,7 @@ def main() -> int:
                 "--stages [evaluate] --output_dir DIRECTORY, which rewrites them"
             )
         scored = read_texts(config, folder).scored
-        weights = world.gather(weights_digest(folder) if world.first else None)[0]
-        facts = facts_of(config, world) | {"weights_sha256": weights}
+        facts = facts_of(folder, config, world)
         score_corpora(folder, scored, config, facts, path, None, world, console)
         world.barrier()
         world.close()

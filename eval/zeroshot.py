@@ -37,7 +37,7 @@ def main() -> int:
     @without_sections()
     def work(console: Console) -> None:
         from cap_llm.config import Config
-        from cap_llm.evaluation.evaluate import facts_of
+        from cap_llm.evaluation.results import facts_of
         from cap_llm.evaluation.tasks import find_tasks
         from cap_llm.evaluation.zeroshot import FILE, check_causal, score_tasks
         from cap_llm.models.source import locate
@@ -58,7 +58,7 @@ def main() -> int:
         path = place_of_results(options, folder, FILE, console)
         check_causal(folder)
         tasks = find_tasks(settings, console)
-        facts = facts_of(Config(model=model), world)
+        facts = facts_of(folder, Config(model=model), world)
         score_tasks(folder, tasks, settings, facts, path, world, console, model.tokenizer)
         world.barrier()
         world.close()

@@ -33,13 +33,10 @@ def scored(**values):
 
 def zeroshot(versions=None, **accuracies):
     """A zeroshot.json with these accuracies."""
-    tasks = {
-        task: {"acc": acc, "acc_stderr": 0.01, "items": 100, "limit": None, "version": 1.0}
-        | {"data_sha256": "abc"}
-        for task, acc in accuracies.items()
-    }
-    versions = {"lm_eval": "0.4.13"} | (versions or {})
-    return lambda _: {"model": "m", "stage": "s", "versions": versions, "tasks": tasks}
+    entry = {"acc_stderr": 0.01, "items": 100, "limit": None, "version": 1.0, "rows_sha256": "abc"}
+    entry["versions"] = {"lm_eval": "0.4.13"} | (versions or {})
+    tasks = {task: entry | {"acc": acc} for task, acc in accuracies.items()}
+    return lambda _: {"model": "m", "stage": "s", "tasks": tasks}
 
 
 def other(recipe):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from made_runs import PERPLEXITY, STAGES, as_opt, named, other, quality, scored, seeded, zeroshot
 from support import ROOT
@@ -47,8 +48,12 @@ def test_figures_that_do_not_compare_stand_in_columns_of_their_own(copy, changes
 
 
 def test_another_build_of_the_same_release_compares(copy):
-    change = {PERPLEXITY: lambda c: c["versions"].update(torch=c["versions"]["torch"] + "+cu130")}
-    labels, *_ = quality(copy("a", named("first")), copy("b", named("second") | change))
+    def change(content):
+        (entry,) = content["corpora"].values()
+        entry["versions"]["torch"] = torch.__version__.partition("+")[0] + "+cu130"
+
+    changes = named("second") | {PERPLEXITY: change}
+    labels, *_ = quality(copy("a", named("first")), copy("b", changes))
     assert sum("ppl_token" in label for label in labels) == 1
 
 
@@ -136,7 +141,11 @@ def test_the_share_of_the_loss_won_back(copy):
     )
     shutil.copytree(run / "oneshot", run / "recover")
     recipe = json.loads((run / "oneshot" / "recipe.json").read_text())
-    changed = {"model": recipe["model"], "recover": {"batch": 4, "length": 8, "seed": 0}}
+    changed = {
+        "model": recipe["model"],
+        "start": "oneshot",
+        "recover": {"batch": 4, "length": 8, "seed": 0},
+    }
     (run / "recover" / "recipe.json").write_text(json.dumps(changed))
     scores = json.loads((run / "recover" / "perplexity.json").read_text())
     scored(ppl_token=25.0)(scores)
@@ -155,12 +164,42 @@ def test_the_share_of_the_loss_won_back(copy):
     assert {"75.0", "50.0"} < {c.text for c in shown} and not any(c.best for c in shown)
 
 
+def test_a_ladder_that_went_on_has_no_gap_to_what_it_came_from(copy):
+    """The model it started from is 50 % sparse, by whatever hand; itself it is 70 %."""
+    scores = {"dense/perplexity.json": scored(ppl_token=20.0), PERPLEXITY: scored(ppl_token=40.0)}
+    run = copy("a", scores)
+    shutil.copytree(run / "oneshot", run / "recover")
+    ladder = {"start": "oneshot", "recover": {"ladder": "0.7"}}
+    (run / "recover" / "recipe.json").write_text(json.dumps(ladder))
+    counts = json.loads((run / "recover" / "sparsity.json").read_text())
+    for share, closes in ((0.5, True), (0.7, False)):
+        counts["pruned_matrices"]["sparsity"] = share
+        (run / "recover" / "sparsity.json").write_text(json.dumps(counts))
+        labels, *_ = quality(run)
+        assert ("gap closed, %" in labels) == closes
+
+
+def test_a_model_of_which_layers_stay_dense_is_not_the_best_of_its_amount(copy):
+    def by_layer(recipe):
+        recipe["oneshot"]["layers"] = {"*.mlp.*": 0.0}
+
+    part = {"oneshot/recipe.json": by_layer, PERPLEXITY: scored(ppl_token=1.0)}
+    more = {"oneshot/recipe.json": other, PERPLEXITY: scored(ppl_token=30.0)}
+    whole = {PERPLEXITY: scored(ppl_token=40.0)}
+    runs = [copy(n, named(n) | c) for n, c in (("a", whole), ("b", more), ("c", part))]
+    (section,) = compare([r for run in runs for r in collect(run)])
+    best = {row[0].text: row[1].best for row in section.tables[0].rows}
+    assert best == {"dense": False, "a": False, "b": True, "c": False}
+
+
 def test_a_run_that_nobody_named_is_called_by_what_was_done(copy):
     run = copy("a")
     settings = yaml.safe_load((run / "config.yaml").read_text()) | {"name": ""}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     shutil.copytree(run / "oneshot", run / "recover")
-    (run / "recover" / "recipe.json").write_text(json.dumps({"model": {}, "recover": {}}))
+    (run / "recover" / "recipe.json").write_text(
+        json.dumps({"model": {}, "start": "oneshot", "recover": {}})
+    )
     names = [r.name for r in collect(run)]
     assert names == ["dense", "SparseGPT 50 %", "SparseGPT 50 % + recovery"]
 
@@ -173,6 +212,9 @@ def test_a_model_that_came_pruned_is_not_taken_for_the_dense_one(copy):
     (run / "oneshot").rename(run / "recover")
     recipe = {"model": settings["model"], "recover": {"teacher": "somebody/dense-model"}}
     (run / "recover" / "recipe.json").write_text(json.dumps(recipe))
+    (section,) = compare(collect(run))
+    assert [row.name for row in section.rows] == ["dense", "a method"]  # a larger one, say
+    (run / "recover" / "inputs.json").write_text(json.dumps({"teacher_is_dense": True}))
     (section,) = compare(collect(run))
     assert section.title == "dense-model"
     assert [row.name for row in section.rows] == ["a method", "given model"]
@@ -269,7 +311,7 @@ def test_headings_and_notes_speak_to_a_stranger(copy):
 
 def test_the_number_of_items_is_in_the_heading(copy):
     tasks = {"hellaswag": {"acc": 0.5, "items": 1000}, "piqa": {"acc": 0.5}}  # which did not say
-    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"versions": {}, "tasks": tasks}})
+    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"tasks": tasks}})
     tables = compare(collect(run))[0].tables
     table = next(t for t in tables if t.title.startswith("Zero-shot"))
     assert table.columns[1:] == ["hellaswag\n1,000 items", "piqa"]
@@ -359,7 +401,7 @@ def test_a_mean_is_over_scores_of_one_limit_and_says_which(copy):
         key: {"task": key.split()[0], "acc": acc, "limit": limit}
         for key, (acc, limit) in scores.items()
     }
-    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"versions": {}, "tasks": tasks}})
+    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"tasks": tasks}})
     labels, rows, _ = quality(run)
     means = {label: rows["a method"][i] for i, label in enumerate(labels) if "mean" in label}
     part = "Wanda's mean partial: 2 of 7"
@@ -379,12 +421,12 @@ def test_accuracies_of_other_versions_do_not_share_a_column(copy):
 
 def test_entries_of_the_evaluate_stage_are_read(copy):
     """A task may be limited; its facts stand in its entry; word_perplexity is no accuracy."""
-    entry = {"items": 40, "limit": 40, "rows_sha256": "r", "lm_eval": "0.4.13", "shots": 0}
+    entry = {"items": 40, "limit": 40, "rows_sha256": "r", "shots": 0}
     tasks = {
         "piqa first 40": entry | {"task": "piqa", "acc": 0.6, "acc_norm": 0.7, "acc_stderr": None},
         "wikitext": entry | {"task": "wikitext", "limit": None, "word_perplexity": 38.5},
     }
-    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"versions": {}, "tasks": tasks}})
+    run = copy("a", {"oneshot/zeroshot.json": lambda _: {"tasks": tasks}})
     labels, rows, _ = quality(run)
     assert rows["a method"][labels.index("wikitext word_perplexity")] == "38.50"
     tables = compare(collect(run))[0].tables
@@ -438,6 +480,7 @@ def test_reconstruction_stands_beside_its_published_figure(copy):
     run = as_opt(copy("a"), method="wanda")
     shutil.copytree(run / "oneshot", run / "reconstruct")
     recipe = {"reconstruct": {"inputs": "dense"}, "model": {"path": "facebook/opt-125m"}}
+    recipe["start"] = "oneshot"
     for inputs, published in (("dense", {"31.18"}), ("student", set())):
         recipe["reconstruct"]["inputs"] = inputs
         (run / "reconstruct" / "recipe.json").write_text(json.dumps(recipe))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -271,6 +272,14 @@ def test_stored_buffers_are_no_weights(tiny, entry, tmp_path):
     assert code == 0
     whole = json.loads((folder / "oneshot" / "sparsity.json").read_text())["whole_model"]
     assert whole["weights"] == n_weights
+
+
+def test_the_peak_is_the_stages_own(entry, tiny):
+    before = psutil.Process().memory_info().rss
+    torch.ones(2**27).sum()  # half a GiB, as a conversion of a model would take
+    folder, code = entry(tiny("llama"), "--stages", "[oneshot]")
+    done = json.loads((folder / "oneshot" / "done.json").read_text())
+    assert code == 0 and done["peak_memory_bytes"] < before + 2**28
 
 
 def arguments(model, text_file, out, *options) -> list[str]:

@@ -432,8 +432,8 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
     assert done.returncode == -signal.SIGKILL, done.stderr
     third = fourth.with_name("00002.json")
     assert third.exists() and not fourth.exists()
-    hours = read_json(third) | {"elapsed": 7200.0}
-    third.write_text(json.dumps(hours))
+    before = read_json(third) | {"elapsed": 7200.0, "peak_memory_bytes": 2**50}
+    third.write_text(json.dumps(before))
     # blocks that are independent may go on on other ranks than they were begun on
     for name, ranks in (("killed", 2 if "dense" in more else 1), ("whole", 1)):
         done = run_entry(options(model, text_file, tmp_path / name, *more), ranks)
@@ -441,7 +441,7 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
     a, b = (tmp_path / name / stage for name in ("killed", "whole"))
     facts = json.loads((a / "done.json").read_text())
     assert facts["resumed_at_block"] == 3
-    assert facts["seconds"] > 7200  # of both jobs
+    assert facts["seconds"] > 7200 and facts["peak_memory_bytes"] == 2**50  # of both jobs
     for path in [*b.glob("model*.safetensors"), b / "masks.safetensors"]:
         assert path.read_bytes() == (a / path.name).read_bytes()
 

@@ -20,11 +20,13 @@ pytest.importorskip("lm_eval")
 
 from cap_llm import train
 from cap_llm.config import EvaluateConfig
+from cap_llm.evaluation import results, zeroshot
 from cap_llm.evaluation import tasks as tasks_module
-from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.tasks import SETS, find_tasks
+from cap_llm.models.checkpoint import weights_digest
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json
 from cap_llm.runtime.world import World
 
 COLOURS = ["red", "blue", "green", "grey", "white"]
@@ -178,7 +180,8 @@ def score(model: Path, folder: Path, *names: str, path: Path | None = None, **op
     config = settings(folder, *names, **options)
     found = find_tasks(config, Console())
     alone = World.alone(torch.device("cpu"))
-    return zeroshot.score_tasks(model, found, config, {}, path, alone, Console())
+    facts = {"weights_sha256": weights_digest(model)}
+    return zeroshot.score_tasks(model, found, config, facts, path, alone, Console())
 
 
 def build(task, folder: Path):
@@ -334,7 +337,7 @@ def test_two_ranks_give_what_one_gives(llama, rows, tmp_path):
     assert all(entry["versions"]["lm_eval"] for entry in two["tasks"].values())
     for entry in (*one["tasks"].values(), *two["tasks"].values()):
         del entry["seconds"]
-        for name in zeroshot.JOB:  # the caller's to give
+        for name in results._JOB:  # the caller's to give
             entry.pop(name, None)
     assert two["tasks"] == one["tasks"]
     assert two["versions"]["lm_eval"] and two["model"] == str(llama)
@@ -409,7 +412,8 @@ def test_a_group_of_lm_evals_has_one_score(llama, rows, tmp_path):
     manager = TaskManager(include_defaults=False, include_path=tmp_path)
     task = tasks_module.Task("walls", "walls", built=manager.load(["walls"])["groups"]["walls"])
     alone = World.alone(torch.device("cpu"))
-    found = zeroshot.score_tasks(llama, [task], settings(rows), {}, None, alone, Console())
+    facts = {"weights_sha256": weights_digest(llama)}
+    found = zeroshot.score_tasks(llama, [task], settings(rows), facts, None, alone, Console())
     apart = score(llama, rows, "copa", "piqa")["tasks"]
     assert found["tasks"]["walls"]["items"] == 24
     mean = (apart["copa"]["acc"] + apart["piqa"]["acc"]) / 2
@@ -607,6 +611,24 @@ def test_figures_of_other_weights_are_not_taken(tiny, text_file, tmp_path, monke
     assert figures[0] != figures[1]
 
 
+def test_a_run_scores_a_model_anew_that_has_changed_in_its_place(
+    tiny, text_file, tmp_path, monkeypatch, capfd
+):
+    model, figures = tmp_path / "model", []
+    args = ["--model.path", model, "--output_dir", tmp_path / "run", "--stages", "[evaluate]"]
+    args += ["--evaluate.corpora", f"[{text_file}]", "--evaluate.window", 64]
+    monkeypatch.setattr(sys, "argv", ["cap-llm", *map(str, args)])
+    for seed in (0, 0, 1):
+        shutil.copytree(tiny("llama", seed=seed), model, dirs_exist_ok=True)
+        assert train.main() == 0
+        said = capfd.readouterr().out
+        (entry,) = read_json(tmp_path / "run" / "dense" / "perplexity.json")["corpora"].values()
+        figures.append(entry)
+    assert figures[0] == figures[1]
+    assert figures[2]["ppl_token"] != figures[0]["ppl_token"]
+    assert "scores other weights; it will be written anew" in said
+
+
 @pytest.mark.parametrize("content", [{}, [], {"corpora": 3}, {"corpora": {"x@64": 3}}], ids=str)
 def test_a_file_that_holds_no_perplexities_is_refused(
     content, llama, text_file, tmp_path, monkeypatch, capfd
@@ -619,7 +641,9 @@ def test_a_file_that_holds_no_perplexities_is_refused(
     monkeypatch.setattr(sys, "argv", ["perplexity.py", *map(str, args)])
     assert perplexity_script.main() == 2
     said = capfd.readouterr().err
-    assert "holds no perplexities; remove it" in said and said.count("\n") == 1
+    assert (
+        "holds no scores as this version writes them; remove it" in said and said.count("\n") == 1
+    )
 
 
 def test_the_scripts_refuse_in_one_line(tiny, llama, rows, text_file, tmp_path, monkeypatch, capfd):

@@ -56,7 +56,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
         UserError: see the messages; whatever is finished is kept.
     """
     world, settings = run.world, config.oneshot
-    work = BlockStage(stage, STAGE, config.recipe(STAGE), run, source)
+    work = BlockStage(stage, config.recipe(STAGE), run, source)
     if work.done:
         return work.folder
     work.begin(texts, config)

@@ -88,14 +88,21 @@ def prune(
     Args:
         model: any model whose blocks are linears; it stays on its device.
         windows: calibration ids [N, T]; None for magnitude.
-        config: method, pattern and `layers`; `budget` and `earlier_mask` belong to the stage.
+        config: method, pattern and `layers`; `earlier_mask` belongs to the stage.
+
     Returns:
         The masks [R, C] by weight name, true where a weight stays.
 
     Raises:
-        UserError: the model cannot be walked, or the pattern does not fit it.
+        UserError: the model cannot be walked, the pattern does not fit it, or `budget` is not
+            uniform: to allocate one is the stage's work.
     """
     config = config or OneshotConfig()
+    if config.budget != "uniform":
+        raise UserError(
+            f"prune() takes no budget {config.budget!r}: give oneshot.layers, or run "
+            "the stage oneshot"
+        )
     use_cache = model.config.to_dict().get("use_cache")
     precision = torch.get_float32_matmul_precision()
     was = [(m, m.training) for m in model.modules()]
@@ -456,5 +463,8 @@ def owners(weights: dict[str, torch.Tensor], world: World) -> dict[str, int]:
 
 def _check(inside: torch.Tensor | None, name: str) -> torch.Tensor | None:
     if inside is not None and not bool(inside.any()):
-        raise UserError(f"the earlier mask of {name} keeps no weight; nothing is left to prune")
+        raise UserError(
+            f"the earlier mask of {name} keeps no weight, and nothing is left to prune: leave it "
+            "dense by --oneshot.layers, or set --oneshot.earlier_mask ignore"
+        )
     return inside

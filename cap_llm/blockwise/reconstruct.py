@@ -63,7 +63,7 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     Raises:
         UserError: see the messages; whatever is finished is kept.
     """
-    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run, pruned, dense)
+    work = BlockStage(STAGE, config.recipe(STAGE), run, pruned, dense)
     if work.done:
         return work.folder
     work.begin(texts, config, dtype=torch.float32)

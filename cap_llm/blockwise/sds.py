@@ -64,7 +64,7 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     Raises:
         UserError: see the messages; whatever is finished is kept.
     """
-    work = BlockStage(STAGE, STAGE, config.recipe(STAGE), run, pruned, dense)
+    work = BlockStage(STAGE, config.recipe(STAGE), run, pruned, dense)
     if work.done:
         return work.folder
     dense_model = BlockModel.open(dense, run.world.device)
@@ -131,12 +131,12 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
     rounding = 1e-3 + 1 / min(matrix(m).shape[1] for m in dense.linears(0).values())
     even = max(found.values()) - min(found.values()) <= rounding  # an uneven budget stays as it is
     for name, share in found.items():
-        asked = plan.get(name, 0)
-        if even and abs(share - asked) > rounding:
+        wanted = plan.get(name, 0)
+        if even and abs(share - wanted) > rounding:
             without = " and no oneshot.layers" if settings.layers else ""
             raise UserError(
                 f"{name} in {pruned} is pruned to {100 * share:.1f} % zeros, and sds would prune "
-                f"it again to {100 * asked:g} %: give --oneshot.sparsity {round(share, 3):g}"
+                f"it again to {100 * wanted:g} %: give --oneshot.sparsity {round(share, 3):g}"
                 f"{without}"
             )
     return plan | found

@@ -29,7 +29,8 @@ from cap_llm.models.masks import PRUNED, Masks
 from cap_llm.runtime.console import duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
-from cap_llm.runtime.rundir import Run, peak_memory
+from cap_llm.runtime.peaks import forget, highest, peaks
+from cap_llm.runtime.rundir import Run
 from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.reading import Texts
 
@@ -40,8 +41,7 @@ class BlockStage:
     """One stage of a run that rewrites a model block by block.
 
     Args:
-        name: its folder in the run directory.
-        title: what the log calls it.
+        name: its folder in the run directory, and what the log and the metrics call it.
         recipe: what its result depends on.
         run: the run directory.
         source: the model directory that it starts from.
@@ -59,13 +59,12 @@ class BlockStage:
     def __init__(
         self,
         name: str,
-        title: str,
         recipe: dict,
         run: Run,
         source: Path,
         dense: Path | None = None,
     ):
-        self.title, self.recipe, self.run, self._source = title, recipe, run, source
+        self.name, self.recipe, self.run, self._source = name, recipe, run, source
         self.folder, done = run.stage(name, recipe)
         self.done = done is not None
         self.parts = self.folder / "blocks"
@@ -76,7 +75,7 @@ class BlockStage:
         if self.done:
             if run.world.first:
                 shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
-            run.console.say(f"{self.title}: done already, in {self.folder}")
+            run.console.say(f"{self.name}: done already, in {self.folder}")
 
     def begin(self, texts: Texts, config: Config, dtype: torch.dtype | None = None) -> None:
         """Opens the model and looks for what is finished.
@@ -86,6 +85,7 @@ class BlockStage:
         Raises:
             UserError: it is other text than the finished blocks'.
         """
+        forget()
         run = self.run
         self._texts = texts
         self.model = BlockModel.open(self._source, run.world.device, dtype)
@@ -102,21 +102,22 @@ class BlockStage:
             write_json(self.folder / INPUTS, self._inputs)
         run.world.barrier()
         self.writer = ShardWriter(self.folder, len(self.model))
-        # The first rank's view counts, as for `done`; the clock goes on from its last block.
+        # The first rank's view counts, as for `done`. The clock goes on from its last block, and
+        # so does the most memory: a job that only joins the parts needs next to none.
         self.finished: set[int]
-        self.finished, spent = run.world.gather(self._finished())[0]
+        self.finished, spent, self._peaks = run.world.gather(self._finished())[0]
         self._start = time.monotonic() - spent
         n_blocks = len(self.model)
         self.resumed_at = next((i for i in range(n_blocks) if i not in self.finished), n_blocks)
         if self.finished:
-            run.console.say(f"{self.title}: going on at block {self.resumed_at + 1} of {n_blocks}")
+            run.console.say(f"{self.name}: going on at block {self.resumed_at + 1} of {n_blocks}")
 
     @contextmanager
     def work(self) -> Iterator[tuple]:
         """A bar over the blocks, and a scratch folder that vanishes."""
         with (
             tempfile.TemporaryDirectory(dir=self.run.path, prefix=".scratch-") as scratch,
-            self.run.console.bar(self.title, len(self.model), "blocks") as bar,
+            self.run.console.bar(self.name, len(self.model), "blocks") as bar,
         ):
             yield bar, Path(scratch)
 
@@ -149,6 +150,7 @@ class BlockStage:
             self._row_file(i),
             {
                 "elapsed": round(time.monotonic() - self._start, 3),
+                **peaks(),
                 "rows": [asdict(r) for r in result.rows],
                 **({"error": result.error} if result.error else {}),
             },
@@ -183,7 +185,7 @@ class BlockStage:
             text += f" (epoch {result.error['epoch']} of {result.error['epochs']})"
             values |= {"error_before": before, "error_after": after}
         self.run.console.say(text)
-        self.run.metric(self.title, i + 1, values)
+        self.run.metric(self.name, i + 1, values)
 
     def finish(self, **facts) -> Path:
         """Joins and verifies the model, writes `done.json` with `facts` and returns the folder.
@@ -192,7 +194,7 @@ class BlockStage:
             UserError: what lies on disk is not what was written.
         """
         run, world = self.run, self.run.world
-        peak = max(world.gather(peak_memory()))
+        memory = highest([self._peaks, *world.gather(peaks())])
         world.barrier()
         if world.first:
             self._join()
@@ -200,17 +202,16 @@ class BlockStage:
         summary = {
             "seconds": round(seconds, 2),
             "resumed_at_block": self.resumed_at,
-            "peak_memory_bytes": peak,
+            **memory,
             "calibration": self._texts.origin,
             **facts,
         }
-        if world.device.type == "cuda":
-            summary["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(world.device)
         run.finish_stage(self.folder, summary)
         if world.first:
             shutil.rmtree(self.parts)
         run.console.say(
-            f"{self.title}: done in {duration(seconds)}, {size(peak)} at most, in {self.folder}"
+            f"{self.name}: done in {duration(seconds)}, {size(memory['peak_memory_bytes'])} at "
+            f"most, in {self.folder}"
         )
         return self.folder
 
@@ -273,13 +274,14 @@ class BlockStage:
                 "another output_dir"
             )
 
-    def _finished(self) -> tuple[set[int], float]:
-        """The blocks that are wholly there (the row file is written last), and their seconds."""
+    def _finished(self) -> tuple[set[int], float, dict]:
+        """The blocks that are wholly there (the row file is written last), and what they took."""
         rows = {
             i: self._row_file(i) for i in range(len(self.model)) if self.writer.path(i).exists()
         }
         rows = {i: read_json(path) for i, path in rows.items() if path.exists()}
-        return set(rows), max((row["elapsed"] for row in rows.values()), default=0.0)
+        spent = max((row["elapsed"] for row in rows.values()), default=0.0)
+        return set(rows), spent, highest(rows.values())
 
     def _row_file(self, i: int) -> Path:
         return self.parts / f"{i:05d}.json"

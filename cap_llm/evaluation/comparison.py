@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,6 +209,8 @@ def _group(result: Result) -> tuple:
     order of tables. Empty for a dense model."""
     if result.stage == "dense":
         return ()
+    if " by layer" in result.method and result.sparsity:
+        return (2, round(100 * result.sparsity[1]))  # some matrices have a share of their own
     if ":" in result.amount:
         return (1, result.amount)
     if result.amount:
@@ -217,13 +220,7 @@ def _group(result: Result) -> tuple:
 
 def _common_name(names: list[str]) -> str:
     """What the names of a row's runs share: `KL, seed 0` and `KL, seed 1` are `KL`."""
-    shared = names[0]
-    for name in names[1:]:
-        length = next(
-            (i for i, (a, b) in enumerate(zip(shared, name, strict=False)) if a != b),
-            min(len(shared), len(name)),
-        )
-        shared = shared[:length]
+    shared = os.path.commonprefix(names)
     if len(set(names)) > 1:
         shared = shared.rstrip(" ,;:-_(").removesuffix("seed").rstrip(" ,;:-_(")
     return shared or " / ".join(dict.fromkeys(names))
@@ -249,8 +246,9 @@ def _add_means(results: list[Result]) -> None:
                 facts = {"tasks": ", ".join(part), "of": len(tasks), "limit": limit}
                 for key in ("shots", "computed in", *LIBRARIES, "calibration"):
                     facts[key] = scores[0].facts.get(key)
-                each = ("items", "task version", "text", "shots", "computed in", *LIBRARIES)
-                scored = str([[s.facts.get(key) for key in each] for s in scores])
+                # a pruned model's mean stands beside the dense one's, which was not calibrated
+                alike = [{k: v for k, v in s.facts.items() if k != "calibration"} for s in scores]
+                scored = str(alike)
                 facts["scored"] = hashlib.sha256(scored.encode()).hexdigest()[:8]
                 mean = statistics.mean(s.value for s in scores)
                 errors = [s.stderr for s in scores]
@@ -280,7 +278,8 @@ def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
             # of a model that came pruned nobody says by what
             came = (r for r in everything if (r.run, r.stage) == (result.run, "start"))
             first = first or next(came, None)
-            if first and first.stage == "oneshot" and first.amount != result.amount:
+            shares = [r.sparsity and round(100 * r.sparsity[0]) for r in (first, result) if r]
+            if None not in shares and len(set(shares)) > 1:
                 continue  # a ladder has gone beyond what was one-shot
             start, own = (Row("", [r]).value(column) if r else None for r in (first, result))
             if start is not None and own is not None and start > target:
@@ -390,7 +389,7 @@ def _tables(rows: list[Row], kinds: dict[str, list[Column]]) -> list[Table]:
     if costs:
         tables.append(_table(COST, rows, costs))
         tables[-1].notes.append(
-            "Time: all stages of the run up to the model. Bytes: in the type that stands there; "
+            "Time: all stages up to the model. Bytes: in the type that stands there; "
             "bit-packed are the non-zero values and one bit a weight."
         )
     beside = _beside_published(rows, kinds["ppl"])

@@ -2,7 +2,7 @@
 
 The results lie beside the model they score: `<run>/<stage>/perplexity.json` and `zeroshot.json`,
 for the dense model in `<run>/dense/`. What is scored already, on the same windows or rows, is not
-scored again.
+scored again; what was scored of other weights, a model that has changed since, does not count.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import Config
 from cap_llm.evaluation import zeroshot
+from cap_llm.evaluation.results import earlier, facts_of, job
 from cap_llm.evaluation.tasks import Task
 from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json, write_json
-from cap_llm.runtime.rundir import Run, environment
+from cap_llm.runtime.files import write_json
+from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
 from cap_llm.text.reading import ScoredText, Texts
 
@@ -46,7 +47,7 @@ def evaluate(
     for stage, folder in models.items():
         place, _ = run.stage(stage, config.recipe(stage))
         run.bind(place, config.recipe(stage))
-        facts = facts_of(config, run.world) | {"stage": stage}
+        facts = facts_of(folder, config, run.world) | {"stage": stage}
         if texts.scored:
             path = place / FILE
             corpora = score_corpora(
@@ -73,11 +74,6 @@ def evaluate(
         run.world.barrier()
 
 
-def facts_of(config: Config, world: World) -> dict:
-    """What results say of a model besides its scores: which it is, and who scored it on what."""
-    return {"model": config.model.path} | environment(world)
-
-
 def score_corpora(
     folder: Path,
     scored: list[ScoredText],
@@ -94,8 +90,7 @@ def score_corpora(
         folder: the model.
         scored: the windows.
         config: the run's settings.
-        facts: what the file says of the model besides; with `weights_sha256`, figures of other
-            weights do not count.
+        facts: what the file says of the model besides, and of the job; see `results.facts_of`.
         path: the file that is written after each text, and read for what it holds already.
         scratch: where activations go that do not fit in memory; None: a temporary folder.
         world: the ranks.
@@ -108,15 +103,15 @@ def score_corpora(
         UserError: the model has no perplexity or overflows.
     """
     stage = facts.get("stage", folder.name)
-    weights = facts.get("weights_sha256")
     # a shared file system may show ranks different things
-    results = world.gather(_earlier(path, weights, console) if world.first else None)[0]
+    known = earlier(path, ("corpora",), facts, console) if world.first else None
+    results = world.gather(known)[0]["corpora"]
     for text in scored:
         known = results.get(text.key)
-        if not known or known["text_sha256"] != text.digest:
+        if not known or known.get("text_sha256") != text.digest:
             title = f"{stage} on {text.name}"
             known = _score(folder, title, text, config, scratch, world, console)
-            results[text.key] = known = known | zeroshot.job(facts)
+            results[text.key] = known = known | job(facts)
             if world.first and path:
                 write_json(path, facts | {"corpora": results})
         console.say(
@@ -124,24 +119,6 @@ def score_corpora(
             f"({known['windows']} windows, BOS {known['bos']}, {duration(known['seconds'])})"
         )
     return {text.key: results[text.key] for text in scored}
-
-
-def _earlier(path: Path | None, weights: str | None, console: Console) -> dict[str, dict]:
-    """The entries that the file holds, of these weights.
-
-    `weights` None: any, as in a run directory, whose models are known by their recipes.
-    """
-    if path is None or not path.exists():
-        return {}
-    earlier = read_json(path)
-    try:
-        entries = {key: entry for key, entry in earlier["corpora"].items() if entry["text_sha256"]}
-        if not weights or earlier.get("weights_sha256", weights) == weights:
-            return entries
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} holds no perplexities; remove it") from None
-    console.say(f"{path} scores other weights; it will be written anew")
-    return {}
 
 
 def _score(
@@ -160,7 +137,10 @@ def _score(
             memory = Memory.plan(world.device, config.runtime.activation_gib)
             nll = streamed_nll(model, text.windows, world, memory, Path(place), bar.advance)
     if not math.isfinite(nll):
-        raise UserError(f"the perplexity of {folder} is not finite: the model overflows")
+        raise UserError(
+            f"the perplexity of {folder} is not finite: the model overflows; "
+            "check its weights, or use one stored in bfloat16 or float32"
+        )
     n_windows, window = text.windows.shape
     scored = n_windows * (window - 1)
     return {

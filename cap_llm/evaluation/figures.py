@@ -175,7 +175,7 @@ def _over_sparsity(section: Section, figure) -> str:
 def _layers(section: Section, figure) -> str:
     """Sparsity and relative output error of each block's matrices."""
     rows, known, bare = [], set(), []
-    # errors are measured on the calibration text; a recovered model's are its start's
+    # errors are measured on the calibration text, which recovery does without
     there = [r for r in section.rows if r.results[0].layers and r.results[0].stage != "recover"]
     there, text, others = _alike([r for r in there if r.group], "calibration")
     for row in there:

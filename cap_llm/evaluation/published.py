@@ -9,12 +9,13 @@ from importlib.resources import files
 
 import yaml
 
+from cap_llm.text.reading import C4_WINDOWS
+
 # Of C4's first training shard: from the hub, or the same file in CAP_LLM_DATA.
 CALIBRATIONS = tuple(
     f"128 x 2048 tokens of {origin}"
     for origin in ("allenai/c4 train", "c4-train.00000-of-01024.json.gz")
 )
-C4_WINDOWS = 256
 
 
 @dataclass(frozen=True)

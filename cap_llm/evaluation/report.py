@@ -15,12 +15,10 @@ from rich.markup import escape
 
 from cap_llm.evaluation.comparison import COST, PUBLISHED, Cell, Section, Table, compare
 from cap_llm.evaluation.figures import Picture, draw
-from cap_llm.evaluation.runs import Figure, Result, collect
+from cap_llm.evaluation.runs import Figure, Result
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
-
-__all__ = ["collect", "write_report"]
 
 _PAGE = jinja2.Environment(
     loader=jinja2.PackageLoader("cap_llm.evaluation", "."),

@@ -1,8 +1,8 @@
 """What runs left behind: every model of a run directory, its figures, and where they come from.
 
-A figure carries the facts that must agree before it is compared with another one: `report.py` puts
-two figures into one column only if they do. Run directories of other versions, unfinished and
-damaged ones are read as far as they go; what is wrong with them is said, not raised.
+A figure carries the facts that must agree before it is compared with another one:
+`comparison.py` puts two figures into one column only if they do. Run directories of other versions,
+unfinished and damaged ones are read as far as they go; what is wrong with them is said, not raised.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import yaml
 
 import cap_llm
 from cap_llm.config import MODELS
+from cap_llm.models.checkpoint import weight_files
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json
+from cap_llm.runtime.files import read_json, read_metrics
 from cap_llm.text.corpora import NAMES
 
 ORDER = ("dense", *MODELS)  # stages of another version come behind
@@ -158,22 +159,20 @@ def _read(folder: Path) -> list[Result]:
     facts = _part(folder / "environment.json", dict, troubles) or {}
     settings = _settings(folder / "config.yaml")
     made = _models(folder, facts, settings)
-    results = list(made.values())
-    if results and not results[-1].figures_of(*SCORES):
+    title, dense = _title(facts, folder), _dense(folder, {}, settings, facts)
+    nothing = Result(title, "none", folder, dense, environment=_job(facts))
+    results = list(made.values()) or [nothing]
+    if made and not results[-1].figures_of(*SCORES):
         results[-1].status.append("not scored")
-    title = _title(facts, folder)
-    later = [r for stage, r in made.items() if stage != "dense"]
     asked = [s for s in settings.get("stages") or [] if s not in (*made, "evaluate")]
-    nothing = Result(title, "none", folder, _dense({}, settings, facts), environment=_job(facts))
-    last = (later or results or [nothing])[-1]
     if asked:
-        last.status.append(f"{asked[0]} not begun")
-    last.status += troubles
+        results[-1].status.append(f"{asked[0]} not begun")
+    results[-1].status += troubles
     version = (facts.get("versions") or {}).get("cap_llm")
-    for result in results or [last]:
+    for result in results:
         if version and version != cap_llm.__version__:
             result.status.append(f"of cap_llm {version}")
-    return results or [last]
+    return results
 
 
 def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
@@ -191,10 +190,10 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
         if stage == "dense" and given:
             for name in ("name", "stage", "method", "amount", "recipe", "seeds"):
                 setattr(result, name, getattr(given, name))
-        elif stage == "dense" and (result.sparsity or _came_pruned(settings, stages)):
+        elif stage == "dense" and (result.sparsity or _came_pruned(folder, settings)):
             # A model that came pruned is where this run started, and not the dense one.
             result.name, result.stage, result.method = "given model", "start", "given model"
-            result.dense = _dense(settings, settings, facts)
+            result.dense = _dense(folder, settings, settings, facts)
         elif stage != "dense" and stage == stages[-1] and settings.get("name") != "":
             result.name = title  # one that nobody named is called by what was done
     return made
@@ -208,13 +207,14 @@ def _title(facts: dict, folder: Path) -> str:
     return str(facts.get("run") or folder.name)
 
 
-def _came_pruned(settings: dict, stages: list[str]) -> bool:
+def _came_pruned(folder: Path, settings: dict) -> bool:
     """Whether a run names the dense model of the one that it was given.
 
-    A teacher is that model only where the run has pruned nothing: else it may be a larger one.
+    A teacher is that model only where recover has found it so: else it may be a larger one.
     """
-    model, recover = settings.get("model") or {}, settings.get("recover") or {}
-    return bool(model.get("dense") or (recover.get("teacher") and "oneshot" not in stages))
+    inputs = folder / "recover" / "inputs.json"
+    taught = inputs.exists() and (_part(inputs, dict, []) or {}).get("teacher_is_dense")
+    return bool((settings.get("model") or {}).get("dense") or taught)
 
 
 def _located(path: str, environment: dict) -> Path:
@@ -248,11 +248,11 @@ def _result(
     status: list[str] = []
     recipe = _part(place / "recipe.json", dict, status) or {}
     done = _part(place / "done.json", dict, status) if (place / "done.json").exists() else None
-    start = recipe.get("start", next(reversed(made), None))  # early versions did not say
+    start = recipe.get("start")
     before = made[start] if start in made and start != "dense" else given
     # of the job that made the model, where it says so; the run's own is its last job's
     made_by = (done or {}).get("environment") or environment
-    dense = before.dense if before else _dense(recipe, settings, made_by)
+    dense = before.dense if before else _dense(run, recipe, settings, made_by)
     result = Result(stage, stage, run, dense, before, status=status)
     history = json.loads(before.recipe) if before else []
     own = {k: v for k, v in recipe.items() if not (before and k in ("model", "start"))}
@@ -275,14 +275,13 @@ def _result(
         if done is None:
             blocks = len(list((place / "blocks").glob("*.json")))
             status.append("unfinished" + (f" after {blocks} blocks" if blocks else ""))
-    versions = {k: _release(v) for k, v in (environment.get("versions") or {}).items()}
     given_path = recipe.get("model", {}).get("path")
     weights = _located(given_path, environment) if stage == "dense" and given_path else place
     scores = (("perplexity.json", _perplexities), ("zeroshot.json", _tasks))
     # the scripts that score a dense model leave their results beside it
     for folder, (file, parse) in itertools.product(dict.fromkeys((place, weights)), scores):
         if (folder / file).exists():
-            found = _part(folder / file, lambda c, p=parse: p(c, versions), status) or []
+            found = _part(folder / file, parse, status) or []
             known = [(f.kind, f.name, f.facts) for f in result.figures]
             result.figures += [f for f in found if (f.kind, f.name, f.facts) not in known]
     for figure in result.figures:
@@ -296,7 +295,7 @@ def _result(
     if done is not None:
         result.figures += _costs(done, before, made_by)
     if stage == "recover":
-        _curves(run / "metrics.jsonl", recipe.get("recover") or {}, done or {}, result)
+        _curves(run, recipe.get("recover") or {}, done or {}, result)
     return result
 
 
@@ -319,10 +318,10 @@ def _settings(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _dense(recipe: dict, settings: dict, environment: dict) -> str:
+def _dense(run: Path, recipe: dict, settings: dict, environment: dict) -> str:
     """Path or hub name of the dense model; of a model that came pruned, what taught it."""
     model = recipe.get("model") or settings.get("model") or {}
-    teacher = (recipe.get("recover") or {}).get("teacher")
+    teacher = (recipe.get("recover") or {}).get("teacher") if _came_pruned(run, settings) else None
     path = model.get("dense") or teacher or model.get("path") or "unknown model"
     path = str(_located(path, environment)) if _located(path, environment).is_dir() else path
     return f"{path}@{model['revision']}" if model.get("revision") else path
@@ -357,7 +356,7 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     result.method, result.amount, result.name = method, amount, name
 
 
-def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
+def _perplexities(content: dict) -> list[Figure]:
     figures = []
     for key, entry in content["corpora"].items():
         corpus, _, extent = key.rpartition("@")  # `wikitext2@2048 first 6`
@@ -369,16 +368,16 @@ def _perplexities(content: dict, run_versions: dict) -> list[Figure]:
             "limit": int(extent.rpartition(" first ")[2]) if " first " in extent else None,
             "computed in": entry.get("computed_in"),
         }
-        facts |= _versions(entry, content, run_versions, LIBRARIES[:2])
+        facts |= _versions(entry, LIBRARIES[:2])
         hash(tuple(facts.values()))  # a list or a dict is no fact
         # a file that is called as a known corpus is not that corpus
         name = corpus if Path(corpus).stem in NAMES else Path(corpus).stem
         ppl = float(entry["ppl_token"])
-        figures.append(Figure("ppl", name, ppl, facts, environment=_scored_by(entry)))
+        figures.append(Figure("ppl", name, ppl, facts, environment=_job(entry)))
     return figures
 
 
-def _tasks(content: dict, run_versions: dict) -> list[Figure]:
+def _tasks(content: dict) -> list[Figure]:
     figures = []
     for key, entry in content["tasks"].items():
         task = str(entry.get("task", key.partition(" first ")[0]))
@@ -387,32 +386,26 @@ def _tasks(content: dict, run_versions: dict) -> list[Figure]:
             "limit": entry.get("limit"),
             "shots": entry.get("shots"),
             "task version": entry.get("version"),
-            "text": entry.get("rows_sha256", entry.get("data_sha256")),
+            "text": entry.get("rows_sha256"),
             "prompts": entry.get("prompts_sha256"),
             "tokenizer": entry.get("tokenizer"),
             "computed in": entry.get("computed_in"),
         }
-        facts |= _versions(entry, content, run_versions, LIBRARIES)
-        facts["lm_eval"] = entry.get("lm_eval", facts["lm_eval"])
+        facts |= _versions(entry, LIBRARIES)
         hash(tuple(facts.values()))
         for kind, metric in _METRICS.items():
             if entry.get(metric) is not None:
                 error = entry.get(f"{metric}_stderr")
                 error = None if error is None else float(error)
                 figure = Figure(kind, task, float(entry[metric]), dict(facts), error)
-                figure.environment = _scored_by(entry)
+                figure.environment = _job(entry)
                 figures.append(figure)
     return figures
 
 
-def _scored_by(entry: dict) -> dict[str, str]:
-    """The job that scored; early versions did not say which."""
-    return _job(entry) if "command" in entry else {}
-
-
-def _versions(entry: dict, content: dict, of_run: dict, names: tuple[str, ...]) -> dict:
-    """Versions of the libraries that compute a figure: the entry's, the file's, or the run's."""
-    own = entry.get("versions") or content.get("versions") or of_run
+def _versions(entry: dict, names: tuple[str, ...]) -> dict:
+    """Versions of the libraries that computed a figure."""
+    own = entry.get("versions") or {}
     return {name: _release(own.get(name)) for name in names}
 
 
@@ -437,15 +430,23 @@ def _job(environment: dict) -> dict[str, str]:
     versions = [f"{k} {v}" for k, v in (environment.get("versions") or {}).items() if v]
     versions += [f"commit {environment['commit']}"] if environment.get("commit") else []
     hardware = environment.get("hardware") or {}
-    machine = [f"{hardware.get('processor')}, {hardware.get('cores')} cores"] if hardware else []
-    machine += hardware.get("cuda") or []
-    ranks = hardware.get("ranks") or 1
-    machine += [f"{ranks} ranks"] if ranks > 1 else []
+    machine = _machine(hardware) if hardware else "unknown"
+    on_cpus = hardware and not hardware.get("cuda")
+    machine += (
+        f", {hardware.get('ranks')} ranks" if on_cpus and hardware.get("ranks", 1) > 1 else ""
+    )
     told = {
         name: str(environment[name]) for name in ("command", "directory") if name in environment
     }
-    told["versions"] = ", ".join(versions) or "unknown"
-    return told | {"machine": ", ".join(machine) or "unknown"}
+    return told | {"versions": ", ".join(versions) or "unknown", "machine": machine}
+
+
+def _machine(hardware: dict) -> str:
+    """What times and memory depend on. Ranks on CPUs share a node's cores, one on a GPU has it."""
+    nodes, cards = hardware.get("nodes") or 1, hardware.get("cuda") or []
+    text = f"{nodes} nodes of " if nodes > 1 else ""
+    text += f"{hardware.get('cores')} cores of {hardware.get('processor')}"
+    return text + (f", {hardware.get('ranks') or 1} x {cards[0]}" if cards else "")
 
 
 def _sparsity(content: dict, result: Result) -> dict:
@@ -466,8 +467,7 @@ def _sizes(folder: Path, stored_as: str, counts: dict | None) -> list[Figure]:
 
     Bit-packed, a matrix is its non-zero values and one bit a weight that says where they stand.
     """
-    files = [f for f in folder.glob("*.safetensors") if f.name != "masks.safetensors"]
-    n_bytes = sum(f.stat().st_size for f in files)
+    n_bytes = sum(f.stat().st_size for f in weight_files(folder))
     if not n_bytes:
         return []
     figures = [Figure("on disk", "", n_bytes)]
@@ -478,12 +478,8 @@ def _sizes(folder: Path, stored_as: str, counts: dict | None) -> list[Figure]:
 
 
 def _costs(done: dict, before: Result | None, environment: dict) -> list[Figure]:
-    """What making the model took, all stages of the run up to it together."""
-    hardware = environment.get("hardware") or {}
-    cards = hardware.get("cuda") or []
-    machine = f"{hardware.get('cores')} cores of {hardware.get('processor')}"
-    ranks = hardware.get("ranks") or 1  # a rank has a card
-    machine += f", {ranks} of {len(cards)} x {cards[0]}" if cards else ""
+    """What making the model took, all stages up to it together."""
+    machine = _machine(environment.get("hardware") or {})
     earlier = {f.kind: f.value for f in before.figures} if before else {}
     for f in before.figures_of("time") if before else ():
         if f.facts["machine"] != machine:
@@ -503,22 +499,18 @@ def _costs(done: dict, before: Result | None, environment: dict) -> list[Figure]
     return figures
 
 
-def _curves(path: Path, recover: dict, done: dict, result: Result) -> None:
+def _curves(run: Path, recover: dict, done: dict, result: Result) -> None:
     """Held-out perplexity over tokens, a line a rung, from `metrics.jsonl`."""
     each = (recover.get("batch") or 0) * (recover.get("length") or 0)
     rungs: dict[str, dict[int, float]] = {}
     try:
-        with open(path) as lines:
-            for line in lines:
-                if '"held_out_ppl"' not in line:
-                    continue
-                entry = json.loads(line)
-                if re.fullmatch(r"recover(/\d+)?", entry["stage"]):
-                    points = rungs.setdefault(entry["stage"], {})
-                    # a job that went back to a checkpoint, or began anew, writes steps again
-                    for step in [s for s in points if s >= entry["step"]]:
-                        del points[step]
-                    points[entry["step"]] = float(entry["value"])
+        for entry in read_metrics(run):
+            if entry["name"] == "held_out_ppl" and re.fullmatch(r"recover(/\d+)?", entry["stage"]):
+                points = rungs.setdefault(entry["stage"], {})
+                # a job that went back to a checkpoint, or began anew, writes steps again
+                for step in [s for s in points if s >= entry["step"]]:
+                    del points[step]
+                points[entry["step"]] = float(entry["value"])
     except (OSError, *_FOREIGN):
         result.status.append("metrics.jsonl cannot be read")
     start = 0

@@ -152,7 +152,10 @@ class SharedLM(HFLM):
 
     def _finite(self, answers: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
         if any(math.isnan(likelihood) for likelihood, _ in answers):
-            raise UserError(f"{self.title}: a score is not finite: the model overflows")
+            raise UserError(
+                f"{self.title}: a score is not finite: the model overflows; check its weights, or "
+                "use one stored in bfloat16 or float32"
+            )
         return answers
 
 

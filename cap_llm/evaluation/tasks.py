@@ -244,7 +244,10 @@ def find_tasks(config: EvaluateConfig, console: Console, fetch: bool = True) -> 
     problems = []
     for name, reason in missing.items():
         if name not in _ROWS:
-            raise UserError(f"task {name} cannot be loaded by lm-eval: {reason}")
+            raise UserError(
+                f"task {name} cannot be loaded by lm-eval: {reason}; leave it out, or give a task "
+                "file"
+            )
         where = f"task {name} cannot be had: no {_wanted(name, folder)}, and {reason}"
         if name in named or not tasks:
             problems.append(where)

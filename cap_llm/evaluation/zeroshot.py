@@ -7,29 +7,27 @@ again. Each rank holds the whole model and takes its share of the requests.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import EvaluateConfig
+from cap_llm.evaluation.results import earlier, job
 from cap_llm.evaluation.tasks import SETS, Task, members, prompts_digest
 from cap_llm.models.blocks import model_class
 from cap_llm.models.checkpoint import config_dict
+from cap_llm.models.source import load_whole
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.files import write_json
 from cap_llm.runtime.world import World
 from cap_llm.text.tokenizers import load_tokenizer
 
 FILE = "zeroshot.json"
-JOB = ("command", "directory", "versions", "commit", "hardware")  # of a run's environment.json
 
 
 def score_tasks(
@@ -48,7 +46,7 @@ def score_tasks(
         folder: the model.
         tasks: what to score, see `find_tasks`.
         config: the limit, the batch size, and the sets that means are wanted of.
-        facts: what the file says of the model besides (`model`, `stage`), and the job.
+        facts: what the file says of the model besides, and of the job; see `results.facts_of`.
         path: the file that is written after each task, and read for what it holds already.
         world: the ranks.
         console: where progress goes.
@@ -62,8 +60,9 @@ def score_tasks(
         UserError: the model gives no next-token logits, is damaged, or does not fit.
     """
     check_causal(folder)
-    weights = world.gather(weights_digest(folder) if world.first else None)[0]
-    results = world.gather(_earlier(path, weights, console) if world.first else None)[0]
+    # a shared file system may show ranks different things
+    known = earlier(path, ("tasks", "means"), facts, console) if world.first else None
+    results = world.gather(known)[0]
     stage = f"{facts['stage']}: " if "stage" in facts else ""
     lm = None
     with tempfile.TemporaryDirectory(prefix="cap-llm-tasks-") as scratch:
@@ -94,18 +93,13 @@ def score_tasks(
             results["tasks"][key] = entry
             results["means"] |= means(results["tasks"], config)
             if world.first and path:
-                write_json(path, facts | {"weights_sha256": weights} | results)
+                write_json(path, facts | results)
     for name, mean in means(results["tasks"], config).items():
         part = f", partial: without {', '.join(mean['missing'])}" if mean["partial"] else ""
         console.say(
             f"{stage}{name}: mean acc {mean['acc']:.4f} of {len(mean['tasks'])} tasks{part}"
         )
     return results
-
-
-def job(facts: dict) -> dict:
-    """What an entry keeps of the job that scored it: a later job may add to the same file."""
-    return {name: facts[name] for name in JOB if name in facts}
 
 
 def means(entries: dict[str, dict], config: EvaluateConfig) -> dict[str, dict]:
@@ -149,33 +143,8 @@ def check_causal(folder: Path) -> None:
         )
 
 
-def weights_digest(folder: Path) -> str:
-    """A checksum of a model directory's weights."""
-    sha = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        if path.name != "masks.safetensors":
-            with open(path, "rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
-    return sha.hexdigest()[:16]
-
-
 def _suffix(config: EvaluateConfig) -> str:
     return f" first {config.limit}" if config.limit else ""
-
-
-def _earlier(path: Path | None, weights: str, console: Console) -> dict:
-    """What the file holds of these weights."""
-    empty = {"tasks": {}, "means": {}}
-    if path is None or not path.exists():
-        return empty
-    earlier = read_json(path)
-    try:
-        if earlier["weights_sha256"] == weights:
-            return {name: {k: dict(v) for k, v in earlier[name].items()} for name in empty}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path} holds no zero-shot scores; remove it") from None
-    console.say(f"{path} scores other weights; it will be written anew")
-    return empty
 
 
 def _open(folder: Path, tokenizer: str | None, batch_size: int, world: World, console: Console):
@@ -183,23 +152,8 @@ def _open(folder: Path, tokenizer: str | None, batch_size: int, world: World, co
     from cap_llm.evaluation.scorer import SharedLM, quiet
 
     quiet()
-    disable_progress_bar()
     reader = load_tokenizer(tokenizer or str(folder), config_dict(folder).get("vocab_size"))
-    try:
-        model, info = model_class(folder).from_pretrained(
-            folder,
-            dtype=torch.float32 if world.device.type == "cpu" else "auto",
-            output_loading_info=True,
-        )
-    except Exception as error:  # every kind of damage shows in a way of its own
-        raise UserError(
-            f"{folder} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
-        ) from None
-    if info["missing_keys"]:  # transformers would invent them
-        raise UserError(
-            f"{folder} lacks weights, {sorted(info['missing_keys'])[0]} among them; get the model "
-            "again"
-        )
+    model = load_whole(folder, dtype="float32" if world.device.type == "cpu" else "auto")
     return SharedLM(model.to(world.device).eval(), reader, batch_size, world, console)
 
 

@@ -30,6 +30,7 @@ _NOT_COPIED = {"sparsity.json", "recipe.json", "done.json", "perplexity.json"} |
     "calibration.json",
     "rung.json",
     "recovery.json",
+    "inputs.json",
 }
 
 DTYPES = {
@@ -168,15 +169,24 @@ class ShardWriter:
 
 def fingerprint(folder: Path) -> str | None:
     """What tells one model directory from another: 64 samples of each shard; None without one."""
-    sha, shards = hashlib.sha256(), _weight_files(folder)
-    for path in shards:
+    sha, files = hashlib.sha256(), weight_files(folder)
+    for path in files:
         n_bytes = path.stat().st_size
         sha.update(f"{path.name} {n_bytes}".encode())
         with open(path, "rb") as file:
             for at in range(0, n_bytes, max(2**14, n_bytes // 64)):
                 file.seek(at)
                 sha.update(file.read(2**14))
-    return sha.hexdigest()[:16] if shards else None
+    return sha.hexdigest()[:16] if files else None
+
+
+def weights_digest(folder: Path) -> str:
+    """A checksum of all of a model directory's weights: scores are of these and no others."""
+    sha = hashlib.sha256()
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:16]
 
 
 def has_weights(folder: Path, world: World) -> bool:
@@ -184,7 +194,7 @@ def has_weights(folder: Path, world: World) -> bool:
 
     As the first rank sees it: a shared file system may show ranks different things.
     """
-    return world.gather(bool(_weight_files(folder)))[0]
+    return world.gather(bool(weight_files(folder)))[0]
 
 
 def can_be_streamed(folder: Path) -> bool:
@@ -192,9 +202,13 @@ def can_be_streamed(folder: Path) -> bool:
     return any((folder / name).exists() for name in (INDEX, SINGLE))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """A model directory's weights; none without an index, where a removal of shards was killed."""
-    return sorted(folder.glob("model*.safetensors")) if can_be_streamed(folder) else []
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model directory's weights, as transformers finds them.
+
+    Shards without an index are none: a removal of them was killed.
+    """
+    name = "model*.safetensors" if can_be_streamed(folder) else "pytorch_model*.bin"
+    return sorted(folder.glob(name))
 
 
 def remove_weights(folder: Path) -> None:

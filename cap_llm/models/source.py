@@ -7,12 +7,13 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
 from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, can_be_streamed, config_dict, has_weights
+from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import Run
 from cap_llm.text.corpora import offline
@@ -91,8 +92,8 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
 
     The first is what the stage before it made in this run directory, now or in an earlier job;
     without one, the run's model. The second is then `model.dense`, or the run's model where the
-    first was made of it here (and is kept). Else recover takes its teacher for it or, without one,
-    the run's model where that climbs a ladder and has no masks yet.
+    first was made of it here (and is kept), or is not pruned yet and about to climb a ladder. Else
+    recover takes its teacher for it.
 
     Raises:
         UserError: nothing says which model is the dense one.
@@ -102,12 +103,14 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     if config.model.dense:
         return start, further_model("model.dense", config.model.dense, run)
     recovers = stage == "recover"
-    dense_is_here = start is not source and has_weights(source, run.world)
+    if start is not source:
+        dense_is_here = has_weights(source, run.world)
+    else:
+        climbs = recovers and bool(config.recover.ladder)
+        dense_is_here = climbs and not Masks(source, run.world)
     if recovers and config.recover.teacher and not dense_is_here:
         return start, further_model("recover.teacher", config.recover.teacher, run)
-    pruned = (source / "masks.safetensors").exists()
-    climbs = recovers and bool(config.recover.ladder)
-    if start is source and (pruned or not climbs):
+    if start is source and not dense_is_here:
         raise UserError(
             f"{stage} starts from {source}, and nothing says what it was pruned from: name the "
             f"dense model with --model.dense, or let --stages begin with oneshot"
@@ -136,23 +139,7 @@ def convert(source: Path, folder: Path) -> None:
     """
     where = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
     root = str(source.parent if where else source)
-    disable_progress_bar()
-    try:
-        model, info = model_class(source).from_pretrained(
-            root, dtype="float32" if where else "auto", output_loading_info=True, **where
-        )
-    except UserError:
-        raise
-    except Exception as error:  # every format fails in a way of its own
-        raise UserError(
-            f"{source} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
-        ) from None
-    if info["missing_keys"]:
-        # transformers would invent them
-        raise UserError(
-            f"{source} lacks {len(info['missing_keys'])} of the weights that its config.json asks "
-            f"for, {sorted(info['missing_keys'])[0]} among them; get the model again"
-        )
+    model = load_whole(source, dtype="float32" if where else "auto", **where)
     # transformers marks a de-quantised GGUF model as quantised still, and refuses to save it
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
@@ -166,6 +153,31 @@ def convert(source: Path, folder: Path) -> None:
         wanted = any(file.match(pattern) for pattern in _CONFIG_FILES)
         if wanted and not file.name.endswith(".index.json") and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+
+
+def load_whole(source: Path, **options) -> PreTrainedModel:
+    """A model in memory, read by transformers with `options`.
+
+    Raises:
+        UserError: transformers cannot read it, or it lacks weights.
+    """
+    disable_progress_bar()
+    folder = source.parent if "gguf_file" in options else source
+    try:
+        kind = model_class(source)
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # every kind of damage shows in a way of its own
+        raise UserError(
+            f"{source} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
+        ) from None
+    if info["missing_keys"]:  # transformers would invent them
+        raise UserError(
+            f"{source} lacks {len(info['missing_keys'])} of the weights that its config.json asks "
+            f"for, {sorted(info['missing_keys'])[0]} among them; get the model again"
+        )
+    return model
 
 
 def _download(config: ModelConfig, download: bool) -> Path | None:

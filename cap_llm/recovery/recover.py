@@ -42,7 +42,8 @@ from cap_llm.recovery.units import Encoder
 from cap_llm.runtime.console import duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
-from cap_llm.runtime.rundir import Run, peak_memory
+from cap_llm.runtime.peaks import forget, highest, peaks
+from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.trackers import TensorBoard, Wandb
 from cap_llm.text.packing import PackedText
 from cap_llm.text.reading import Texts
@@ -72,6 +73,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         run.console.say(f"recover: done already, in {folder}")
         return folder
     settings, world = config.recover, run.world
+    forget()
     engines.start(world)
     teacher = dense
     if settings.teacher:
@@ -101,10 +103,9 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         student = work.climb(student, rung, n, len(rungs), target, texts)
     work.close()
     seconds = time.monotonic() - work.began
-    peak = max(world.gather(peak_memory()))
     summary = {
         "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak,
+        **highest(work.records),
         "calibration": texts.origin if rungs else None,
         "recovery": text.origin,
         "tokens": settings.passed * settings.length,
@@ -169,8 +170,9 @@ class _Recovery:
                 )
 
     def keep_settings(self) -> None:
-        """Writes the DeepSpeed settings as used to the run directory."""
+        """Writes the DeepSpeed settings as used to the run directory, and what the teacher is."""
         if self.world.first:
+            write_json(self.folder / "inputs.json", {"teacher_is_dense": self._taught_by_dense})
             write_json(self.run.path / "ds_config.json", self.student_ds)
             if self.teacher_ds:
                 write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
@@ -245,6 +247,7 @@ class _Recovery:
             "held_out_ppl": {str(k): round(v, 4) for k, v in held_out.items()},
             "dense_held_out_ppl": self._dense_ppl,
             "stage_seconds": round(time.monotonic() - self.began, 2),
+            **highest(self.world.gather(peaks())),
         } | summary
         if self.world.first:
             write_json(record_file, record)
@@ -303,10 +306,14 @@ class _Recovery:
         return recipe | {"at_once": at_once}
 
     @property
+    def _taught_by_dense(self) -> bool:
+        """Whether the teacher that was named is also what the student was pruned from."""
+        return bool(self.settings.teacher) and self.dense == self.teacher
+
+    @property
     def _measure(self) -> str:
         """What the held-out perplexity is compared with."""
-        named = self.settings.teacher and self.dense == self.teacher
-        return "the teacher" if named else "the dense model"
+        return "the teacher" if self._taught_by_dense else "the dense model"
 
     @property
     def _online(self) -> bool:

@@ -23,7 +23,8 @@ from cap_llm.recovery.zeros import ZeroKeeper, keep_zeros
 from cap_llm.runtime.console import size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
-from cap_llm.runtime.rundir import Run, peak_memory
+from cap_llm.runtime.peaks import peaks
+from cap_llm.runtime.rundir import Run
 from cap_llm.text.packing import PackedText
 
 MOST_OVERFLOWS = 40  # steps in a row: more than DeepSpeed's scale can be halved from 2^32
@@ -117,9 +118,7 @@ def train(job: Job, config: RecoverConfig, run: Run):
             seconds += time.monotonic() - start
             tokens += config.batch * config.length
             figures |= {"lr": learning_rate(step - 1, config), "tokens_a_second": tokens / seconds}
-            figures["memory_bytes"] = peak_memory()
-            if world.device.type == "cuda":
-                figures["cuda_bytes"] = torch.cuda.max_memory_allocated()
+            figures |= peaks()
             run.metric(job.stage, step, figures)
             judged = max(job.held_out)
             held_out = f"ppl {job.held_out[judged]:.2f} at step {judged}"
@@ -316,6 +315,6 @@ def _line(figures: dict[str, float]) -> str:
     shown = [f"loss {figures['loss']:.4f}", f"{figures['tokens_a_second']:,.0f} tokens/s"]
     norm = f"norm {figures['grad_norm']:.3f}" if "grad_norm" in figures else "overflow, left out"
     shown += [f"lr {figures['lr']:.1e}", norm]
-    shown += [size(figures.get("cuda_bytes", figures["memory_bytes"]))]
+    shown += [size(figures.get("peak_cuda_bytes", figures["peak_memory_bytes"]))]
     parts = [f"{name} {figures[name]:.4f}" for name in ObjectiveConfig.TERMS if name in figures]
     return "  ".join(shown + parts)

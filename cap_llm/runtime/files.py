@@ -83,3 +83,13 @@ def read_json(path: Path):
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`: `stage`, `step`, `name`, `value`, `time`."""
+    path, lines = run / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        # one may be being written, or was when its writer was killed
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines

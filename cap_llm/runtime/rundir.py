@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shlex
 import signal
 import subprocess
@@ -214,23 +213,11 @@ def environment(world: World) -> dict:
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "cuda": cards if world.device.type == "cuda" else [],
+            "nodes": world.nodes,
             "ranks": world.size,
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def peak_memory() -> int:
-    """Most bytes of main memory that this process has held at once.
-
-    From the kernel's own mark, where there is one: `getrusage` also counts what the launcher held
-    before this program was started in its place.
-    """
-    try:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _version(package: str) -> str | None:

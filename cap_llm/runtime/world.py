@@ -65,6 +65,11 @@ class World:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
 
+    @property
+    def nodes(self) -> int:
+        """The machines that the ranks are on."""
+        return len({host for host, _ in self._places}) or 1
+
     def share(self, n: int) -> range:
         """The items of 0..n-1 that belong to this rank; shares differ by one item at most."""
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)

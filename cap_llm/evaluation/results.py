@@ -1,0 +1,48 @@
+"""What every file of scores says besides them, and which of its scores still count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cap_llm.config import Config
+from cap_llm.models.checkpoint import weights_digest
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json
+from cap_llm.runtime.rundir import environment
+from cap_llm.runtime.world import World
+
+_JOB = ("command", "directory", "versions", "commit", "hardware")  # of `environment`
+
+
+def facts_of(folder: Path, config: Config, world: World) -> dict:
+    """Which model a directory holds, by name and weights, and who scores it on what."""
+    weights = world.gather(weights_digest(folder) if world.first else None)[0]
+    return {"model": config.model.path, "weights_sha256": weights} | environment(world)
+
+
+def job(facts: dict) -> dict:
+    """What an entry keeps of the job that scored it: a later job may add to the same file."""
+    return {name: facts[name] for name in _JOB if name in facts}
+
+
+def earlier(
+    path: Path | None, parts: tuple[str, ...], facts: dict, console: Console
+) -> dict[str, dict[str, dict]]:
+    """The entries that a file of scores holds of the weights that `facts` names, for each part.
+
+    Raises:
+        UserError: it is another kind of file.
+    """
+    nothing: dict[str, dict] = {part: {} for part in parts}
+    if path is None or not path.exists():
+        return nothing
+    content = read_json(path)
+    try:
+        found = {part: {k: dict(v) for k, v in content[part].items()} for part in parts}
+        if content["weights_sha256"] == facts["weights_sha256"]:
+            return found
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} holds no scores as this version writes them; remove it") from None
+    console.say(f"{path} scores other weights; it will be written anew")
+    return nothing
