@@ -311,18 +311,21 @@ def test_a_killed_rank_is_named_and_the_code_is_true(long, tmp_path):
 
 
 WATCHED = """
-import sys, time
+import os, signal, sys, time
 from cap_llm.runtime import watch
-watch.BEAT, watch.LOST, watch.HALT = 0.2, 2.0, 2.0
+watch.BEAT, watch.GONE, watch.LOST, watch.HALT = 0.2, 1.0, 4.0, 2.0
 from cap_llm.runtime.world import World
 world = World("cpu")
-print(f"rank {world.rank} is {__import__('os').getpid()}", flush=True)
+print(f"rank {world.rank} is {os.getpid()}", flush=True)
 if sys.argv[1] == "work":  # one rank is busy for longer than any limit, the other one waits for it
     time.sleep(6 if world.first else 0)
     world.barrier()
 elif sys.argv[1] == "halt":  # both wait, but not for the same
     with world.bounded("step 3"):
         time.sleep(3600) if world.first else world.barrier()
+elif sys.argv[1] == "gone":  # what a wait for a GPU is like: nothing breaks, no signal is heard
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(3600) if world.first else os._exit(1)
 else:
     world.barrier() if world.first else time.sleep(3600)
 world.close()
@@ -334,6 +337,7 @@ world.close()
     [
         ("work", None),
         ("halt", "no rank gets on: rank 0 at step 3, rank 1 at a barrier"),
+        ("gone", r"rank 1 (process "),
         ("vanish", "rank 1 has not been heard of"),
         ("silence", "rank 0 has not been heard of"),  # the launcher holds the ranks' store
     ],

@@ -120,8 +120,10 @@ class ActivationCache:
 
     def _assign(self, n_bytes: int) -> str:
         for place, left in self._left.items():
-            if n_bytes <= left:
-                self._left[place] -= n_bytes
+            # of pinned memory torch takes a power of two
+            taken = 1 << (n_bytes - 1).bit_length() if place == "host" and n_bytes else n_bytes
+            if taken <= left:
+                self._left[place] -= taken
                 return place
         return "disk"
 

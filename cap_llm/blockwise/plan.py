@@ -98,6 +98,14 @@ def check_everything(
                 plan_second_prune(Masks(located, world), model, config)
         except NamesDiffer:  # those are converted, and looked at again
             copied = n_bytes
+    if "evaluate" in config.stages and config.evaluate.tasks and world.device.type == "cuda":
+        card = torch.cuda.get_device_properties(world.device).total_memory
+        if n_bytes > card:
+            raise UserError(
+                f"evaluate.tasks need the whole model on each card: {located} has {size(n_bytes)}, "
+                f"a card {size(card)}; score perplexity alone (--evaluate.tasks []), which streams "
+                "the model"
+            )
     made = [stage for stage in BLOCKWISE if stage in config.stages]
     estimate = _estimate(model, n_bytes, made, config, world)
     estimate["disk"] += copied
@@ -107,7 +115,7 @@ def check_everything(
     if estimate["activations"]:
         text += f", of the memory {size(estimate['activations'])} for activations"
     if predict:
-        rate = EFFICIENCY * matrix_rate(world.device) * world.size
+        rate = attained_rate(world.device, torch.float32) * world.size
         text += f", time {duration(estimate['flops'] / rate)}"
         if "evaluate" in config.stages and config.evaluate.tasks:
             text += " and the zero-shot tasks"
@@ -294,9 +302,10 @@ def _second_moments(block: nn.Module) -> int:
     return sum(c * c for c in columns.values())
 
 
-def matrix_rate(device: torch.device) -> float:
-    """Operations a second of a float32 matrix product on this machine."""
-    a = torch.randn(1024, 1024, device=device)
+def attained_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second that work in a type attains here: its share of bare matrix products'."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
     product = a @ a
     start, n = time.perf_counter(), 0
     while time.perf_counter() - start < 0.5:
@@ -304,4 +313,4 @@ def matrix_rate(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         n += 1
-    return 2 * 1024**3 * n / (time.perf_counter() - start)
+    return EFFICIENCY * 2 * size**3 * n / (time.perf_counter() - start)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cap_llm.blockwise.plan import check_disk, matrix_rate, positions_of
+from cap_llm.blockwise.plan import attained_rate, check_disk, positions_of
 from cap_llm.config import Config, ModelConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
 from cap_llm.models.checkpoint import config_dict
@@ -66,7 +66,8 @@ def check_recovery(
     check_disk(disk, ["recover"], config)
     text = f"about {size(memory)} a rank, disk {size(disk)}"
     if predict:
-        text += f", {duration(flops / matrix_rate(world.device) / world.size)}"
+        rate = attained_rate(world.device, engines.compute_dtype(settings, world)) * world.size
+        text += f", time {duration(flops / rate)}"
     console.say(f"estimate of recover: {text}")
 
 

@@ -8,10 +8,12 @@ under a ZeRO-3 student the teacher is sharded too, and both are sharded while th
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import socket
+import sys
 import warnings
 from pathlib import Path
 
@@ -71,7 +73,14 @@ def student_settings(settings: RecoverConfig, world: World) -> dict:
         raise UserError(
             "recover.dtype float16 is not trained on CPUs by DeepSpeed; use bfloat16 or float32"
         )
-    return _resolve(name, "recover.deepspeed", settings, world, trains=True)
+    resolved = _resolve(name, "recover.deepspeed", settings, world, trains=True)
+    if settings.dtype == "float16" and stage_of(resolved) == 0:
+        # 0.19.8 divides gradients by a loss scale that it has not multiplied the loss by
+        raise UserError(
+            f"recover.deepspeed {name} is ZeRO-0, under which DeepSpeed does not train float16 as "
+            "it should: give zero1, zero2 or zero3, or --recover.dtype bfloat16"
+        )
+    return resolved
 
 
 def teacher_settings(settings: RecoverConfig, world: World, student: dict) -> dict | None:
@@ -142,6 +151,44 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
         # At stage 0 in 16 bits that step would shift the bias corrections of all to come by one.
         state["step"].zero_()
     return engine
+
+
+def release(engine) -> None:
+    """Lets go of an engine and of all its memory.
+
+    After DeepSpeed 0.19.8's `destroy` a global list still holds the module of a ZeRO-3 engine, a
+    cache of one of its methods the submodules, and hooks of these the engine: each rung would leave
+    its shards, master weights, moments and buffers behind.
+    """
+    module = engine.module
+    optimizers = [getattr(engine, name, None) for name in ("optimizer", "basic_optimizer")]
+    engine.destroy()
+    shards = [p for p in module.parameters() if hasattr(p, "ds_tensor")] if module else []
+    if shards:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        FWD_MODULE_STACK[:] = [other for other in FWD_MODULE_STACK if other is not module]
+        for p in shards:
+            p.data = p.ds_tensor.data = torch.empty(0)
+            vars(p).pop("_z3_optimizer", None)
+        for optimizer in filter(None, optimizers):
+            vars(optimizer).clear()
+    gc.collect()
+
+
+def restore_linear() -> None:
+    """Takes back the linear that ZeRO-3 puts in the place of torch's, which outlives its engines.
+
+    It adds a bias after the product is rounded, so that in 16 bits a model's outputs would depend
+    on what the process has done before. The next engine that is sharded puts it there again.
+    """
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.zero.partition_parameters import (
+            InsertPostInitMethodToModuleSubClasses as Patched,
+        )
+
+        functional = torch.nn.functional
+        functional.linear = getattr(Patched, "linear_bk", functional.linear)
 
 
 def gathered(parameters):

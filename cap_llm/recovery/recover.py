@@ -11,7 +11,6 @@ recover/                 the recovered model directory; done.json is written las
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import shutil
 import tempfile
@@ -285,9 +284,7 @@ class _Recovery:
         engine, summary = train(job, config, self.run)
         self.began = job.began
         export(engine, job.student, target, masks, self.world)
-        engine.destroy()
-        del engine
-        gc.collect()
+        engines.release(engine)
         return summary
 
     def _checkpoints(self, rung: int | str) -> Path:
@@ -323,9 +320,8 @@ class _Recovery:
     def close(self) -> None:
         """Lets go of the teacher."""
         if self._teacher is not None:
-            self._teacher.destroy()
+            engines.release(self._teacher)
             self._teacher = None
-            gc.collect()
 
     def _contrasts(self, n: int) -> Contrasts:
         """The contrasts of rung `n` that are on, their banks filled as far as it needs them."""
@@ -402,8 +398,7 @@ class _Recovery:
             return
         engine = engines.load_teacher(model, self.teacher_ds, self.settings, self.world)
         self._fill(contrasts, bank, engine, title, contrasts.share)
-        engine.destroy()
-        gc.collect()
+        engines.release(engine)
 
     def _finetuned(self) -> Path:
         """The fine-tuned model: given, or the dense one trained on the recovery text."""
@@ -450,6 +445,7 @@ class _Recovery:
 
     def _held_out_perplexity(self, folder: Path) -> float:
         """Of a directory's model, a block in memory at a time."""
+        engines.restore_linear()
         run, text = self.run, self.text
         dtype = engines.compute_dtype(self.settings, self.world)
         with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:

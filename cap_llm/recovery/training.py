@@ -200,15 +200,12 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
                 # stage 0 in fp32: DeepSpeed clips without saying what the norm was
                 gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
                 norm = torch.nn.utils.get_total_norm(gradients).item()
-            scale = getattr(engine.optimizer, "loss_scale", 1.0)  # before the step changes it
             engine.step()
         except Exception as error:
             if "scale" in str(error) and "minimum" in str(error):
                 raise _overflow(step) from None
             raise
     norm = engine.get_global_grad_norm() if norm is None else norm
-    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":  # stage 0: of the scaled loss
-        norm /= scale
     figures = dict(zip(parts, (total / n_micro).tolist(), strict=True))
     if 0 <= norm < math.inf:
         job.overflows = 0
@@ -219,7 +216,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
             f"this batch are {batch.tolist()}. Nothing of this step was kept: lower --recover.lr, "
             "or go on from the last checkpoint with --recover.dtype float32"
         )
-    # DeepSpeed lowers its scale, but not a fixed one, and at stage 0 it never says where that ends
+    # DeepSpeed lowers its scale, but not a fixed one
     job.overflows += 1
     if job.overflows >= MOST_OVERFLOWS:
         raise _overflow(step)

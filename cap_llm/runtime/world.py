@@ -38,26 +38,34 @@ class World:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("highest")  # no TF32 in Hessians and solvers
         else:
-            if "OMP_NUM_THREADS" not in os.environ:
-                # Ranks of one node share its cores; more threads than cores slow all of them down.
-                cores = len(os.sched_getaffinity(0))
-                torch.set_num_threads(max(1, cores // ranks_on_node()))
             _reuse_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks of one node share its cores; more threads than cores slow all of them down. On
+            # GPUs too, where an offloaded optimizer steps on the cores.
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // ranks_on_node()))
         self._owns_group = False
         if self.size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+            # Ranks may wait for hours for one that converts a large checkpoint; the watch below
+            # tells that from a halt.
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
             self._owns_group = True
         self._watch = Watch(self.rank, self.size) if self.size > 1 else None
         # who is where; and all watches have begun
-        self._places = self.gather((socket.gethostname(), os.getpid()))
+        me = psutil.Process()
+        self._places = self.gather((socket.gethostname(), me.pid, me.create_time()))
+        # Of this node's ranks those that can be seen: containers may hide them from each other.
+        self._seen = [rank for rank in self._here() if self._lives(rank)]
+        if self._watch:
+            self._watch.gone = self.lost
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
         """A world of this process only, whatever launched it; changes no global state."""
         world = cls.__new__(cls)
         world.rank, world.size, world.device, world._owns_group = 0, 1, device, False
-        world._watch, world._places = None, []
+        world._watch, world._places, world._seen = None, [], []
         return world
 
     @property
@@ -68,7 +76,7 @@ class World:
     @property
     def nodes(self) -> int:
         """The machines that the ranks are on."""
-        return len({host for host, _ in self._places}) or 1
+        return len({host for host, *_ in self._places}) or 1
 
     def share(self, n: int) -> range:
         """The items of 0..n-1 that belong to this rank; shares differ by one item at most."""
@@ -137,12 +145,20 @@ class World:
 
     def lost(self) -> list[str]:
         """Ranks of this node whose process is no more, as a person is told of them."""
+        lost = [(rank, *self._places[rank]) for rank in self._seen if not self._lives(rank)]
+        return [f"rank {rank} (process {pid} on {host})" for rank, host, pid, _ in lost]
+
+    def _here(self) -> list[int]:
         here = socket.gethostname()
-        return [
-            f"rank {rank} (process {pid} on {host})"
-            for rank, (host, pid) in enumerate(self._places)
-            if host == here and not _lives(pid)
-        ]
+        return [rank for rank, (host, *_) in enumerate(self._places) if host == here]
+
+    def _lives(self, rank: int) -> bool:
+        _, pid, born = self._places[rank]
+        try:
+            process = psutil.Process(pid)
+            return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     def close(self) -> None:
         """Ends the process group, if this object started it, once all ranks are here."""
@@ -159,13 +175,6 @@ def ranks_on_node() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 1
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _reuse_freed_memory() -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
 from launches import CPU
@@ -98,18 +99,11 @@ def test_what_was_loaded_counts_its_steps_by_itself():
     assert [Engine.basic_optimizer.state[p]["step"].item() for p in weights] == [6, 6, 6]
 
 
-class FP16_UnfusedOptimizer:  # by DeepSpeed's name
-    """Stage 0 in float16: halves its scale down to 1 and never says that it is there."""
-
-    param_groups = ({},)
-    loss_scale = 2.0**16
-
-
 class HalfEngine:
-    """Steps whose scaled gradients have the given norms."""
+    """Steps whose gradients have the given norms."""
 
     def __init__(self, norms):
-        self.optimizer, self.norms = FP16_UnfusedOptimizer(), iter(norms)
+        self.optimizer, self.norms = SimpleNamespace(param_groups=({},)), iter(norms)
 
     def __call__(self, ids, teacher, head):
         one = torch.ones((), requires_grad=True)
@@ -120,8 +114,6 @@ class HalfEngine:
 
     def step(self):
         self.norm = next(self.norms)
-        if self.norm == float("inf"):
-            self.optimizer.loss_scale = max(1.0, self.optimizer.loss_scale / 2)
 
     def get_global_grad_norm(self):
         return self.norm
@@ -139,12 +131,23 @@ def half_steps(norms, n: int) -> list[dict]:
 
 def test_float16_steps_that_overflow_are_left_out_until_there_are_too_many():
     inf = float("inf")
-    steps = half_steps([inf, inf, 2.0**14, 2.0**15], 4)  # the loss is scaled by 2^14 after two
+    steps = half_steps([inf, inf, 1.0, 2.0], 4)
     assert [step.get("grad_norm") for step in steps] == [None, None, 1.0, 2.0]
     nearly = [inf] * (MOST_OVERFLOWS - 1) + [1.0]
     half_steps(nearly + nearly, 2 * MOST_OVERFLOWS)
     with pytest.raises(UserError, match="overflows in float16 at every loss scale"):
         half_steps([inf] * MOST_OVERFLOWS, MOST_OVERFLOWS)
+
+
+def test_float16_without_zero_is_refused(monkeypatch):
+    """DeepSpeed would divide gradients by a scale that it has not multiplied the loss by."""
+    monkeypatch.setattr(deepspeed.runtime.config, "DeepSpeedConfig", lambda content: None)
+    on_gpu = World.alone(torch.device("cuda"))
+    for stage in (1, 2, 3):
+        settings = RecoverConfig(deepspeed=f"zero{stage}", dtype="float16")
+        assert engines.student_settings(settings, on_gpu)["fp16"]["enabled"] is True
+    with pytest.raises(UserError, match=r"zero0 is ZeRO-0.*give zero1, zero2 or zero3"):
+        engines.student_settings(RecoverConfig(deepspeed="zero0", dtype="float16"), on_gpu)
 
 
 def test_what_a_deepspeed_file_leaves_out_is_the_recipes(tmp_path):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import shutil
@@ -165,9 +166,11 @@ def edit(case: dict) -> str | None:
 
 def run_case(case: dict, console: Console) -> dict:
     """What a case ends with: an error for users, a stop, or anything else (`traceback`)."""
-    outcome = {"error": None, "stopped": None, "traceback": edit(case)}
+    outcome = {"error": None, "stopped": None, "traceback": edit(case), "left": None}
     if outcome["traceback"]:
         return outcome
+    zero3 = "zero3" in case["args"]  # whose engines DeepSpeed does not let go of by itself
+    before = tensor_bytes() if zero3 else 0
     try:
         with contextlib.ExitStack() as patches:
             for name, *args in case["patches"]:
@@ -175,6 +178,7 @@ def run_case(case: dict, console: Console) -> dict:
             config, config_yaml, _ = command_line.read_config(case["args"])
             config.check()
             train.pipeline(config, config_yaml, console)
+        outcome["left"] = tensor_bytes() - before if zero3 else None
     except UserError as error:
         outcome["error"] = str(error)
     except Stopped as stopped:
@@ -182,6 +186,14 @@ def run_case(case: dict, console: Console) -> dict:
     except Exception:
         outcome["traceback"] = traceback.format_exc()
     return outcome
+
+
+def tensor_bytes() -> int:
+    """Of all tensors of this process that anything still holds."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def main(folder: Path) -> None:
