@@ -574,7 +574,7 @@ class Config:
     output_dir: str = ""
     """The run directory. The same command goes on where an earlier one stopped."""
     name: str = ""
-    """What the report calls this run. Default: made from the method and the pattern."""
+    """What the report calls this run. Default: what was done, as in "SparseGPT 50 % + recovery"."""
     stages: list[Literal["oneshot", "sds", "reconstruct", "recover", "evaluate"]] = field(
         default_factory=lambda: ["oneshot", "evaluate"]
     )
@@ -667,29 +667,6 @@ class Config:
             if earlier in self.stages or done.exists():
                 return earlier
         return None
-
-    @property
-    def title(self) -> str:
-        """What the report calls this run."""
-        if self.name:
-            return self.name
-        names = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
-        later = [names[stage] for stage in self.stages if stage in names]
-        if "oneshot" not in self.stages:
-            return " + ".join(later) or "dense"
-        o = self.oneshot
-        amount = o.pattern if ":" in o.pattern else f"{100 * o.amount:g} %"
-        return " ".join(
-            [o.method, *(["+ refit"] if o.refit else []), amount]
-            + (["row"] if o.pattern == "row" else [])
-            + (["OWL"] if o.budget == "owl" else [])
-            + [f"+ {name}" for name in later]
-        )
-
-    def title_beside(self, done: list[str]) -> str:
-        """What the report calls this run, of whose stages earlier jobs have `done` some."""
-        stages = [stage for stage in STAGES if stage in (*self.stages, *done)]
-        return dataclasses.replace(self, stages=stages).title
 
     def recipe(self, stage: str) -> dict:
         """All settings that the result of a stage depends on."""

@@ -67,8 +67,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         run = Run(config.output_dir, world, console)
         for stage in ("dense", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
-        title = config.title_beside(run.done)
-        run.describe(title, config_yaml)
+        run.describe(config.name, config_yaml)
         source = prepare(located, config.model, run)
         if source != located:
             check(source, config, console, world)
@@ -94,7 +93,9 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             drop(source, world)
         world.barrier()
         if world.first:
-            page = write_report(collect(run.path), run.path, title, console)
+            results = collect(run.path)
+            title = config.name or results[-1].name
+            page = write_report(results, run.path, title, console)
             console.say(f"report: {page}")
     except BaseException as error:
         with held_back():  # the launcher ends all ranks once one has failed

@@ -193,9 +193,7 @@ def test_a_model_of_which_layers_stay_dense_is_not_the_best_of_its_amount(copy):
 
 
 def test_a_run_that_nobody_named_is_called_by_what_was_done(copy):
-    run = copy("a")
-    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"name": ""}
-    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    run = copy("a", named(""))
     shutil.copytree(run / "oneshot", run / "recover")
     (run / "recover" / "recipe.json").write_text(
         json.dumps({"model": {}, "start": "oneshot", "recover": {}})
@@ -226,11 +224,11 @@ def test_a_model_of_another_run_keeps_its_history(copy):
     scores = {"dense": 20.0, "oneshot": 40.0}
     first = copy("a", {f"{s}/perplexity.json": scored(ppl_token=p) for s, p in scores.items()})
     changes = {"oneshot/perplexity.json": scored(ppl_token=25.0)}
-    changes["environment.json"] = lambda c: c.update(directory=str(first.parent))
+    changes["environment.json"] = lambda c: c.update(run="", directory=str(first.parent))
     run = copy("b", changes)
     settings = yaml.safe_load((run / "config.yaml").read_text())
     dense = settings["model"]["path"]
-    settings |= {"model": {"path": "a/oneshot", "dense": dense}, "name": ""}  # from there
+    settings |= {"model": {"path": "a/oneshot", "dense": dense}}  # from there
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     shutil.rmtree(run / "dense")
     (run / "oneshot").rename(run / "reconstruct")
@@ -257,10 +255,10 @@ def test_a_chain_of_runs_is_named_and_measured_by_its_last_pruning(copy):
         ("b", 40.0, {"oneshot": {"method": "alps", "pattern": "unstructured", "sparsity": 0.5}}),
         ("c", 30.0, {"reconstruct": {"lr": 1}}),
     ):
-        run = copy(name, {"oneshot/perplexity.json": scored(ppl_token=figure)})
+        run = copy(name, named("") | {"oneshot/perplexity.json": scored(ppl_token=figure)})
         settings = yaml.safe_load((run / "config.yaml").read_text())
         model = {"path": str(runs[-1] / "oneshot"), "dense": dense}
-        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"model": model, "name": ""}))
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"model": model}))
         (stage,) = recipe
         if stage != "oneshot":
             (run / "oneshot").rename(run / stage)

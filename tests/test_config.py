@@ -186,13 +186,14 @@ def test_the_written_settings_read_back_as_the_same_run(tmp_path, options):
 
 def test_a_pattern_of_half_leaves_no_sparsity_to_give():
     config, _, _ = read_config([*HERE, "--oneshot.pattern", "4:8"])
-    assert config.title == "sparsegpt 4:8"
+    assert config.oneshot.sparsity is None and config.oneshot.amount == 0.5
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "3:4", "2:8", "1:16"])
 def test_any_pattern_can_be_given_without_a_sparsity(tmp_path, pattern):
     config, _, _ = read_config([*HERE, "--oneshot.pattern", pattern])
-    assert config.title == f"sparsegpt {pattern}"
+    n, m = map(int, pattern.split(":"))
+    assert config.oneshot.amount == 1 - n / m
     file = write(tmp_path / "mine.yaml", f"oneshot: {{pattern: '{pattern}'}}\n")
     assert read_config(["--config", file, *HERE])[0].oneshot.pattern == pattern
 
@@ -204,26 +205,6 @@ def test_a_pattern_alone_is_enough_for_the_dataclass():
 
 
 # derived quantities
-
-
-@pytest.mark.parametrize(
-    ("oneshot", "title"),
-    [
-        ({}, "sparsegpt 50 %"),
-        ({"method": "wanda", "sparsity": 0.625}, "wanda 62.5 %"),
-        ({"method": "magnitude", "refit": True}, "magnitude + refit 50 %"),
-        ({"pattern": "row", "sparsity": 0.6}, "sparsegpt 60 % row"),
-        ({"pattern": "2:4"}, "sparsegpt 2:4"),
-        ({"budget": "owl", "sparsity": 0.7}, "sparsegpt 70 % OWL"),
-    ],
-)
-def test_a_run_is_titled_by_its_method_and_amount(oneshot, title):
-    assert Config(oneshot=OneshotConfig(**oneshot)).title == title
-    assert Config(name="mine", oneshot=OneshotConfig(**oneshot)).title == "mine"
-
-
-def test_a_run_without_pruning_is_titled_dense():
-    assert Config(stages=["evaluate"]).title == "dense"
 
 
 @pytest.mark.parametrize(

@@ -304,8 +304,8 @@ def _second_moments(block: nn.Module) -> int:
 
 def attained_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second that work in a type attains here: its share of bare matrix products'."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device).to(dtype)
     product = a @ a
     start, n = time.perf_counter(), 0
     while time.perf_counter() - start < 0.5:
@@ -313,4 +313,4 @@ def attained_rate(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         n += 1
-    return EFFICIENCY * 2 * size**3 * n / (time.perf_counter() - start)
+    return EFFICIENCY * 2 * side**3 * n / (time.perf_counter() - start)

@@ -159,7 +159,7 @@ def _read(folder: Path) -> list[Result]:
     facts = _part(folder / "environment.json", dict, troubles) or {}
     settings = _settings(folder / "config.yaml")
     made = _models(folder, facts, settings)
-    title, dense = _title(facts, folder), _dense(folder, {}, settings, facts)
+    title, dense = str(facts.get("run") or folder.name), _dense(folder, {}, settings, facts)
     nothing = Result(title, "none", folder, dense, environment=_job(facts))
     results = list(made.values()) or [nothing]
     if made and not results[-1].figures_of(*SCORES):
@@ -182,7 +182,6 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
     # conversions of models that came in another format
     stages = [s for s in stages if s != "source" and not s.endswith("-source")]
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
-    title = _title(facts, folder)
     given = _given(settings, facts, folder)
     made: dict[str, Result] = {}
     for stage in stages:
@@ -194,17 +193,13 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
             # A model that came pruned is where this run started, and not the dense one.
             result.name, result.stage, result.method = "given model", "start", "given model"
             result.dense = _dense(folder, settings, settings, facts)
-        elif stage != "dense" and stage == stages[-1] and settings.get("name") != "":
-            result.name = title  # one that nobody named is called by what was done
+        elif stage != "dense" and stage == stages[-1] and facts.get("run"):
+            result.name = str(facts["run"])  # one that nobody named is called by what was done
     return made
 
 
 def _is_run(path: Path) -> bool:
     return (path / "environment.json").is_file()
-
-
-def _title(facts: dict, folder: Path) -> str:
-    return str(facts.get("run") or folder.name)
 
 
 def _came_pruned(folder: Path, settings: dict) -> bool:

@@ -95,7 +95,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     if settings.tensorboard and world.first:
         run.track_with(TensorBoard(run.path))
     if settings.wandb and world.first:
-        run.track_with(Wandb(run.path, settings.wandb, config.title, recipe))
+        run.track_with(Wandb(run.path, settings.wandb, config.name or run.path.name, recipe))
     for n, rung in enumerate(rungs or [None], 1):
         last = n == max(1, len(rungs))
         target = folder if last else folder / "rungs" / str(n) / "trained"

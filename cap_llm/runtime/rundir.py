@@ -68,12 +68,12 @@ class Run:
             return disk_error(self.path, LOCK_FILE, error)
         return None
 
-    def describe(self, title: str, config_yaml: str) -> None:
+    def describe(self, name: str, config_yaml: str) -> None:
         """Records what runs, on what: `config.yaml` and `environment.json`."""
         if self.world.first:
             with atomic(self.path / "config.yaml") as temporary:
                 temporary.write_text(config_yaml)
-            write_json(self.path / "environment.json", {"run": title} | environment(self.world))
+            write_json(self.path / "environment.json", {"run": name} | environment(self.world))
 
     def metric(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Appends one line a value to `metrics.jsonl`."""
@@ -91,11 +91,6 @@ class Run:
     def track_with(self, tracker) -> None:
         """Also gives all metrics from now on to `tracker` (`log`, `close`)."""
         self._trackers.append(tracker)
-
-    @property
-    def done(self) -> list[str]:
-        """The stages that are finished."""
-        return [path.parent.name for path in self.path.glob("*/done.json")]
 
     def stage(self, name: str, recipe: dict) -> tuple[Path, dict | None]:
         """The folder of stage `name`, and its `done.json` if it is finished.
