@@ -153,11 +153,10 @@ def _open(folder: Path, tokenizer: str | None, batch_size: int, world: World, co
 
     quiet()
     reader = load_tokenizer(tokenizer or str(folder), config_dict(folder).get("vocab_size"))
-    if world.device.type == "cpu":
-        model = load_whole(folder, dtype="float32")
-    else:  # tensor by tensor: the ranks of a node would fill its main memory
-        model = load_whole(folder, dtype="auto", device_map={"": world.device})
-    return SharedLM(model.to(world.device).eval(), reader, batch_size, world, console)
+    # tensor by tensor to the device: several copies would fill a node's main memory
+    dtype = "float32" if world.device.type == "cpu" else "auto"
+    model = load_whole(folder, dtype=dtype, device_map={"": world.device})
+    return SharedLM(model.eval(), reader, batch_size, world, console)
 
 
 def _score(lm, task: Task, built, limit: int | None) -> dict:

@@ -117,10 +117,10 @@ def load_teacher(folder: Path, settings: dict | None, config: RecoverConfig, wor
     Raises:
         UserError: transformers cannot read it.
     """
-    model = _load(folder, settings, compute_dtype(config, world))
+    model = _load(folder, settings, config, world)
     decoder = Decoder(model.requires_grad_(False)).eval()
     if settings is None:
-        return _Plain(decoder.to(world.device))
+        return _Plain(decoder)
     option = f"recover.teacher_deepspeed {config.teacher_deepspeed}"
     engine = _initialize(option, model=decoder, config=settings)
     engine.eval()
@@ -133,7 +133,7 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
     Raises:
         UserError: transformers cannot read it, or DeepSpeed refuses the settings.
     """
-    model = _load(folder, settings, compute_dtype(config, world))
+    model = _load(folder, settings, config, world)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     o = config.objective
@@ -228,19 +228,22 @@ class _Plain:
         self.module = None
 
 
-def _load(folder: Path, settings: dict | None, dtype: torch.dtype):
+def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: World):
     """The model of a directory, whole on every rank or sharded while it is read (ZeRO-3)."""
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    config = AutoConfig.from_pretrained(folder)
-    for key, value in config.to_dict().items():
+    facts = AutoConfig.from_pretrained(folder)
+    for key, value in facts.to_dict().items():
         # Dropout would blur what the two models are compared in.
         if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
+            setattr(facts, key, 0.0)
+    how = {"config": facts, "dtype": compute_dtype(config, world)}
     zero3 = settings is not None and stage_of(settings) == 3
     sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive
+    if not zero3:  # tensor by tensor: several copies would fill a node's main memory
+        how["device_map"] = {"": world.device}
     try:
-        model = model_class(folder).from_pretrained(folder, config=config, dtype=dtype)
+        model = model_class(folder).from_pretrained(folder, **how)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # every format fails in a way of its own
