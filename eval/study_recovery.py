@@ -97,6 +97,9 @@ ARMS = {
     "cross-entropy": Arm({"ce": 1.0}, start=PRUNED, base="KL"),
     "cross-entropy + KL": Arm({"ce": 0.5, "kl": 0.5}, start=PRUNED, base="KL"),
     "KL to the trained dense model": Arm(KL, start=PRUNED, teacher=TUNED, base="KL"),
+    "cross-entropy + KL to the trained dense model": Arm(
+        {"ce": 0.5, "kl": 0.5}, start=PRUNED, teacher=TUNED, base="KL"
+    ),
     "KL + SquareHead": Arm(KL | {"feature": 1.0}, start=PRUNED, base="KL"),
     "KL; ladder": Arm(KL, UP),
     "KL + SnC; ladder": Arm(KL | {"snc": 0.1}, UP, base="KL; ladder"),
@@ -413,8 +416,10 @@ def write_page(study: Study) -> None:
     page += [f"Made by `python eval/study_recovery.py --tokens {study.options.tokens}{whole}` of"]
     page += [f"{name}: mean ± standard deviation over seeds.", ""]
     weights = ", ".join(f"{name} {weight:g}" for name, weight in ALL.items())
-    page += ["- **arms**: cross-entropy, KL and SquareHead weigh 1, cross-entropy + KL a half"]
-    page += [f"  each, a contrast 0.1; all terms are {weights}."]
+    page += [
+        "- **arms**: cross-entropy, KL and SquareHead weigh 1, beside each other the first two a"
+    ]
+    page += [f"  half; a contrast 0.1; all terms are {weights}."]
     page += ["- **less KL**: the difference to KL alone (on a ladder: on the same one) of the same"]
     page += ["  seed, below 0 where the arm is better. A row with settings of its own is held"]
     page += ["  against KL with these settings where there is such a row, else against KL."]

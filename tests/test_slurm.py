@@ -131,6 +131,29 @@ def pipeline(stubs: Path, *args) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.parametrize(("cards", "right"), [("0,1,2,3", True), ("2,3", False), ("", True)])
+def test_the_first_gpus_of_several_nodes_are_not_taken_for_the_jobs(stubs, tmp_path, cards, right):
+    """With a file of hosts DeepSpeed's launcher does not heed CUDA_VISIBLE_DEVICES."""
+    for name, text in {"srun": 'shift; exec "$@"', "deepspeed": 'echo "started $*"'}.items():
+        (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (stubs / name).chmod(0o755)
+    (stubs / "scontrol").write_text("#!/bin/bash\necho node-a; echo node-b\n")
+    slurm = {"SUBMIT_DIR": ROOT, "JOB_ID": 7, "JOB_NODELIST": "n", "CPUS_PER_TASK": 2, "NODEID": 0}
+    env = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    env |= {"RANKS": "2", "CUDA_VISIBLE_DEVICES": cards, "TMPDIR": str(tmp_path)}
+    env |= {"PATH": f"{stubs}:{os.environ['PATH']}"}
+    job = subprocess.run(
+        ["bash", str(SLURM / "recover_multinode.sbatch"), "opt-125m-50", str(tmp_path / "run")],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ("started --no_ssh --hostfile" in job.stdout) == right, job.stderr
+    assert (job.returncode == 0) == right
+    assert ("gives the job the GPUs 2,3: ask for whole nodes" in job.stderr) == (not right)
+
+
 def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_path):
     run = tmp_path / "run"
     first = pipeline(stubs, recipe, run, "--recover.deepspeed", "zero3")
