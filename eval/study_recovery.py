@@ -416,7 +416,7 @@ def write_page(study: Study) -> None:
     page += [f"Made by `python eval/study_recovery.py --tokens {study.options.tokens}{whole}` of"]
     page += [f"{name}: mean ± standard deviation over seeds.", ""]
     weights = ", ".join(f"{name} {weight:g}" for name, weight in ALL.items())
-    page += ["- **arms**: cross-entropy, KL and SquareHead weigh 1, the first two a half where they"]
+    page += ["- **arms**: cross-entropy, KL and SquareHead weigh 1, the first two a half if they"]
     page += [f"  are together; a contrast 0.1; all terms are {weights}."]
     page += ["- **less KL**: the difference to KL alone (on a ladder: on the same one) of the same"]
     page += ["  seed, below 0 where the arm is better. A row with settings of its own is held"]
