@@ -46,6 +46,7 @@ from cap_llm.runtime.interrupt import Stopped, stop_at_once  # noqa: E402
 RANK = int(os.environ.get("RANK", 0))
 SIZE = int(os.environ.get("WORLD_SIZE", 1))
 PATIENCE = datetime.timedelta(seconds=90)  # with a rank that does not come
+LINEAR = torch.nn.functional.linear  # which DeepSpeed replaces
 
 
 # what goes wrong; steps count from 1, `stage` is that of the metrics
@@ -179,6 +180,7 @@ def run_case(case: dict, console: Console) -> dict:
             config.check()
             train.pipeline(config, config_yaml, console)
         outcome["left"] = tensor_bytes() - before if zero3 else None
+        assert torch.nn.functional.linear is LINEAR  # or what is pruned next had other roundings
     except UserError as error:
         outcome["error"] = str(error)
     except Stopped as stopped:
