@@ -12,8 +12,8 @@ import datetime
 import os
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -53,10 +53,11 @@ class World:
             self._owns_group = True
         self._watch = Watch(self.rank, self.size) if self.size > 1 else None
         # who is where; and all watches have begun
-        me = psutil.Process()
-        self._places = self.gather((socket.gethostname(), me.pid, me.create_time()))
+        pid, here = os.getpid(), socket.gethostname()
+        self._places = self.gather((here, pid, _start_of(pid)))
         # Of this node's ranks those that can be seen: containers may hide them from each other.
-        self._seen = [rank for rank in self._here() if self._lives(rank)]
+        near = [rank for rank, (host, *_) in enumerate(self._places) if host == here]
+        self._seen = [rank for rank in near if self._lives(rank)]
         if self._watch:
             self._watch.gone = self.lost
 
@@ -148,17 +149,9 @@ class World:
         lost = [(rank, *self._places[rank]) for rank in self._seen if not self._lives(rank)]
         return [f"rank {rank} (process {pid} on {host})" for rank, host, pid, _ in lost]
 
-    def _here(self) -> list[int]:
-        here = socket.gethostname()
-        return [rank for rank, (host, *_) in enumerate(self._places) if host == here]
-
     def _lives(self, rank: int) -> bool:
-        _, pid, born = self._places[rank]
-        try:
-            process = psutil.Process(pid)
-            return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        _, pid, start = self._places[rank]
+        return start is not None and _start_of(pid) == start
 
     def close(self) -> None:
         """Ends the process group, if this object started it, once all ranks are here."""
@@ -175,6 +168,15 @@ def ranks_on_node() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 1
+
+
+def _start_of(pid: int) -> str | None:
+    """When a living process began, in the kernel's ticks: with its number, which process it is."""
+    try:
+        state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else more[18]
 
 
 def _reuse_freed_memory() -> None:
