@@ -222,16 +222,16 @@ class ReconstructConfig:
 class ObjectiveConfig:
     """What recovery minimises: a weighted sum. A weight of 0 switches a term off."""
 
-    ce: float = 0.2
+    ce: float = 0.5
     """Cross-entropy of the next token."""
-    kl: float = 0.8
+    kl: float = 0.5
     """Divergence from the dense model's next-token distribution."""
     temperature: float = 1.0
     """Of the two distributions; the term is scaled by its square."""
     feature: float = 0.0
     """SquareHead: relative squared error of each block's output against the dense model's."""
-    prc: float = 0.1
-    """Contrast with the pre-trained (dense) model."""
+    prc: float = 0.0
+    """Contrast with the pre-trained (dense) model; CAP's is 0.1. Off: measured, it added nothing."""
     snc: float = 0.1
     """Contrast with the student's own snapshots of earlier rungs; divided by their number."""
     fic: float = 0.1

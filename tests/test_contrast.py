@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cap_llm.config import ContrastConfig, RecoverConfig
+from cap_llm.config import ContrastConfig, ObjectiveConfig, RecoverConfig
 from cap_llm.recovery.contrast import Units, cap_compat, contrastive_loss
 from cap_llm.recovery.units import Encoder, normalise, spread
 from cap_llm.runtime.errors import UserError
@@ -393,7 +393,7 @@ def test_the_first_positions_touch_no_unit_and_every_later_one_a_segment():
 def test_settings_that_are_accepted_give_every_unit_a_number(length, segments):
     contrast = ContrastConfig(segments=segments, token_positions=2)
     try:
-        RecoverConfig(length=length, contrast=contrast)
+        RecoverConfig(length=length, contrast=contrast, objective=ObjectiveConfig(prc=0.1))
     except UserError as error:
         assert "segments" in str(error)
         return

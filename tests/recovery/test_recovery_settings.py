@@ -180,8 +180,8 @@ def test_contrasts_are_on_where_something_is_contrasted():
         weights = {k: options.pop(k) for k in list(options) if k in fields}
         return RecoverConfig(objective=ObjectiveConfig(**weights), **options).contrasts
 
-    assert on() and on(prc=0, ladder="0.5, 0.6") and on(prc=0, finetuned="train")
-    assert not on(prc=0) and not on(prc=0, snc=0, ladder="0.5, 0.6")
+    assert on(prc=0.1) and on(ladder="0.5, 0.6") and on(finetuned="train")
+    assert not on() and not on(snc=0, ladder="0.5, 0.6")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
