@@ -12,6 +12,7 @@ about 5 minutes on one core; needs no data, no network and no other files.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -62,11 +63,16 @@ OTHER = dict.fromkeys(EXPERTS, 4) | {"num_experts_per_tok": 2, "vocab_size": 512
 OTHER |= {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 0}
 OTHER |= dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256)
 OTHER |= {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1, "num_kv_shared_layers": 0}
-OTHER |= {"first_k_dense_replace": 1}  # the second block has experts
+OTHER |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # one of two has experts
 
 
 def main() -> int:
     """Tries the families, prints and writes the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="as llama; default: all")
+    asked = parser.parse_args().kinds
+    if unknown := [kind for kind in asked if kind not in KINDS]:
+        parser.error(f"transformers knows no causal model type {unknown[0]!r}")
     torch.set_num_threads(1)
     disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -74,7 +80,7 @@ def main() -> int:
     classes: dict[str, list[str]] = {}
     for kind, found in KINDS.items():
         name = found if isinstance(found, str) else found[0]
-        if not sys.argv[1:] or kind in sys.argv[1:]:
+        if not asked or kind in asked:
             classes.setdefault(name, []).append(kind)
     rows = []
     signal.signal(signal.SIGALRM, _too_long)
@@ -87,7 +93,7 @@ def main() -> int:
         signal.alarm(0)
         rows.append((name, ", ".join(kinds), *result))
         console.say("  ".join(rows[-1]))
-    if not sys.argv[1:]:
+    if not asked:
         write_page(rows)
     return int(any(row[2] == WRONG for row in rows))
 
@@ -130,7 +136,20 @@ def attempt(kind: type) -> tuple[str, str]:
 
 def tiny(kind: type):
     """A random model of a class, of a few small blocks, at least one of each type of layer."""
-    base = kind.config_class()
+    config = kind.config_class(**small(kind.config_class))
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    torch.manual_seed(0)
+    model = kind(config).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.05)  # so that the blocks matter
+    return model
+
+
+def small(kind: type) -> dict:
+    """Settings that make a configuration, and those inside it, a tiny one."""
+    base = kind()
     known = set(base.to_dict())
     wanted = WIDTHS | HEADS | OTHER | {"head_dim": 16}
     if "kv_lora_rank" in known:
@@ -141,15 +160,11 @@ def tiny(kind: type):
         wanted["layer_types"] = (list(dict.fromkeys(types)) * 2)[: max(2, len(set(types)))]
     depth = len(wanted.get("layer_types", "12"))
     wanted |= dict.fromkeys((*DEPTHS, "decoder_layers"), depth)
-    config = kind.config_class(**{name: wanted[name] for name in wanted if name in known})
-    if hasattr(config, "is_decoder"):
-        config.is_decoder = True
-    torch.manual_seed(0)
-    model = kind(config).float().eval()
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, std=0.05)  # so that the blocks matter
-    return model
+    if "attention_types" in known:
+        wanted["attention_types"] = [[["global", "local"], 1]]
+    inside = {name: getattr(base, name, None) for name in getattr(base, "sub_configs", ())}
+    wanted |= {name: small(type(part)) for name, part in inside.items() if part is not None}
+    return {name: wanted[name] for name in wanted if name in known}
 
 
 def write_page(rows: list[tuple[str, str, str, str]]) -> None:

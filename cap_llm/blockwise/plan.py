@@ -18,7 +18,7 @@ from cap_llm.blockwise.prune import matrix, plan_sparsities
 from cap_llm.blockwise.sds import SGD_BATCH, plan_second_prune
 from cap_llm.config import MODELS, Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import Checkpoint, config_dict
+from cap_llm.models.checkpoint import Checkpoint, text_settings
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import needs_conversion
 from cap_llm.runtime.console import Console, duration, size
@@ -62,7 +62,7 @@ def check_everything(
         console.say(f"model {located.name}: will be de-quantised first; its shapes are unchecked")
         return
     bare = skeleton(located)
-    _check_positions(config, bare, config_dict(located))
+    _check_positions(config, bare, text_settings(located))
     model = BlockModel(bare, torch.device("cpu"))
     if "evaluate" in config.stages and not model.is_causal:
         raise UserError(
@@ -246,13 +246,14 @@ def _estimate(
             if config.oneshot.refits or "sds" in made:
                 estimate["flops"] += sum(r * c * c * 100 for shapes in linears for r, c in shapes)
     if "evaluate" in config.stages and config.evaluate.corpora:
+        read = model.model.config.get_text_config()
         windows = config.evaluate.max_windows or 160
         n = windows * config.evaluate.window * len(config.evaluate.corpora)
         n_models = len(set(config.stages) & set(MODELS)) + config.evaluate.dense
         n_models = n_models or 1
         estimate["flops"] += n_models * n * 2 * n_weights
         tokens.append(windows * config.evaluate.window)
-        work = max(work, 2 * 4 * config.evaluate.window * model.model.config.vocab_size)
+        work = max(work, 2 * 4 * config.evaluate.window * read.vocab_size)
     if tokens:
         streams = [max(tokens) // world.size * width]
         for stage in made:  # a block is trained in fp32

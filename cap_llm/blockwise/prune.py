@@ -103,7 +103,8 @@ def prune(
             f"prune() takes no budget {config.budget!r}: give oneshot.layers, or run "
             "the stage oneshot"
         )
-    use_cache = model.config.to_dict().get("use_cache")
+    configs = (model.config, model.config.get_text_config())
+    caches = [(c, c.use_cache) for c in configs if hasattr(c, "use_cache")]
     precision = torch.get_float32_matmul_precision()
     was = [(m, m.training) for m in model.modules()]
     trained = [(p, p.requires_grad) for p in model.parameters()]
@@ -127,8 +128,8 @@ def prune(
             module.training = training
         for p, requires_grad in trained:
             p.requires_grad_(requires_grad)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
+        for own, use_cache in caches:
+            own.use_cache = use_cache
     return masks
 
 

@@ -116,7 +116,7 @@ class Walk:
         Attention in plain PyTorch ("eager": BLOOM has no other) also keeps the scores of all
         pairs of tokens in its frame, and two tensors that it makes of them.
         """
-        example, config = self.hidden[0], self.model.model.config
+        example, config = self.hidden[0], self.model.model.config.get_text_config()
         outputs = sum(
             _out_features(block.get_submodule(name)) for group in groups for name in group.names
         )

@@ -19,7 +19,7 @@ from cap_llm.config import EvaluateConfig
 from cap_llm.evaluation.results import earlier, job
 from cap_llm.evaluation.tasks import SETS, Task, members, prompts_digest
 from cap_llm.models.blocks import model_class
-from cap_llm.models.checkpoint import config_dict
+from cap_llm.models.checkpoint import text_settings
 from cap_llm.models.source import load_whole
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
@@ -152,7 +152,7 @@ def _open(folder: Path, tokenizer: str | None, batch_size: int, world: World, co
     from cap_llm.evaluation.scorer import SharedLM, quiet
 
     quiet()
-    reader = load_tokenizer(tokenizer or str(folder), config_dict(folder).get("vocab_size"))
+    reader = load_tokenizer(tokenizer or str(folder), text_settings(folder).get("vocab_size"))
     # tensor by tensor to the device: several copies would fill a node's main memory
     dtype = "float32" if world.device.type == "cpu" else "auto"
     model = load_whole(folder, dtype=dtype, device_map={"": world.device})

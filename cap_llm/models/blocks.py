@@ -99,7 +99,8 @@ class BlockModel:
     ):
         self.model, self.device, self.checkpoint, self.dtype = model, device, checkpoint, dtype
         model.eval().requires_grad_(False)
-        model.config.use_cache = False
+        for config in (model.config, model.config.get_text_config()):  # two where it also sees
+            config.use_cache = False
         self.prefix, self.blocks = find_blocks(model)
         for i in range(len(self.blocks)):
             _refuse_unprunable(self.block_name(i), self.blocks[i])
@@ -387,8 +388,12 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     found = [n for n, m in lists.items() if {type(block).__name__ for block in m} <= classes]
     if not classes:  # as many encoders leave it: a list of one class, a module for each layer
-        n_layers = getattr(model.config, "num_hidden_layers", None)
+        n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
         found = [n for n, m in lists.items() if len(m) == n_layers and len(set(map(type, m))) == 1]
+    if len(found) > 1 and model.config.get_text_config() is not model.config:
+        # one that sees or hears, too: the blocks that read text
+        inside = {id(m) for m in model.get_decoder().modules()}
+        found = [n for n in found if id(lists[n]) in inside]
     if len(found) != 1:
         wanted = f"of class {' or '.join(sorted(classes))}" if classes else "one for each layer"
         raise UserError(

@@ -248,3 +248,14 @@ def config_dict(folder: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; get the file again")
     return content
+
+
+def text_settings(folder: Path) -> dict:
+    """Its `config.json`, for a model that also sees or hears with those of the part that reads.
+
+    Raises:
+        UserError: there is none.
+    """
+    config = config_dict(folder)
+    inside = config.get("text_config")
+    return config | inside if isinstance(inside, dict) else config

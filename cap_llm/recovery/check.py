@@ -11,7 +11,7 @@ from torch import nn
 from cap_llm.blockwise.plan import attained_rate, check_disk, positions_of
 from cap_llm.config import Config, ModelConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
-from cap_llm.models.checkpoint import config_dict
+from cap_llm.models.checkpoint import text_settings
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import locate, needs_conversion
 from cap_llm.recovery import checkpoints, engines
@@ -120,7 +120,7 @@ def check_pair(
     Raises:
         UserError: other vocabularies, widths or depths, or too few positions.
     """
-    a, b = config_dict(student), config_dict(teacher)
+    a, b = text_settings(student), text_settings(teacher)
     if a.get("vocab_size") != b.get("vocab_size"):
         raise UserError(
             f"{name} {teacher} has a vocabulary of {b.get('vocab_size')}, the student one of "
@@ -216,7 +216,7 @@ def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[
     """Bytes of memory a rank and of disk, and floating-point operations of all rungs, roughly."""
     settings = config.recover
     n = sum(p.numel() for p in skeleton(located).parameters())
-    facts = config_dict(located)
+    facts = text_settings(located)
     width = engines.compute_dtype(settings, world).itemsize
     states, gradients, weights = (1 / world.size if stage >= s else 1.0 for s in (1, 2, 3))
     memory = n * (12 * states + width * gradients + width * weights)

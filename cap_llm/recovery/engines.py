@@ -253,7 +253,7 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
     finally:
         if sharded:
             unset_hf_deepspeed_config()
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = model.config.use_cache = False
     return model
 
 

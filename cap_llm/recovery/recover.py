@@ -23,7 +23,7 @@ from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import Config, ObjectiveConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.checkpoint import config_dict, fingerprint, remove_weights
+from cap_llm.models.checkpoint import fingerprint, remove_weights, text_settings
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import further_model
 from cap_llm.recovery import checkpoints, engines
@@ -472,7 +472,7 @@ class _Recovery:
 
 def state_width(folder: Path) -> int:
     """H of the final states that the head reads."""
-    facts = config_dict(folder)
+    facts = text_settings(folder)
     for key in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model"):
         if facts.get(key):
             return facts[key]
