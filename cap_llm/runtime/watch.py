@@ -68,7 +68,7 @@ class Watch:
             if not (gone := self.gone()):
                 complete = now
             elif now - complete > GONE:
-                self._end(f"{' and '.join(gone)} ended without a word, and this one waits for it")
+                self._end(f"{' and '.join(gone)} has ended, and this one waits for it")
             waits = int(now - self._since) if self._at else 0
             try:
                 self._store.set(self._names[self._rank], f"{beats}|{self._at}|{waits}")
