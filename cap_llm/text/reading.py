@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from cap_llm.config import Config
-from cap_llm.models.checkpoint import text_settings
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json
 from cap_llm.text.corpora import NAMES, calibration_corpus, corpus_file, evaluation_text
 from cap_llm.text.packing import PackedText, pack
 from cap_llm.text.tokenizers import bos_rule, load_tokenizer
@@ -89,7 +89,8 @@ def read_texts(config: Config, model: Path) -> Texts:
     scores = "evaluate" in config.stages and config.evaluate.corpora
     if not (scores or config.uses_calibration or "recover" in config.stages):
         return texts
-    vocab_size = text_settings(model).get("vocab_size")
+    facts = read_json(model / "config.json")
+    vocab_size = (facts.get("text_config") or facts).get("vocab_size")
     tokenizer = load_tokenizer(config.model.tokenizer or str(model), vocab_size)
     if "evaluate" in config.stages:
         _refuse_scored_file(config)
