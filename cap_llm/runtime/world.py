@@ -58,6 +58,7 @@ class World:
         # Of this node's ranks those that can be seen: containers may hide them from each other.
         near = [rank for rank, (host, *_) in enumerate(self._places) if host == here]
         self._seen = [rank for rank in near if self._lives(rank)]
+        self.barrier()  # no rank has ended before all have looked
         if self._watch:
             self._watch.gone = self.lost
 
