@@ -13,7 +13,6 @@ about 5 minutes on one core; needs no data, no network and no other files.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
 

@@ -121,7 +121,7 @@ class ActivationCache:
     def _assign(self, n_bytes: int) -> str:
         for place, left in self._left.items():
             # of pinned memory torch takes a power of two
-            taken = 1 << (n_bytes - 1).bit_length() if place == "host" and n_bytes else n_bytes
+            taken = 1 << (n_bytes - 1).bit_length() if place == "host" else n_bytes
             if taken <= left:
                 self._left[place] -= taken
                 return place

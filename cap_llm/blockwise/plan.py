@@ -18,7 +18,7 @@ from cap_llm.blockwise.prune import matrix, plan_sparsities
 from cap_llm.blockwise.sds import SGD_BATCH, plan_second_prune
 from cap_llm.config import MODELS, Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import Checkpoint, text_settings
+from cap_llm.models.checkpoint import Checkpoint, text_settings, weight_files
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import needs_conversion
 from cap_llm.runtime.console import Console, duration, size
@@ -88,7 +88,7 @@ def check_everything(
             f"model {located}: its weights are no safetensors and are rewritten once, which holds "
             "the whole model in memory"
         )
-        n_bytes = copied = sum(p.stat().st_size for p in located.glob("pytorch_model*.bin"))
+        n_bytes = copied = sum(p.stat().st_size for p in weight_files(located))
     else:
         checkpoint = Checkpoint(located)  # opens every shard: truncated ones show here
         n_bytes = checkpoint.n_bytes()

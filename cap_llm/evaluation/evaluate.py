@@ -103,9 +103,7 @@ def score_corpora(
         UserError: the model has no perplexity or overflows.
     """
     stage = facts.get("stage", folder.name)
-    # a shared file system may show ranks different things
-    known = earlier(path, ("corpora",), facts, console) if world.first else None
-    results = world.gather(known)[0]["corpora"]
+    results = earlier(path, ("corpora",), facts, world, console)["corpora"]
     for text in scored:
         known = results.get(text.key)
         if not known or known.get("text_sha256") != text.digest:

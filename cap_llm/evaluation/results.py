@@ -27,13 +27,21 @@ def job(facts: dict) -> dict:
 
 
 def earlier(
-    path: Path | None, parts: tuple[str, ...], facts: dict, console: Console
+    path: Path | None, parts: tuple[str, ...], facts: dict, world: World, console: Console
 ) -> dict[str, dict[str, dict]]:
     """The entries that a file of scores holds of the weights that `facts` names, for each part.
+
+    As the first rank sees it: a shared file system may show ranks different things.
 
     Raises:
         UserError: it is another kind of file.
     """
+    return world.gather(_read(path, parts, facts, console) if world.first else None)[0]
+
+
+def _read(
+    path: Path | None, parts: tuple[str, ...], facts: dict, console: Console
+) -> dict[str, dict[str, dict]]:
     nothing: dict[str, dict] = {part: {} for part in parts}
     if path is None or not path.exists():
         return nothing

@@ -60,9 +60,7 @@ def score_tasks(
         UserError: the model gives no next-token logits, is damaged, or does not fit.
     """
     check_causal(folder)
-    # a shared file system may show ranks different things
-    known = earlier(path, ("tasks", "means"), facts, console) if world.first else None
-    results = world.gather(known)[0]
+    results = earlier(path, ("tasks", "means"), facts, world, console)
     stage = f"{facts['stage']}: " if "stage" in facts else ""
     lm = None
     with tempfile.TemporaryDirectory(prefix="cap-llm-tasks-") as scratch:
