@@ -60,7 +60,7 @@ UP, TO_2_4 = "0.3, 0.4, 0.5", "3:4, 2:4"
 PRUNED, DENSE, TUNED = "no training", "dense", "dense + cross-entropy"
 OFF = dict.fromkeys(ObjectiveConfig.TERMS, 0.0)
 KL = {"kl": 1.0}
-ALL = {"ce": 0.2, "kl": 0.8, "feature": 1.0, "prc": 0.1, "snc": 0.1, "fic": 0.1}
+ALL = {"ce": 0.5, "kl": 0.5, "feature": 1.0, "prc": 0.1, "snc": 0.1, "fic": 0.1}
 
 
 @dataclass(frozen=True)
