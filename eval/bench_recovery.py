@@ -342,8 +342,8 @@ def steps(work: dict, world) -> dict[str, dict]:
 
 def filled(config, text, model: Path, folder: Path, world):
     """The contrasts on full banks; of random rows, which cost as much as any."""
+    from cap_llm.recovery.check import state_width
     from cap_llm.recovery.contrasts import Contrast, Contrasts
-    from cap_llm.recovery.recover import state_width
     from cap_llm.recovery.units import Encoder
 
     width = state_width(model)
@@ -388,8 +388,8 @@ def head_memory(work: dict) -> dict:
     import torch
 
     from cap_llm.models.checkpoint import config_dict
+    from cap_llm.recovery.check import state_width
     from cap_llm.recovery.objectives import head_loss
-    from cap_llm.recovery.recover import state_width
     from cap_llm.runtime.peaks import forget
 
     vocabulary, width = (

@@ -146,7 +146,7 @@ def main() -> int:
     study = Study(model, texts, work, options)
     for n, cell in enumerate(todo, 1):
         key = study.key(cell)
-        if key in results():
+        if study.has(key, cell):
             continue
         console.say(f"\n[{n}/{len(todo)}] {key}", style="bold")
         if any(need in failed for need in cell.needs):
@@ -249,6 +249,22 @@ class Study:
         scope = "whole" if self.options.whole else f"first {FIRST}"
         return f"{self._name(cell)}, {scope}"
 
+    def has(self, key: str, cell: Cell) -> bool:
+        """Whether a run is in the results.
+
+        Raises:
+            SystemExit: it is, but with another objective than the arm has now.
+        """
+        if key not in results():
+            return False
+        was, now = results()[key]["objective"], objective(cell.arm)
+        if was != now:
+            raise SystemExit(
+                f"{RESULTS} has {key!r} of the objective {was}, and the arm's is {now} now: call "
+                f"the arm by another name, or take that row out and remove {self.folder(cell)}"
+            )
+        return True
+
     def folder(self, cell: Cell) -> Path:
         """The run's folder: the same however much is scored."""
         name = "".join(c if c.isalnum() else "-" for c in self._name(cell)).lower()
@@ -335,6 +351,7 @@ class Study:
         }
         kept = ("ppl_token", "window", "windows", "tokens", "bos")
         result: dict = {"arm": cell.arm, "seed": cell.seed, "settings": list(cell.settings)}
+        result["objective"] = objective(cell.arm)
         result |= {corpus: {k: scores[key][k] for k in kept} for corpus, key in keys.items()}
         if cell.arm != "dense":
             done = read_json(stage / "done.json")
@@ -360,6 +377,11 @@ class Study:
         order = [DENSE, *ARMS]
         titles = sorted(found, key=lambda t: (order.index(_any(found[t])["arm"]), t))
         return {title: found[title] for title in titles}
+
+
+def objective(arm: str) -> dict | None:
+    """The weights that an arm trains with; None for what is not trained."""
+    return ARMS[arm].objective if arm in ARMS else None
 
 
 def results() -> dict:

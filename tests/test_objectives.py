@@ -13,20 +13,22 @@ from cap_llm.recovery.objectives import head_loss, square_head
 N, H, V = 50, 12, 37
 
 
-def problem(bias=True, teacher_width: int | None = H, dtype=torch.float32, seed: int = 0):
-    """States [N, H], head [V, H] and bias [V] that want gradients; targets; a teacher or None."""
+def problem(
+    bias=True, teacher_width: int | None = H, dtype=torch.float32, seed: int = 0, n: int = N
+):
+    """States [n, H], head [V, H] and bias [V] that want gradients; targets; a teacher or None."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=g).to(dtype)
 
-    student = [draw(N, H), draw(V, H), draw(V) if bias else None]
+    student = [draw(n, H), draw(V, H), draw(V) if bias else None]
     for t in student[: 2 + bias]:
         t.requires_grad_()
-    targets = torch.randint(V, (N,), generator=g)
+    targets = torch.randint(V, (n,), generator=g)
     teacher = None
     if teacher_width:
-        teacher = (draw(N, teacher_width), draw(V, teacher_width), draw(V) if bias else None)
+        teacher = (draw(n, teacher_width), draw(V, teacher_width), draw(V) if bias else None)
     return student, targets, teacher
 
 
@@ -48,15 +50,16 @@ def gradients(loss, student):
     return torch.autograd.grad(loss, wanted, retain_graph=True)
 
 
+@pytest.mark.parametrize("n", [N, 7])  # of few tokens the head's gradient comes late
 @pytest.mark.parametrize("tokens_at_once", [1, 20, 25, N, 10**6])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("teacher_width", [None, H, H + 5])
 def test_loss_and_gradients_are_those_of_plain_autograd(
-    monkeypatch, tokens_at_once, bias, teacher_width
+    monkeypatch, n, tokens_at_once, bias, teacher_width
 ):
     monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * V * tokens_at_once)
     monkeypatch.setattr(objectives, "LEAST_CHUNKS", 1)
-    student, targets, teacher = problem(bias, teacher_width)
+    student, targets, teacher = problem(bias, teacher_width, n=n)
     for factors in (
         (0.2, 0.8, 1.0),
         (1.0, 0.5, 2.0),
@@ -80,11 +83,15 @@ def most_bytes(work) -> int:
     return max(accumulate(n for _, n in changes))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "n, width, dtype",
+    [(512, 64, torch.float32), (512, 64, torch.bfloat16), (64, 256, torch.bfloat16)],
+)
 @pytest.mark.parametrize("factors", [(0.2, 0.8, 1.0), (0.0, 1.0, 2.0), (1.0, 0.0, 1.0)])
-def test_less_than_one_set_of_logits_stands_in_memory(dtype, factors):
-    """Beside the inputs and the sums of their gradients in fp32, forward and backward."""
-    n, width, vocabulary = 512, 64, 4096
+def test_less_than_one_set_of_logits_stands_in_memory(n, width, dtype, factors):
+    """Beside the inputs and their gradients, forward and backward; of many tokens also beside the
+    sum of the head's in fp32."""
+    vocabulary = 2 * objectives.SLICE
     states = torch.randn(n, width, dtype=dtype, requires_grad=True)
     head = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
     targets = torch.randint(vocabulary, (n,))
@@ -95,8 +102,15 @@ def test_less_than_one_set_of_logits_stands_in_memory(dtype, factors):
 
     work()  # what is allocated but once
     states.grad = head.grad = None
-    sums = 4 * (n + vocabulary) * width
+    sums = 4 * n * width + (4 if n > width else dtype.itemsize) * vocabulary * width
     assert most_bytes(work) - sums < 4 * n * vocabulary
+
+
+def test_what_a_teachers_vocabulary_is_padded_with_is_left_out():
+    student, targets, (states, weight, bias) = problem()
+    padded = (states, torch.cat([weight, 9 * weight[:5]]), torch.cat([bias, bias[:5] + 9]))
+    expected = head_loss(*student, targets, (states, weight, bias), 0.2, 0.8, 1.0)
+    assert head_loss(*student, targets, padded, 0.2, 0.8, 1.0) == expected
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 2), (0, 1)])

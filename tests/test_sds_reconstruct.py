@@ -17,8 +17,10 @@ from support import ROOT, environment, weights
 import cap_llm.blockwise.reconstruct as reconstruct_module
 from cap_llm.blockwise import stage as stage_module
 from cap_llm.blockwise.perplexity import perplexity
+from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
+from cap_llm.runtime.world import World
 from cap_llm.sparsity.masks import MaskFile
 from cap_llm.train import main
 
@@ -167,6 +169,22 @@ def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, caps
     before, after = weights(pruned), weights(folder / "reconstruct")
     for row in rows:
         assert torch.equal(before[row["name"]] == 0, after[row["name"]] == 0)
+
+
+def test_zeros_that_are_too_few_for_a_mask_are_told(tiny, tmp_path):
+    """They would train away without a word."""
+    folder = tiny("llama")
+    stored = weights(folder)
+    for part, share in (("q_proj", 0.15), ("up_proj", 0.4)):
+        name = f"model.layers.0.{'self_attn' if part == 'q_proj' else 'mlp'}.{part}.weight"
+        stored[name].view(-1)[: int(share * stored[name].numel())] = 0
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    masks = Masks(folder, World.alone(torch.device("cpu")))
+    assert list(masks) == ["model.layers.0.mlp.up_proj.weight"]
+    assert "the zeros of 1 matrices are taken as theirs" in masks.told
+    assert "1 matrices have zeros that will not stay, fewer than 20%" in masks.told
+    assert "model.layers.0.self_attn.q_proj.weight has most (14.9 %)" in masks.told
+    assert not Masks(tiny("llama"), World.alone(torch.device("cpu"))).told
 
 
 def test_what_a_later_prune_leaves_as_it_is_keeps_its_earlier_zeros(tiny, entry):

@@ -51,6 +51,17 @@ def test_options_that_make_no_sense_are_refused(options, given):
     assert refused.value.code == 2
 
 
+def test_a_row_of_another_objective_is_not_taken_for_an_arms(options, monkeypatch, tmp_path):
+    study = Study(ROOT, {}, tmp_path, options())
+    monkeypatch.setattr(study_recovery, "RESULTS", tmp_path / "results.json")
+    cell = Cell("KL", 0)
+    write_json(study_recovery.RESULTS, {study.key(cell): {"objective": {"kl": 1.0}}})
+    assert study.has(study.key(cell), cell) and not study.has(study.key(Cell("KL", 1)), cell)
+    write_json(study_recovery.RESULTS, {study.key(cell): {"objective": {"kl": 0.5}}})
+    with pytest.raises(SystemExit, match="of the objective {'kl': 0.5}, and the arm's"):
+        study.has(study.key(cell), cell)
+
+
 def test_differences_are_those_of_the_same_seed(options, monkeypatch, tmp_path):
     """Seeds differ by 10, the arms by 1 and 3: the spread of the difference is that of 1 and 3."""
     study = Study(ROOT, {}, tmp_path, options())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cap_llm.recovery.zeros import keep_zeros, masks_of_zeros
+from cap_llm.recovery.zeros import _Kept, keep_zeros, masks_of_zeros
 from cap_llm.runtime.errors import UserError
 
 OPTIMIZERS = {
@@ -123,6 +123,14 @@ def test_a_zero_inside_the_mask_may_train():
     keep_zeros(model, masks, optimizer).check()
     train(model, optimizer)
     assert model[0].weight[r, c] != 0
+
+
+def test_a_shard_begins_where_its_rank_among_those_that_share_it_says():
+    p = nn.Parameter(torch.ones(2, 4))
+    kept = _Kept("w", p, torch.tensor([[1, 0, 1, 1], [0, 0, 1, 1]]).bool())
+    p.ds_tensor, p.ds_zero_partition_rank = torch.ones(4), 1  # this process is rank 0 of all
+    ((shard, start),) = kept.model_weights()
+    assert kept.mask_of(shard, start).tolist() == [False, False, True, True]
 
 
 def test_weights_that_the_mask_drops_are_zero_from_the_start():

@@ -19,6 +19,7 @@ from cap_llm.sparsity import masks as mask_files
 # The share of zeros from which on a matrix counts as pruned. One that nobody pruned has some where
 # it was quantised: rounded to 4 bits symmetrically, 12 % of Gaussian weights.
 PRUNED = 0.2
+NOTED = 0.01  # the share from which on zeros that are no mask are spoken of
 
 
 class Masks(Mapping[str, torch.Tensor]):
@@ -48,6 +49,7 @@ class Masks(Mapping[str, torch.Tensor]):
             zeros = {name: n for part in world.gather(mine) for name, n in part.items()}
             self._names = [n for n in self._transposed if zeros[n] >= PRUNED * self._size(n)]
             self._found = {name: zeros[name] for name in self._names}
+            self._passed = {n: z / self._size(n) for n, z in zeros.items() if n not in self._found}
 
     def _share(self, names: list[str]) -> list[str]:
         return names[self._world.rank :: self._world.size]
@@ -81,11 +83,21 @@ class Masks(Mapping[str, torch.Tensor]):
 
     @property
     def told(self) -> str:
-        """What a user is told where zeros are taken as masks."""
-        return (
-            f"{self.folder} has no file of masks: the zeros of {len(self)} matrices are taken as "
-            f"theirs, {100 * self.sparsity:.1f} % of the weights in them"
-        )
+        """What a user is told where zeros are taken as masks, or are too few for it; else empty."""
+        told = []
+        if self:
+            told.append(
+                f"the zeros of {len(self)} matrices are taken as theirs, "
+                f"{100 * self.sparsity:.1f} % of the weights in them"
+            )
+        passed = {n: share for n, share in self._passed.items() if share >= NOTED}
+        if passed:
+            most = max(passed, key=passed.__getitem__)
+            told.append(
+                f"{len(passed)} matrices have zeros that will not stay, fewer than {PRUNED:.0%}: "
+                f"{most} has most ({100 * passed[most]:.1f} %)"
+            )
+        return f"{self.folder} has no file of masks: {'; '.join(told)}" if told else ""
 
     def check(self) -> None:
         """Holds the weights against the file of masks.

@@ -2,7 +2,10 @@
 
     bank.json   what the rows were made of and from: checked before they are used again
     rows.bin    [N, U, d] bfloat16, memory-mapped, row = id of the sequence
-    there.bin   [N] bytes: 1 where a row is written; set after the row itself
+    there.bin   [N] bytes: 1 where a row is written
+
+A mark may reach the disk before its row does, so that a machine that crashes leaves marked rows of
+zeros: a row counts if it is marked and none of its units, which have length 1, is zero.
 
 A row is written by one rank and read by any, in whatever order: it is found by its sequence's id,
 never by the order of a sampler.
@@ -96,7 +99,11 @@ class Bank:
 
     def has(self, ids: torch.Tensor) -> torch.Tensor:
         """Which sequences [B] have a row, boolean."""
-        return torch.from_numpy(self._there[ids.numpy()]).bool()
+        rows = ids.numpy()
+        found = self._there[rows].astype(bool)
+        for i in np.flatnonzero(found):  # one at a time: all rows may be more than memory
+            found[i] = self._rows[rows[i]].any(-1).all()
+        return torch.from_numpy(found)
 
     def demand(self, ids: torch.Tensor) -> None:
         """Raises:

@@ -22,6 +22,10 @@ from cap_llm.runtime.world import World
 from cap_llm.text.tokenizers import load_tokenizer
 
 SAME_TOKENIZER = 0.9  # of the entries; instruct siblings rename some that were in reserve
+# what models' settings call the width and the number of their blocks
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+STATES = ("word_embed_proj_dim", *WIDTHS)  # OPT projects the final states to that
 
 
 def check_recovery(
@@ -83,8 +87,8 @@ def check_models(
     contrasted = bool(o.prc or (o.fic and settings.finetuned == "train"))  # with the dense model
     if teacher:
         option = "recover.teacher" if settings.teacher else "model.dense"
-        width = bool(o.feature) or (contrasted and dense in (None, teacher))
-        check_pair(student, teacher, option, length, same_width=width, same_depth=bool(o.feature))
+        width = contrasted and dense in (None, teacher)
+        check_pair(student, teacher, option, length, same_width=width, same_blocks=bool(o.feature))
     if dense and dense != teacher:
         check_pair(student, dense, "model.dense", length, same_width=contrasted)
 
@@ -107,7 +111,7 @@ def check_pair(
     length: int,
     *,
     same_width: bool,
-    same_depth: bool = False,
+    same_blocks: bool = False,
 ) -> None:
     """Holds two models against each other.
 
@@ -115,30 +119,34 @@ def check_pair(
         student, teacher: directories.
         name: the option that names the teacher.
         length: tokens of a sequence.
-        same_width, same_depth: what a term that compares states needs.
+        same_width: of the final states, as contrasts compare them.
+        same_blocks: in width and number, as the feature term compares their outputs.
 
     Raises:
         UserError: other vocabularies, widths or depths, or too few positions.
     """
     a, b = text_settings(student), text_settings(teacher)
-    if a.get("vocab_size") != b.get("vocab_size"):
+    ours, theirs = _entries(student), _entries(teacher)
+    # Larger siblings often pad their vocabulary to more: what is beyond the student's is cut.
+    padded = ours and theirs and (b.get("vocab_size") or 0) > (a.get("vocab_size") or 0)
+    if a.get("vocab_size") != b.get("vocab_size") and not padded:
         raise UserError(
             f"{name} {teacher} has a vocabulary of {b.get('vocab_size')}, the student one of "
-            f"{a.get('vocab_size')}; they must share their tokenizer"
+            f"{a.get('vocab_size')}; they must share their tokenizer, which both directories must "
+            "hold where the teacher's vocabulary is padded to more"
         )
-    ours, theirs = _entries(student), _entries(teacher)
     same = sum(theirs.get(entry) == i for entry, i in ours.items())
     if ours and theirs and same < SAME_TOKENIZER * max(len(ours), len(theirs)):
         raise UserError(
             f"{name} {teacher} has another tokenizer than the student: {same} of {len(ours)} "
             "entries have the same id; they must share their tokenizer"
         )
-    compared = {"hidden_size": same_width, "n_embd": same_width}
-    compared |= {"num_hidden_layers": same_depth, "n_layer": same_depth}
-    for key, must_be_equal in compared.items():
-        if must_be_equal and a.get(key) != b.get(key):
+    compared = [STATES] * same_width + [WIDTHS, DEPTHS] * same_blocks
+    for keys in compared:
+        (key, mine), (_, its) = _first(a, keys), _first(b, keys)
+        if mine != its:
             raise UserError(
-                f"{name} {teacher} has {key} {b.get(key)}, the student {a.get(key)}; the contrasts "
+                f"{name} {teacher} has {key} {its}, the student {mine}; the contrasts "
                 "compare states of equal width, the feature term those of equally many blocks: "
                 "switch them off (recover.objective.feature, prc, fic 0) or give another model"
             )
@@ -148,6 +156,23 @@ def check_pair(
             f"recover.length is {length}, but {name} {teacher} has {most} positions; give "
             f"--recover.length {most} or less"
         )
+
+
+def state_width(folder: Path) -> int:
+    """H of the final states that the head reads.
+
+    Raises:
+        UserError: the model's settings do not say.
+    """
+    _, width = _first(text_settings(folder), STATES)
+    if width is None:
+        raise UserError(f"{folder}/config.json says no width (hidden_size)")
+    return width
+
+
+def _first(facts: dict, keys: tuple[str, ...]) -> tuple[str, int | None]:
+    """The first of the settings that a model has, and its value; None where it has none."""
+    return next(((key, facts[key]) for key in keys if facts.get(key)), (keys[0], None))
 
 
 def _here(path: str | None, option: str) -> Path | None:
@@ -223,8 +248,7 @@ def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[
     teacher = settings.objective.kl or settings.objective.feature
     memory += n * width * weights if teacher else 0
     tokens = settings.micro_batch * settings.length
-    hidden = facts.get("hidden_size") or facts.get("n_embd") or 0
-    layers = facts.get("num_hidden_layers") or facts.get("n_layer") or 0
+    hidden, layers = _first(facts, WIDTHS)[1] or 0, _first(facts, DEPTHS)[1] or 0
     kept = 2 if settings.gradient_checkpointing else 20  # values of H that a block keeps a token
     memory += tokens * hidden * layers * kept * width
     memory += 4 * hidden * (facts.get("vocab_size") or 0)  # the head's gradient, summed in fp32

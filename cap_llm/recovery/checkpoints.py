@@ -127,7 +127,7 @@ def _names_one(config: RecoverConfig) -> bool:
 
 def _chosen(folder: Path, config: RecoverConfig) -> Path | None:
     """The complete checkpoint to go on from, if there is one."""
-    complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
+    complete = _complete(folder)
     if _names_one(config):
         complete = [p for p in complete if _state(p).get("from") == str(config.resume)]
     if complete:
@@ -160,12 +160,17 @@ def save(
     if world.first:
         facts = {"step": step, "ranks": world.size, "zero_stage": stage, "state": state}
         write_json(folder / tag / COMPLETE, facts | {"recipe": recipe})
-        complete = sorted(p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
         # of this training only: one begun by `recover.resume` may be behind an earlier one here
-        own = [p for p in complete if _state(p).get("from") == state.get("from")]
+        own = [p for p in _complete(folder) if _state(p).get("from") == state.get("from")]
         for path in own[:-keep]:
             _remove(path)
     world.barrier()
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, by step."""
+    found = (p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def _remove(path: Path) -> None:

@@ -101,11 +101,9 @@ class Contrasts:
                 term.banks[0].write(mine, rows)
                 rows = self.world.concat(rows)[None]
             else:
-                rows = torch.stack([bank.read(everyone) for bank in term.banks]).to(device)
+                rows = _demanded(term.banks, everyone).to(device)
             extra = self._extra(term, place, micro)
-            for bank in term.banks:
-                bank.demand(extra)
-            further = torch.stack([bank.read(extra) for bank in term.banks]).to(device)
+            further = _demanded(term.banks, extra).to(device)
             centre = term.centre.to(device)
             losses[term.name] = self._loss(
                 normalise(raw, centre),
@@ -227,13 +225,29 @@ class Contrasts:
                 "nothing: check the model, or set its weight to 0"
             )
         # the first rank's view counts, and all have looked before anyone writes
-        missing = ids[~self.world.gather(bank.has(ids))[0]]
-        if not len(missing):
+        has = self.world.gather(bank.has(ids))[0]
+        if has.all():
             return
-        with console.bar(title, len(missing), "sequences") as bar:
-            for mine, n in rounds(missing):
-                rows = normalise(raw(mine), bank.centre.to(device))
-                bank.write(mine, rows)
+        with console.bar(title, len(ids), "sequences") as bar:
+            there = has.split(micro_batch * self.world.size)
+            for (mine, n), done in zip(rounds(ids), there, strict=True):
+                # a whole round passes again, also where only a part of it is missing: made among
+                # other sequences a row may be another in its last bits
+                if not done.all():
+                    rows = normalise(raw(mine), bank.centre.to(device))
+                    missing = ~done[self.world.rank :: self.world.size]
+                    bank.write(mine[missing], rows[missing.to(device)])
                 bar.advance(n)
         bank.flush()
         self.world.barrier()
+
+
+def _demanded(banks: list[Bank], ids: torch.Tensor) -> torch.Tensor:
+    """The rows [R, B, U, d] of sequences [B] in R banks.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for bank in banks:
+        bank.demand(ids)
+    return torch.stack([bank.read(ids) for bank in banks])

@@ -233,10 +233,11 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     facts = AutoConfig.from_pretrained(folder)
-    for key, value in facts.to_dict().items():
-        # Dropout would blur what the two models are compared in.
-        if "drop" in key and isinstance(value, float):
-            setattr(facts, key, 0.0)
+    for part in (facts, facts.get_text_config()):  # two where the model also sees
+        for key, value in part.to_dict().items():
+            # Dropout would blur what the two models are compared in.
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
     how = {"config": facts, "dtype": compute_dtype(config, world)}
     zero3 = settings is not None and stage_of(settings) == 3
     sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive
@@ -302,6 +303,17 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
                 f"{option} {path} sets {key} to {json.dumps(given)}, the recipe makes it "
                 f'{json.dumps(value)}; write "auto" there'
             )
+    if trains and zero.get("compute_grad_norm") is False:
+        raise UserError(
+            f"{option} {path} sets zero_optimization.compute_grad_norm to false; recovery logs the "
+            "gradient's norm and stops where it is not finite: take that line out"
+        )
+    offload = zero.get("offload_optimizer")
+    if trains and isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise UserError(
+            f"{option} {path} offloads the optimizer to nvme, where zeros cannot be kept, as its "
+            'weights are swapped anew; set zero_optimization.offload_optimizer.device to "cpu"'
+        )
     if trains:
         if "optimizer" in content or "scheduler" in content:
             raise UserError(

@@ -28,20 +28,24 @@ def head_loss(
 
     total = ce_weight * CE + kl_weight * temperature^2 * KL(teacher || student), means over tokens.
     The heads are applied to a chunk of tokens at a time, and the gradients with respect to the
-    states and to the student's head are made on the way, so that nothing is computed twice.
+    states and to the student's head are made on the way, so that nothing is computed twice. Of few
+    tokens, the gradient with respect to the logits is kept instead of the head's in fp32, which
+    is larger then: of 1,024 tokens of LLaMA-3-8B in 16 bits 0.26 GB instead of 2.1.
 
     Args:
         states: the student's, [N, H], that its head reads.
         weight: of the student's head, [V, H].
         bias: of the student's head, [V], or None.
         targets: the next token's id, [N].
-        teacher: its states [N, H'], head weight [V, H'] and bias, or None without distillation.
+        teacher: its states [N, H'], head weight [V', H'] and bias, or None without distillation;
+            of V' > V rows the last are padding and left out.
         ce_weight, kl_weight, temperature: see above.
 
     Returns:
         total, which carries the gradient, CE, and temperature^2 * KL (NaN without a teacher).
     """
-    teacher_states, teacher_weight, teacher_bias = teacher or (None, None, None)
+    teacher_states, *teacher_head = teacher or (None, None, None)
+    teacher_weight, teacher_bias = (x if x is None else x[: len(weight)] for x in teacher_head)
     learns = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (states, weight, bias)
     )
@@ -66,7 +70,9 @@ class _HeadLoss(torch.autograd.Function):
         chunk = max(1, min(CHUNK_BYTES // (4 * vocabulary), n // LEAST_CHUNKS))
         # Sums of many chunks are kept in fp32; without the 1/N, so that fp16 does not underflow.
         d_states = torch.zeros_like(states, dtype=torch.float32) if needs else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs else None
+        late = needs and n * weight.element_size() < 4 * weight.shape[1]
+        d_logits = weight.new_zeros(n, vocabulary) if late else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs and not late else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs and bias is not None else None
         ce = torch.zeros((), dtype=torch.float64, device=states.device)
         kl = torch.zeros_like(ce)
@@ -103,14 +109,16 @@ class _HeadLoss(torch.autograd.Function):
             if d is not None:
                 d = d.to(weight.dtype)
                 d_states[at : at + chunk] = d @ weight
-                if d.dtype == torch.float32:
+                if late:
+                    d_logits[at : at + chunk] = d
+                elif d.dtype == torch.float32:
                     d_weight.addmm_(d.T, s)
                 else:
                     for rows, part in zip(d_weight.split(SLICE), d.T.split(SLICE), strict=True):
                         rows += part @ s  # 16-bit factors, fp32 sum
                 if d_bias is not None:
                     d_bias += d.sum(0)
-        ctx.save_for_backward(*(d for d in (d_states, d_weight, d_bias) if d is not None))
+        ctx.save_for_backward(d_states, d_weight, d_bias, d_logits, states if late else None)
         ctx.n, ctx.dtypes = n, (states.dtype, weight.dtype)
         ce, kl = (ce / n).float(), (kl / n).float()
         total = ce_weight * ce
@@ -123,11 +131,16 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, *_):
-        d_states, d_weight, *d_bias = (
-            _scaled(d, gradient / ctx.n, dtype)
-            for d, dtype in zip(ctx.saved_tensors, (*ctx.dtypes, ctx.dtypes[1]), strict=False)
-        )
-        return (d_states, d_weight, *(d_bias or [None]), *[None] * 6)
+        d_states, d_weight, d_bias, d_logits, states = ctx.saved_tensors
+        (state_type, head_type), factor = ctx.dtypes, gradient / ctx.n
+        if d_logits is not None:
+            d_weight = d_logits.new_empty(d_logits.shape[1], states.shape[1])
+            for to, d in zip(d_weight.split(SLICE), d_logits.split(SLICE, 1), strict=True):
+                torch.mm((d * factor).T, states, out=to)  # scaled before, so that fp16 holds it
+        else:
+            d_weight = _scaled(d_weight, factor, head_type)
+        d_bias = None if d_bias is None else _scaled(d_bias, factor, head_type)
+        return (_scaled(d_states, factor, state_type), d_weight, d_bias, *[None] * 6)
 
 
 def _scaled(d: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,7 @@ from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import Config, ObjectiveConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.checkpoint import fingerprint, remove_weights, text_settings
+from cap_llm.models.checkpoint import fingerprint, remove_weights
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import further_model
 from cap_llm.recovery import checkpoints, engines
@@ -33,6 +33,7 @@ from cap_llm.recovery.check import (
     check_models,
     check_pair,
     refuse_changed_logits,
+    state_width,
 )
 from cap_llm.recovery.contrasts import Contrast, Contrasts
 from cap_llm.recovery.export import export
@@ -91,7 +92,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     work = _Recovery(student, teacher, dense, text, config, run, folder)
     work.check()
     run.bind(folder, recipe)
-    work.keep_settings()
+    work.keep_inputs()
     if settings.tensorboard and world.first:
         run.track_with(TensorBoard(run.path))
     if settings.wandb and world.first:
@@ -148,13 +149,25 @@ class _Recovery:
         self._teacher = None
         self._encoder: Encoder | None = None
         self._dense_ppl: float | None = None
+        models = {"start": start, "teacher": teacher, "dense": dense}
+        # by the first rank's view: a shared file system may show ranks different things
+        self._inputs = self.world.gather(
+            {"text": text.digest} | {name: fingerprint(path) for name, path in models.items()}
+        )[0]
 
     def check(self) -> None:
         """Raises:
-        UserError: a masked weight of the student is not zero, the first rung is no sparser than
-            it is, or a bank would be too large.
+        UserError: a masked weight of the student is not zero, it is its own teacher, the first
+            rung is no sparser than it is, or a bank would be too large.
         """
         self.masks.check()
+        own = [k for k in ("teacher", "dense") if self._inputs[k] == self._inputs["start"]]
+        if self.masks and own:
+            option = "recover.teacher" if self.settings.teacher else "model.dense"
+            raise UserError(
+                f"{self.start} is pruned, and {option} names it, or a copy of it, too: give the "
+                "model that it was pruned from"
+            )
         sparsity = self.masks.sparsity if self.masks else 0.0
         check_first_rung(self.settings.rungs, self.start, sparsity)
         if self.settings.contrasts:
@@ -168,10 +181,28 @@ class _Recovery:
                     "contrast.token_positions or contrast.dim"
                 )
 
-    def keep_settings(self) -> None:
-        """Writes the DeepSpeed settings as used to the run directory, and what the teacher is."""
+    def keep_inputs(self) -> None:
+        """Writes what goes in: text and models, and to the run directory the DeepSpeed settings.
+
+        Raises:
+            UserError: a rung is finished that was made from other ones.
+        """
+        path = self.folder / "inputs.json"
+        known = read_json(path) if path.exists() else {}
+        finished = next(self.folder.glob("rungs/*/trained/rung.json"), None)
+        finished = finished or (self.folder / "finetuned" / "done.json").exists()
+        changed = [k for k, now in self._inputs.items() if known.get(k, now) != now]
+        changed = self.world.gather(changed if finished else [])[0]
+        if changed:
+            models = {"start": self.start, "teacher": self.teacher, "dense": self.dense}
+            found = models.get(changed[0])
+            what = f"the weights in {found} have" if found else "the recovery text has"
+            raise UserError(
+                f"{what} changed since {self.folder} was begun, and a rung of it is finished; "
+                "bring back what it was, or choose another output_dir"
+            )
         if self.world.first:
-            write_json(self.folder / "inputs.json", {"teacher_is_dense": self._taught_by_dense})
+            write_json(path, self._inputs | {"teacher_is_dense": self._taught_by_dense})
             write_json(self.run.path / "ds_config.json", self.student_ds)
             if self.teacher_ds:
                 write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
@@ -213,10 +244,10 @@ class _Recovery:
             run.console.say(f"{title}: pruning", style="bold")
             pruned = oneshot(student, texts, changed, run, place)
         masks = self.masks if pruned == self.start else Masks(pruned, self.world)
+        if masks.from_zeros and masks.told:
+            run.console.say(f"{title}: {masks.told}", style=None if masks else "yellow")
         if not masks:
-            run.console.say(f"{title}: {pruned} has no zeros: it is fine-tuned as it is")
-        elif masks.from_zeros:
-            run.console.say(f"{title}: {masks.told}")
+            run.console.say(f"{title}: {pruned} is not pruned: it is fine-tuned as it is")
         if self._dense_ppl is None:
             self._dense_ppl = self._held_out_perplexity(self.dense)
             run.console.say(f"{title}: {self._measure}'s held-out ppl is {self._dense_ppl:.3f}")
@@ -297,7 +328,7 @@ class _Recovery:
 
     def _recipe(self, rung: int | str, contrasts: Contrasts) -> dict:
         """What a checkpoint must have been made with."""
-        recipe = {"settings": self.config.recipe(STAGE), "rung": rung, "text": self.text.digest}
+        recipe = {"settings": self.config.recipe(STAGE), "rung": rung} | self._inputs
         # Sequences that are contrasted with each other are part of what a training is.
         at_once = self.world.size * self.settings.micro_batch if contrasts.terms else None
         return recipe | {"at_once": at_once}
@@ -468,12 +499,3 @@ class _Recovery:
             f"verified: reloaded from {folder}, held-out ppl {ppl:.4f} (engine {expected:.4f}), "
             "zeros exact"
         )
-
-
-def state_width(folder: Path) -> int:
-    """H of the final states that the head reads."""
-    facts = text_settings(folder)
-    for key in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model"):
-        if facts.get(key):
-            return facts[key]
-    raise UserError(f"{folder}/config.json says no width (hidden_size)")

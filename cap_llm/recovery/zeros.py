@@ -253,7 +253,8 @@ class _Kept:
 
     def _shard(self, weights: torch.Tensor) -> tuple[torch.Tensor, int]:
         weights = weights.data.view(-1)
-        return weights, weights.numel() * dist.get_rank()
+        # the rank among those that share the parameter, who need not be all
+        return weights, weights.numel() * self.parameter.ds_zero_partition_rank
 
 
 def _bits(device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -40,6 +40,7 @@ RUNG_STEPS = 5
 LADDER = {
     "recover.ladder": "0.6, 0.7",
     "recover.finetuned": "train",
+    "recover.deepspeed": "zero3",
     "recover.tokens": RUNG_STEPS * BATCH * LENGTH,
 }
 # Checkpoints of two ranks, by the number that goes on: a conversion takes seconds.

@@ -50,12 +50,28 @@ def no_json(assets: Assets) -> Path:
 # name -> settings of the run, parts of the message
 REFUSED = {
     "vocabulary": (
-        lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, vocab_size=600)},
-        ["recover.teacher", "vocabulary of 600", "512", "share their tokenizer"],
+        lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, vocab_size=500)},
+        ["recover.teacher", "vocabulary of 500", "512", "share their tokenizer"],
     ),
     "tokenizer": (
         lambda a: {"recover.teacher": other_words(a)},
         ["recover.teacher", "another tokenizer", "share their tokenizer"],
+    ),
+    "its own teacher": (
+        lambda a: {"recover.teacher": Path(shutil.copytree(a.half, a.folder / "its-own"))},
+        ["half", "is pruned, and recover.teacher names it, or a copy of it", "was pruned from"],
+    ),
+    "no norm": (
+        lambda a: deepspeed_file(
+            a, "norm", zero_optimization={"stage": 2, "compute_grad_norm": False}
+        ),
+        ["norm.json sets zero_optimization.compute_grad_norm to false", "take that line out"],
+    ),
+    "a disk for the optimizer": (
+        lambda a: deepspeed_file(
+            a, "disk", zero_optimization={"stage": 3, "offload_optimizer": {"device": "nvme"}}
+        ),
+        ["disk.json offloads the optimizer to nvme", 'device to "cpu"'],
     ),
     "width": (
         lambda a: {"recover.teacher": a.tiny("llama", num_hidden_layers=3, hidden_size=64)},

@@ -46,6 +46,7 @@ from readings import (
     tensors,
 )
 from refusals import REFUSED, add_refusals
+from support import VOCABULARY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cap_llm.models.checkpoint import fingerprint
@@ -78,7 +79,7 @@ def two(assets, tmp_path_factory) -> Cases:
     lost = [("remove", snapshot)]
     cases.add("ladder, resumed", out="ladder, stopped", edits=lost, **LADDER)
     short = {"recover.tokens": 4 * BATCH * LENGTH}
-    for family, zero in (("gpt2", "zero3"), ("opt", "zero2")):
+    for family, zero in (("gpt2", "zero3"), ("opt", "zero2"), ("opt350", "zero3")):
         model = {"model.path": assets.tiny(family), "stages": "[oneshot, recover]"}
         model |= {"recover.teacher": "null", "recover.deepspeed": zero}
         cases.add(family, **model, **short)
@@ -185,7 +186,9 @@ def test_16_bits_give_the_same_losses_at_every_stage(two, zero):
     assert_close(first, other, 0.05)
 
 
-@pytest.mark.parametrize(("family", "transposed"), [("gpt2", True), ("opt", False)])
+@pytest.mark.parametrize(
+    ("family", "transposed"), [("gpt2", True), ("opt", False), ("opt350", False)]
+)
 def test_other_families_recover_with_exact_zeros(two, assets, family, transposed):
     run = two.finished(family)
     assert_zeros(run / "recover", run / "oneshot", transposed)
@@ -406,6 +409,12 @@ def add_rungs(cases: Cases) -> None:
     cases.add("gate, again", out="gate", recover__gate=1.02, **lost)
     raised = ("copy", cases.out("gate"), cases.out("gate, raised"))
     cases.add("gate, raised", edits=[raised], recover__gate=1e9, **lost)
+    text = cases.assets.folder / "changing-later.txt"
+    text.write_text(cases.assets.text.read_text())
+    changing = lost | {"recover.corpus": text}
+    cases.add("text of two rungs", recover__gate=1.01, **changing)
+    changed = [("replace", text, "a", "e")]
+    cases.add("another text of the second rung", out="text of two rungs", edits=changed, **changing)
 
 
 def test_a_ladder_prunes_inside_the_earlier_masks(two, assets):
@@ -541,6 +550,15 @@ def test_a_rung_that_loses_too_much_ends_the_ladder(one):
     assert sparsity(one.finished("gate, raised") / "recover") == pytest.approx(0.8, abs=0.01)
 
 
+def test_a_later_rung_has_the_text_of_the_first(one):
+    assert "held-out perplexity" in one.refused("text of two rungs")
+    message = one.refused("another text of the second rung")
+    assert "the recovery text has changed since" in message
+    assert "a rung of it is finished" in message
+    rungs = one.out("text of two rungs") / "recover" / "rungs"
+    assert [p.name for p in rungs.iterdir()] == ["1"]
+
+
 # the objective's terms
 
 TERMS = ("kl", "feature", "prc", "snc", "fic")
@@ -564,6 +582,8 @@ def add_ablations(cases: Cases) -> None:
     cases.add("fine-tuned, and worse", **worse)
     wide = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=3)}
     cases.add("wide teacher", **wide, **NO_CONTRAST)
+    padded = {"recover.teacher": tiny("llama", num_hidden_layers=3, vocab_size=VOCABULARY + 64)}
+    cases.add("padded teacher", **padded, **NO_CONTRAST, recover__deepspeed="zero3")
     tuned = {"model.dense": cases.assets.dense, "recover.finetuned": "train"}
     tuned |= {"recover.objective.prc": 0, "recover.tokens": 2 * BATCH * LENGTH}
     cases.add("wide teacher, fine-tuned", **wide | tuned)
@@ -613,6 +633,11 @@ def test_a_wider_teacher_gives_the_kl(one, assets):
     assert values["kl", 1] > 0.01
     assert values["held_out_ppl", STEPS] < values["held_out_ppl", 0]
     assert_zeros(run / "recover", assets.half)
+
+
+def test_a_teachers_vocabulary_may_be_padded(one, assets):
+    assert_zeros(one.finished("padded teacher") / "recover", assets.half)
+    assert losses(one.out("padded teacher"))["kl", 1] > 0.01
 
 
 def test_a_wider_teacher_goes_with_the_students_own_snapshots(one):

@@ -66,6 +66,20 @@ def test_old_checkpoints_go_but_never_those_of_another_training(tmp_path):
     ]
 
 
+def test_steps_are_counted_and_not_spelt(tmp_path):
+    for step in (999_800, 1_000_000):
+        save(tmp_path, step, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1000000"]
+
+
+def test_a_model_is_trained_without_its_dropout(tiny):
+    """A resumed training would draw other zeros, and the teacher has none."""
+    folder = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    model = engines._load(folder, None, RecoverConfig(), World.alone(CPU)).train()
+    ids = torch.arange(40)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
 def test_a_rank_that_cannot_write_its_checkpoint_says_so_and_waits_for_nobody(tmp_path):
     class Engine:
         def save_checkpoint(self, folder, tag, save_latest):
