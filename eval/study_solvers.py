@@ -104,6 +104,7 @@ PATTERNS = {
 }
 SEVERAL = ("2:4", "50 %")  # three seeds, and the whole test set for the first
 FIRST = 32  # windows
+MARK = " †"  # of a row that says `before` what it was made: it counts as missing
 SCORES = {  # what is scored together: its keys in the results, options
     "first": (
         {"wikitext2": f"wikitext2@2048 first {FIRST}", "c4": f"c4@2048 first {FIRST}"},
@@ -137,11 +138,10 @@ def main() -> int:
                 failed.append(f"{name_of(cell)}: exit code {code}")
                 break
             RESULTS.parent.mkdir(exist_ok=True)
-            known = results()
-            name = name_of(cell)
-            write_json(
-                RESULTS, known | {name: known.get(name, {}) | measured(cell, args.work, keys)}
-            )
+            known, name = results(), name_of(cell)
+            row = known.get(name, {})
+            row = ({} if row.get("before") else row) | measured(cell, args.work, keys)
+            write_json(RESULTS, known | {name: row})
             write_tables()
             console.say("\n".join(summary()))
         else:
@@ -177,6 +177,7 @@ def missing(cell: Cell) -> list[str]:
     """What of SCORES is still to be measured of a cell."""
     arm, pattern, seed = cell
     known = results().get(name_of(cell), {})
+    known = {} if known.get("before") else known
     whole = seed == 0 and (arm == "dense" or pattern in SEVERAL)
     asked = ["first", "whole"] if whole else ["first"]
     return [scores for scores in asked if not known.keys() >= SCORES[scores][0].keys()]
@@ -331,7 +332,8 @@ def summary() -> list[str]:
 
     def row(arm: str) -> list[str]:
         found = [(there.get(name_of((arm, p, 0)), {}), k) for p, k in keys.items()]
-        return [arm, *(f"{cell[k]:.2f}" if k in cell else "" for cell, k in found)]
+        mark = MARK if any(cell.get("before") for cell, _ in found) else ""
+        return [arm + mark, *(f"{cell[k]:.2f}" if k in cell else "" for cell, k in found)]
 
     rows = [row(arm) for arm in ("dense", *ARMS)]
     return markdown(["WikiText-2, ppl_token@2048", *head], [r for r in rows if any(r[1:])])
@@ -351,7 +353,8 @@ def details(pattern: str) -> list[str]:
         worse = closed.startswith("-")
         beside = [relative_to(pattern, arm, "SparseGPT"), "" if worse else closed]
         first = results().get(name_of((arm, pattern, 0)))
-        rows.append([arm, *scores, *beside, *_costs(first)])
+        mark = MARK if first and first.get("before") else ""
+        rows.append([arm + mark, *scores, *beside, *_costs(first)])
         notes += _kept(arm, pattern, first or {})
         if arm in CONTROLS:
             differences = [against_controls(pattern, key, arm) for key in keys]
@@ -397,6 +400,8 @@ def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
 def write_tables() -> None:
     """Writes `study_solvers.md` and, where two sparsities can be joined, `study_solvers.png`."""
     page = ["# Training-free methods on SmolLM2-135M", "", *NOTE, "", *summary(), ""]
+    before = sorted({row["before"] for row in results().values() if row.get("before")})
+    page += [f"{MARK.strip()} to be made again: {'; '.join(before)}.", ""] if before else []
     for pattern in PATTERNS:
         page += details(pattern)
     drawn = figure(RESULTS.with_suffix(".png"))

@@ -35,6 +35,19 @@ def test_an_earlier_mask_is_kept(solve, pattern):
     reference.assert_exact(mask, Pattern.parse(pattern), 0.5)
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
+def test_a_start_leads_to_less_error_inside_an_earlier_mask(pattern):
+    weight, h = reference.problem()
+    earlier = choose(weight.abs(), Pattern.parse("3:4" if ":" in pattern else pattern), 0.25)
+    pattern = Pattern.parse(pattern)
+    start = weight * choose(torch.rand_like(weight), pattern, 0.5, earlier)
+    new, mask = alps(weight, h, pattern, 0.5, earlier, start)
+    assert not (mask & ~earlier).any() and not new[~mask].any()
+    reference.assert_exact(mask, pattern, 0.5)
+    first = refit(start, start != 0, weight, h)
+    assert reference.error(new, weight, h) < reference.error(first, weight, h)
+
+
 @pytest.mark.parametrize("solve", [alps, admm_grad])
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
 def test_without_correlation_both_come_close_to_the_known_best_mask(solve, pattern):
@@ -86,20 +99,24 @@ def layers(smollm2, calibration_ids):
 def test_alps_is_better_than_sparsegpt_with_refit_on_real_layers(layers, name):
     """Whole o_proj; of the MLP's matrices some rows, each of which is a problem of its own."""
     weight = layers[name].weight
-    weight = weight if "o_proj" in name else weight[:: len(weight) // 64]
+    weight = weight if "o_proj" in name else weight[:: len(weight) // 64]  # a matrix of their own
     h = reference.damped(layers[name].hessian).float()
     factor = factorise(layers[name].hessian.float(), 0.01, name)
-    for text in ("row", "2:4"):
+    for text in ("unstructured", "row", "2:4"):
         pattern = Pattern.parse(text)
         errors = {}
         for solve, solver in {
             "sparsegpt": lambda p=pattern: sparsegpt(weight, factor, p, 0.5),
             "alps": lambda p=pattern: alps(weight, h, p, 0.5),
+            "from sparsegpt": lambda p=pattern: alps(
+                weight, h, p, 0.5, start=sparsegpt(weight, factor, p, 0.5)[0]
+            ),
             "admm_grad": lambda p=pattern: admm_grad(weight, h, p, 0.5),
         }.items():
             new, mask = solver()
             errors[f"{solve} alone"] = reference.error(new, weight, h)
             errors[solve] = reference.error(refit(new, mask, weight, h), weight, h)
         assert errors["alps"] < errors["sparsegpt"]
+        assert errors["from sparsegpt"] < errors["sparsegpt"]
         assert errors["alps"] <= errors["admm_grad"]
         assert errors["alps"] <= 1.001 * errors["alps alone"]

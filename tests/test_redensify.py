@@ -1,13 +1,11 @@
-"""The two steps of SDS on one matrix: limits that METHODS' analysis states, and exact patterns."""
+"""Re-densification of one matrix: the limits that the analysis of it states."""
 
 import pytest
 import reference
 import torch
 
-from cap_llm.solvers.hessian import Moments, factorise
-from cap_llm.solvers.redensify import adjust, largest_eigenvalue, redensify, redensify_by_sgd
-from cap_llm.solvers.refit import refit
-from cap_llm.solvers.sparsegpt import sparsegpt
+from cap_llm.solvers.hessian import Moments
+from cap_llm.solvers.redensify import largest_eigenvalue, redensify, redensify_by_sgd
 from cap_llm.sparsity.patterns import Pattern, choose
 
 
@@ -79,40 +77,6 @@ def test_sgd_does_not_diverge_on_huge_activations():
     gram = x.T @ x / len(x)
     free = redensify_by_sgd(pruned(dense), dense, gram[None])
     assert reference.error(free, dense, gram) < reference.error(pruned(dense), dense, gram)
-
-
-@pytest.mark.parametrize("pattern", ["unstructured", "row", "2:4"])
-def test_adjusting_lowers_the_error_and_keeps_the_pattern(pattern):
-    dense, h = reference.problem()
-    pattern = Pattern.parse(pattern)
-    mask = choose(dense.abs(), pattern, 0.5)
-    new, adjusted = adjust(dense * mask, dense, h, pattern, 0.5)
-    assert not new[~adjusted].any()
-    reference.assert_exact(adjusted, pattern, 0.5)
-    assert reference.error(new, dense, h) < reference.error(dense * mask, dense, h)
-
-
-@pytest.mark.parametrize("name", reference.REAL_LAYERS)
-def test_adjusting_moves_the_mask_of_a_real_layer_to_a_better_one(smollm2, calibration_ids, name):
-    layer = reference.real_layers(smollm2, calibration_ids)[name]
-    rows = slice(0, 96)
-    dense = layer.weight[rows]
-    factor = factorise(layer.hessian.float(), 0.01, name)
-    start, mask = sparsegpt(dense, factor, Pattern.parse("2:4"), 0.5)
-    new, adjusted = adjust(start, dense, factor.hessian, Pattern.parse("2:4"), 0.5)
-    assert (mask ^ adjusted).any()
-    on_both = [refit(w, m, dense, factor.hessian) for w, m in ((start, mask), (new, adjusted))]
-    before, after = (reference.error(w, dense, factor.hessian) for w in on_both)
-    assert after < before
-
-
-def test_adjusting_stays_inside_an_earlier_mask():
-    dense, h = reference.problem()
-    earlier = choose(dense.abs(), Pattern("row"), 0.25)
-    mask = choose(dense.abs(), Pattern("row"), 0.5, earlier)
-    new, adjusted = adjust(dense * mask, dense, h, Pattern("row"), 0.5, earlier)
-    assert not (adjusted & ~earlier).any()
-    assert not new[~adjusted].any()
 
 
 def test_the_largest_eigenvalue_is_bounded_from_above():

@@ -1,11 +1,13 @@
 """The stages `sds` and `reconstruct` through the real entry: files, numbers, resuming, ranks."""
 
+import contextlib
 import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import assets
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support import ROOT, environment, weights
 
 import cap_llm.blockwise.reconstruct as reconstruct_module
+from cap_llm.blockwise import sds as sds_module
 from cap_llm.blockwise import stage as stage_module
 from cap_llm.blockwise.perplexity import perplexity
 from cap_llm.models.masks import Masks
@@ -95,14 +98,87 @@ def test_each_stage_leaves_a_model_that_transformers_loads_with_exact_zeros(
         assert block["after"] <= block["before"]
 
 
-def test_sds_without_regularisers_or_adjustment_is_its_base(tiny, entry):
+@pytest.fixture
+def watched(monkeypatch) -> tuple[dict, dict, list]:
+    """By name: second moments that re-densification sees, weights that it gives; and the text."""
+    seen, free, ids = {}, {}, []
+    redensify = sds_module._Step._redensify
+
+    def watch(step, names, prefix, sparse, target, batches):
+        seen[f"{prefix}{names[0]}.weight"] = batches[0].hessian.clone()
+        made = redensify(step, names, prefix, sparse, target, batches)
+        free.update({f"{prefix}{n}.weight": w.clone() for n, w in made.items()})
+        ids[:] = step.first.ids
+        return made
+
+    monkeypatch.setattr(sds_module._Step, "_redensify", watch)
+    return seen, free, ids
+
+
+@pytest.mark.parametrize("data", ["dense", "sparse", "redense"])
+def test_redensification_sees_the_activations_that_are_asked_for(tiny, entry, watched, data):
+    dense = tiny("llama")
+    folder, code = entry(dense, "--stages", "[oneshot, sds]", "--sds.data", data)
+    assert code == 0
+    seen, free, ids = watched
+    source = dense if data == "dense" else folder / "oneshot"
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    for name, weight in free.items() if data == "redense" else ():
+        model.get_parameter(name).data.copy_(weight)
+    name = "model.layers.1.self_attn.q_proj"
+    inputs = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(torch.cat(ids))
+    x = inputs[0].flatten(0, 1)
+    torch.testing.assert_close(seen[f"{name}.weight"], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("spoilt, kept", [("the adjustment", "again"), ("both", "first")])
+def test_a_matrix_takes_what_has_the_least_error(tiny, entry, monkeypatch, spoilt, kept):
+    monkeypatch.setattr(sds_module.Solver, "refit", lambda solver, w, *_: torch.zeros_like(w))
+    if spoilt == "both":
+        noise = torch.Generator().manual_seed(0)
+        monkeypatch.setattr(
+            sds_module, "redensify", lambda w, *_: torch.randn(w.shape, generator=noise)
+        )
+    folder, code = entry(tiny("llama"), "--stages", "[oneshot, sds]", "--sds.l1", 0)
+    assert code == 0
+    found = [row["kept"] for row in read_json(folder / "sds" / "sparsity.json")["rows"]]
+    assert found.count(kept) > len(found) / 2 and "adjusted" not in found
+    if kept == "first":
+        assert set(found) == {"first"}
+
+
+def test_the_error_of_a_block_is_relative_token_by_token(monkeypatch):
+    """The first positions' activations are hundreds of times the others'."""
+    target = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
+    target[:, 0] *= 500
+    section = object.__new__(reconstruct_module._Section)
+    section.trainer = SimpleNamespace(autocast=contextlib.nullcontext)
+    section.calls = section.inputs = [None]
+    section.block = section.module = None
+    section.targets = [target]
+    for wrong, error in ((0, 0.01 / 6), (3, 0.01 / 6), (slice(None), 0.01)):
+        output = target.clone()
+        output[:, wrong] *= 1.1
+        monkeypatch.setattr(reconstruct_module, "_output", lambda *_, out=output: out)
+        assert section._error(0).item() == pytest.approx(error, rel=1e-3)
+
+
+def test_sds_without_regularisers_or_adjustment_is_its_base(tiny, entry, watched):
     """Re-densified to the dense weights, the second prune is the first one."""
+    dense, (_, free, _) = tiny("llama"), watched
     folder, code = entry(
-        tiny("llama"),
+        dense,
         *("--stages", "[oneshot, sds]", "--calibration.held_out", 0, "--sds.adjust", "false"),
         *("--sds.mu", 0, "--sds.l1", 0, "--sds.l2", 0),
     )
     assert code == 0
+    for name, weight in weights(dense).items():
+        if name in free:
+            assert (free[name] - weight).norm() <= 2e-3 * weight.norm()
+    assert len(free) == 14
     first, second = (MaskFile(folder / s / "masks.safetensors") for s in ("oneshot", "sds"))
     same = [(first.read(n) == second.read(n)).float().mean().item() for n in first.columns]
     assert min(same) > 0.99
@@ -464,27 +540,38 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
         assert path.read_bytes() == (a / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("inputs", ["dense", "student"])
-def test_two_ranks_equal_one(tiny, text_file, tmp_path, inputs):
-    """From one start; blocks in turn are equal bit for bit, shared sequences up to summation."""
+@pytest.mark.parametrize(
+    "stage, more",
+    [
+        ("reconstruct", ["--reconstruct.inputs", "dense"]),
+        ("reconstruct", []),
+        ("sds", ["--sds.data", "redense", "--sds.adjust", "false"]),
+        ("sds", ["--sds.mode", "paper", "--oneshot.pattern", "row"]),
+    ],
+)
+def test_two_ranks_equal_one(tiny, text_file, tmp_path, stage, more):
+    """From one start; blocks in turn are equal bit for bit, shared sequences up to summation.
+
+    ALPS' iterations, as which SDS adjusts, may go another way from a last bit on; what they are
+    given is also what the second prune is.
+    """
     model = tiny("llama", num_hidden_layers=3)
-    start = options(model, text_file, tmp_path / "start", "--stages", "[oneshot]")
-    more = ["--calibration.held_out", 5]  # no multiple of the ranks
-    more += ["--model.dense", model, "--reconstruct.inputs", inputs]
-    more += ["--stages", "[sds, reconstruct]" if inputs == "student" else "[reconstruct]"]
+    pattern = more[2:] if "--oneshot.pattern" in more else []
+    start = options(model, text_file, tmp_path / "start", "--stages", "[oneshot]", *pattern)
+    more = [*more, "--calibration.held_out", 5]  # no multiple of the ranks
+    more += ["--model.dense", model, "--stages", f"[{stage}]"]
     pruned = tmp_path / "start" / "oneshot"
     one, two = (options(pruned, text_file, tmp_path / n, *more) for n in ("one", "two"))
     for command, ranks in ((start, 1), (one, 1), (two, 2)):
         done = run_entry(command, ranks)
         assert done.returncode == 0, done.stderr
-    if inputs == "student":
-        a, b = weights(tmp_path / "one" / "sds"), weights(tmp_path / "two" / "sds")
-        assert all((a[k] - b[k]).norm() <= 0.01 * a[k].norm() for k in a)
-    a, b = (weights(tmp_path / n / "reconstruct") for n in ("one", "two"))
+    before = weights(pruned)
+    a, b = (weights(tmp_path / n / stage) for n in ("one", "two"))
     for key in a:
-        if inputs == "dense":
+        if "dense" in more:
             assert torch.equal(a[key], b[key])
-        assert (a[key] - b[key]).norm() <= 0.02 * a[key].norm()
+        # of how far it has gone: with half of the text it would go elsewhere
+        assert (a[key] - b[key]).norm() <= 0.1 * (a[key] - before[key]).norm()
 
 
 @pytest.mark.parametrize(

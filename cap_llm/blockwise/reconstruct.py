@@ -44,6 +44,7 @@ from cap_llm.runtime.world import World
 from cap_llm.text.reading import Texts
 
 STAGE = "reconstruct"
+WARMUP = 0.1  # of the steps: Adam's first ones are as large as the rate, whatever the gradient
 PATIENCE = 2  # epochs; large steps may make it worse first, and the small ones at the end better
 
 
@@ -288,7 +289,9 @@ class _Section:
         groups = [{"params": [p], "lr": settings.lr * _scale(p)} for p in self.parameters]
         optimizer = torch.optim.Adam(groups, fused=True)
         n_steps = settings.epochs * -(-self.trainer.n // settings.batch)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / n_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / (WARMUP * n_steps)) * (1 - step / n_steps)
+        )
         draw = torch.Generator().manual_seed(settings.seed * 100_003 + self.i)
         phase("error before")
         before = least = self.judge()
@@ -316,8 +319,9 @@ class _Section:
         """
         trainer = self.trainer
         total = torch.zeros((), dtype=torch.float64, device=self.team.device)
-        for k in trainer.judges if trainer.n_judges else trainer.place.values():
-            total += self._error(k)
+        with trainer.autocast():
+            for k in trainer.judges if trainer.n_judges else trainer.place.values():
+                total += self._error(k)
         value = (self.team.sum(total) / (trainer.n_judges or trainer.n)).item()
         if not math.isfinite(value):
             raise UserError(
@@ -338,9 +342,10 @@ class _Section:
         for step in itertools.zip_longest(*orders):
             batch = [sequence for sequence in step if sequence is not None]
             optimizer.zero_grad()
-            for sequence in batch:
-                if sequence in place:
-                    (self._error(place[sequence]) / len(batch)).backward()
+            with self.trainer.autocast():  # around all, so that weights are cast once
+                for sequence in batch:
+                    if sequence in place:
+                        (self._error(place[sequence]) / len(batch)).backward()
             for p in self.parameters if self.team.size > 1 else ():
                 p.grad = self.team.sum(torch.zeros_like(p) if p.grad is None else p.grad)
             for p, mask in self.keep.items():  # zeros leave Adam's moments and the weights at zero

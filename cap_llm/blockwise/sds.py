@@ -2,10 +2,14 @@
 
 The first prune is what the stage starts from (`oneshot`, or a model pruned elsewhere). Each pruned
 matrix is made dense again, from its pruned weights towards the dense ones; pruned again by
-`oneshot`'s method; and adjusted with a soft mask. Two streams of text go side by side: one shows
-re-densification its inputs (`sds.data`), the other, which carries the held-out text too, is the
-result so far, which the second prune sees. Of the first prune's weights, the second's and the
-adjusted ones, a matrix takes those with the least error against the dense weights on held-out text.
+`oneshot`'s method; and adjusted towards the dense weights with a soft mask, one that is chosen anew
+at every step: mode `gram` solves that by the iterations of ALPS from the second prune on, since
+gradient steps, the paper's, hardly move a mask.
+
+Two streams of text go side by side: one shows re-densification its inputs (`sds.data`), the other,
+which carries the held-out text too, is the result so far, which the second prune sees. Of the first
+prune's weights, the second's and the adjusted ones, a matrix takes those with the least error
+against the dense weights on held-out text.
 """
 
 from __future__ import annotations
@@ -39,8 +43,9 @@ from cap_llm.models.masks import Masks, recorded, removed
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 from cap_llm.runtime.rundir import Run
+from cap_llm.solvers.admm import alps
 from cap_llm.solvers.hessian import Moments, factorise
-from cap_llm.solvers.redensify import adjust, redensify, redensify_by_sgd
+from cap_llm.solvers.redensify import redensify, redensify_by_sgd
 from cap_llm.sparsity.patterns import Pattern, choose, obeys
 from cap_llm.text.reading import Texts
 
@@ -359,7 +364,7 @@ class _Step:
             return found
         if grams is None:
             hessian = solver.factor.hessian
-            weight, again = adjust(weight, target, hessian, self.pattern, sparsity, inside)
+            weight, again = alps(target, hessian, self.pattern, sparsity, inside, start=weight)
             found["adjusted"] = (solver.refit(weight, again, target), again)
             return found
 

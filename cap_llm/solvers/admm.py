@@ -30,6 +30,7 @@ def alps(
     pattern: Pattern,
     sparsity: float,
     allowed: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prunes W [R, C] by ADMM with a growing penalty (ALPS, algorithm 1).
 
@@ -41,6 +42,7 @@ def alps(
         pattern: where zeros may be.
         sparsity: share of zeros; not used by N:M.
         allowed: mask [R, C] inside which the result must lie.
+        start: weights [R, C] to begin from, pruned as asked for; by default the largest of W.
 
     Returns:
         The weight and its mask, both [R, C].
@@ -50,9 +52,11 @@ def alps(
     pull = dense @ h
     rho, grown = 0.1, False
     inverse = regularised_inverse(h, rho)
-    mask = earlier = choose(dense.abs(), pattern, sparsity, allowed)
+    first = dense if start is None else start * scale
+    mask = earlier = choose(first.abs(), pattern, sparsity, allowed)
+    first = first * mask
     kept = max(1, int(mask.sum()))
-    b, d, u = dense, dense * mask, torch.zeros_like(dense)
+    b, d, u = dense, first, torch.zeros_like(dense)
     for iteration in range(1, MOST + 1):
         b = (d - u).mul_(rho).add_(pull) @ inverse
         u += b
@@ -66,7 +70,7 @@ def alps(
         if moved == 0 and not grown and rho > SOFTEST:
             # so stiff that nothing ever moved: start again, softer
             rho /= 5
-            d, u = dense * mask, torch.zeros_like(dense)
+            d, u = first, torch.zeros_like(dense)
         elif moved == 0 or (iteration >= 30 and moved < 3e-4):
             break
         else:

@@ -132,8 +132,18 @@ class Factor:
     def inverse(self) -> torch.Tensor:
         """H^-1 [C, C]."""
         if self._lower is None:
-            return self.upper.T @ self.upper
+            return _gram(self.upper)
         return torch.cholesky_inverse(self._lower).flip(0, 1)
+
+
+def _gram(upper: torch.Tensor) -> torch.Tensor:
+    """U^T U of an upper triangular U [C, C]: tile by tile, without the zeros below the diagonal."""
+    gram = torch.empty_like(upper)
+    for i in range(0, len(upper), TILE):
+        j = i + TILE
+        rows = upper[:j, i:j].T @ upper[:j, i:]
+        gram[i:j, i:], gram[i:, i:j] = rows, rows.T
+    return gram
 
 
 def factorise(hessian: torch.Tensor, damping: float, name: str) -> Factor:

@@ -1,29 +1,23 @@
-"""The two steps of Sparse-Dense-Sparse (Li et al. 2025) on one matrix, on second moments alone.
+"""Re-densification, Sparse-Dense-Sparse (Li et al. 2025), of one matrix on second moments alone.
 
-The first is re-densification: all weights are free again and go from the pruned W_s towards the
-dense W_d, as far as regularisers let them. Without any, the least-squares problem has W_d as its
-only solution; what SDS is lies in what keeps W from it. The paper says where its optimiser starts
-(W_s) and how many steps it takes, not which one it is. `redensify` makes that pull explicit, as
-(mu / 2) ||W - W_s||^2; `redensify_by_sgd` takes the paper's steps as far as they are known.
-
-The second is the adjustment after pruning again: gradient steps on the layer's error against the
-dense weights, each followed by a new choice of the mask from the weights' size.
+All weights are free again and go from the pruned W_s towards the dense W_d, as far as regularisers
+let them. Without any, the least-squares problem has W_d as its only solution; what SDS is lies in
+what keeps W from it. The paper says where its optimiser starts (W_s) and how many steps it takes,
+not which one it is. `redensify` makes that pull explicit, as (mu / 2) ||W - W_s||^2;
+`redensify_by_sgd` takes the paper's steps as far as they are known.
 
 Inputs are scaled to unit energy (see `admm`), so that one mu, l1 and l2 mean the same everywhere.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from cap_llm.solvers.admm import regularised_inverse, unit_diagonal
-from cap_llm.sparsity.patterns import Pattern, choose
 
 STEPS = 200  # of the L1 term's iterations at most, and of SGD
-ADJUST = 60  # steps of the adjustment
 TOLERANCE = 1e-3  # relative change of the weights at which the iterations of the L1 term end
 
 
@@ -115,51 +109,10 @@ def redensify_by_sgd(
     return w
 
 
-def adjust(
-    weight: torch.Tensor,
-    dense: torch.Tensor,
-    hessian: torch.Tensor,
-    pattern: Pattern,
-    sparsity: float,
-    allowed: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Iterative hard thresholding of the layer's error against W_d, from `weight`.
-
-    60 gradient steps of length 1 / lambda_max(H), each followed by a choice of the largest weights,
-    with Nesterov's momentum: without it 200 steps do not reach as far. Where zeros may be anywhere
-    the mask hardly moves either way. `refit` on the mask that was found takes the weights to where
-    further steps would.
-
-    Args:
-        weight: where to start, [R, C] fp32.
-        dense: W_d [R, C].
-        hessian: damped H [C, C].
-        pattern: where zeros may be.
-        sparsity: share of zeros; not used by N:M.
-        allowed: mask [R, C] inside which the result must lie.
-
-    Returns:
-        The weight and its mask, both [R, C].
-    """
-    scale, h = unit_diagonal(hessian)
-    w, target = weight * scale, dense * scale
-    h /= largest_eigenvalue(h)
-    ahead, t = w, 1.0
-    for _ in range(ADJUST):
-        new = torch.addmm(ahead, ahead - target, h, alpha=-1)
-        mask = choose(new.abs(), pattern, sparsity, allowed)
-        new *= mask
-        t, before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
-        ahead = torch.lerp(w, new, 1 + (before - 1) / t)
-        w = new
-    return w / scale, mask
-
-
 def largest_eigenvalue(hessian: torch.Tensor) -> torch.Tensor:
     """lambda_max of a positive definite H [C, C] by 50 steps of the power method, and 1 % more.
 
-    Where the largest eigenvalues lie close it may come out a little low, for which the steps of
-    those who use it have room.
+    Where the largest eigenvalues lie close it may come out a little low, for which SGD has room.
     """
     x = hessian.sum(1)
     for _ in range(50):
