@@ -14,6 +14,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +97,7 @@ def two(assets, tmp_path_factory) -> Cases:
 
 
 @pytest.fixture(scope="module")
-def later(assets, two, tmp_path_factory) -> dict[int, Cases]:
+def later(assets, two, tmp_path_factory) -> Iterator[dict[int, Cases]]:
     """All cases of one rank and of three, run at once; some go on from what two ranks have left."""
     launches = {n: Cases(n, tmp_path_factory.mktemp(f"ranks{n}"), assets) for n in RESUMED_ON}
     for n, cases in launches.items():
@@ -115,7 +117,9 @@ def later(assets, two, tmp_path_factory) -> dict[int, Cases]:
     with contextlib.ExitStack() as stack:
         for cases in launches.values():
             stack.callback(cases.start().stop)
-        return {n: cases.wait() for n, cases in launches.items()}
+        yield {n: cases.wait() for n, cases in launches.items()}
+    disk = str(one.out("full disk"))
+    subprocess.run(["umount", "-l", disk], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +290,11 @@ def add_resumes(cases: Cases) -> None:
     edited = ("replace", complete("another recipe", 5), '"lr": 0.003', '"lr": 0.004')
     cases.add("another recipe", edits=[copied("another recipe"), edited])
     cases.add("another stage", edits=[copied("another stage")], recover__deepspeed="zero3")
+    full = cases.out("full disk")
+    often = {"recover.checkpoint_steps": 2} | NO_CONTRAST
+    cases.add("full disk", ("unchecked_disk",), edits=[("disk", full, "size=1700k")], **often)
+    grown = [("disk", full, "remount,size=600m")]
+    cases.add("grown disk", out="full disk", edits=grown, **often)
     text = cases.assets.folder / "changing.txt"
     text.write_text(cases.assets.text.read_text())
     changing = NO_CONTRAST | {"recover.corpus": text}
@@ -305,6 +314,14 @@ def test_a_signal_in_the_last_step_stops_too_and_nothing_is_left_to_train(one):
     run = one.finished("at the end, resumed")
     assert record(run)["resumed_at_step"] == STEPS
     assert losses(run) == losses(one.finished("plain"))
+
+
+def test_a_full_disk_is_named_and_a_larger_one_goes_on(one):
+    if one.results["full disk"]["ranks"][0]["traceback"]:
+        pytest.skip("a small file system cannot be mounted here")
+    message = one.refused("full disk")
+    assert "step-000004 cannot be written" in message and "free some space" in message
+    assert record(one.finished("grown disk", out="full disk"))["resumed_at_step"] == 2
 
 
 def test_an_incomplete_checkpoint_does_not_count_and_is_removed(one):

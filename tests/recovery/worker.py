@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -39,7 +40,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from cap_llm import command_line, train  # noqa: E402
-from cap_llm.recovery import training, zeros  # noqa: E402
+from cap_llm.blockwise import plan  # noqa: E402
+from cap_llm.recovery import check, training, zeros  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 from cap_llm.runtime.interrupt import Stopped, stop_at_once  # noqa: E402
 
@@ -119,7 +121,18 @@ def without_hooks():
         yield
 
 
+@contextlib.contextmanager
+def unchecked_disk():
+    """The space is not looked at before the work."""
+    with (
+        mock.patch.object(check, "check_disk", lambda *_: None),
+        mock.patch.object(plan, "check_disk", lambda *_: None),
+    ):
+        yield
+
+
 PATCHES = {
+    "unchecked_disk": unchecked_disk,
     "stop": stop,
     "crash": crash,
     "spoil_loss": spoil_loss,
@@ -148,7 +161,13 @@ def replace(path: str, old: str, new: str) -> None:
     Path(path).write_text(text.replace(old, new))
 
 
-EDITS = {"copy": copy, "remove": remove, "replace": replace}
+def disk(path: str, options: str) -> None:
+    """A file system of its own, or another size of it."""
+    Path(path).mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=True)
+
+
+EDITS = {"copy": copy, "remove": remove, "replace": replace, "disk": disk}
 
 
 def edit(case: dict) -> str | None:
