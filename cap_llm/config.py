@@ -232,9 +232,10 @@ class ObjectiveConfig:
     feature: float = 0.0
     """SquareHead: relative squared error of each block's output against the dense model's."""
     prc: float = 0.0
-    """Contrast with the pre-trained (dense) model; CAP's is 0.1. Measured, it added nothing."""
-    snc: float = 0.1
-    """Contrast with the student's own snapshots of earlier rungs; divided by their number."""
+    """Contrast with the pre-trained (dense) model; CAP's is 0.1. Measured, it cost perplexity."""
+    snc: float = 0.0
+    """Contrast with the student's own snapshots of earlier rungs, divided by their number; CAP's is
+    0.1. Measured, it cost perplexity."""
     fic: float = 0.1
     """Contrast with a fine-tuned model (recover.finetuned); off without one."""
 

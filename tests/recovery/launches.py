@@ -165,6 +165,7 @@ class Assets:
             "recover.objective.ce": 0.2,
             "recover.objective.kl": 0.8,
             "recover.objective.prc": 0.1,
+            "recover.objective.snc": 0.1,
             "recover.checkpoint_steps": 3,
             "recover.evaluate_steps": 3,
             "recover.contrast.segments": 4,

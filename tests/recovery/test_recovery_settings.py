@@ -194,8 +194,8 @@ def test_contrasts_are_on_where_something_is_contrasted():
         weights = {k: options.pop(k) for k in list(options) if k in fields}
         return RecoverConfig(objective=ObjectiveConfig(**weights), **options).contrasts
 
-    assert on(prc=0.1) and on(ladder="0.5, 0.6") and on(finetuned="train")
-    assert not on() and not on(snc=0, ladder="0.5, 0.6")
+    assert on(prc=0.1) and on(snc=0.1, ladder="0.5, 0.6") and on(finetuned="train")
+    assert not on() and not on(snc=0.1) and not on(ladder="0.5, 0.6")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
