@@ -79,18 +79,21 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
             style="yellow",
         )
     n_blocks = len(work.model)
-    todo = len(work.finished) < n_blocks
-    size = world.size if in_turn else 1  # of a round, in blocks
+    todo = [i for i in range(n_blocks) if i not in work.finished]
+    # A round is a block for each rank; where they share one, the student's stream goes through all.
+    in_order = todo if in_turn else range(n_blocks if todo else 0)
+    size, place = (world.size, world.rank) if in_turn else (1, 0)
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")
             dense_model = BlockModel.open(dense, world.device, torch.float32)
             trainer = _Trainer(work.model, dense_model, masks, texts, config, world, scratch)
-        for first in range(0, n_blocks if todo else 0, size):
-            round_ = range(first, min(first + size, n_blocks))
-            own = first + (world.rank if in_turn else 0)
-            trains = own in round_ and own not in work.finished
-            for i in round_:
+        passed = 0  # blocks that the dense stream is through
+        for at in range(0, len(in_order), size):
+            round_ = in_order[at : at + size]
+            own = round_[place] if place < len(round_) else None
+            trains = own in todo
+            for i in range(passed, round_[-1] + 1):
                 bar.phase("dense outputs")
                 trainer.pass_dense(i, keep=trains and i == own)
             results: dict[int, PrunedBlock] = {}
@@ -113,8 +116,8 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
             everyone = {j: r for part in world.gather(results) for j, r in part.items()}
             for j in sorted(everyone):
                 work.report(j, everyone[j])
-            for _ in round_:
-                bar.advance()
+            bar.advance(round_[-1] + 1 - passed)
+            passed = round_[-1] + 1
     return work.finish()
 
 
