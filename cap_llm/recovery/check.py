@@ -251,7 +251,8 @@ def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[
     hidden, layers = _first(facts, WIDTHS)[1] or 0, _first(facts, DEPTHS)[1] or 0
     kept = 2 if settings.gradient_checkpointing else 20  # values of H that a block keeps a token
     memory += tokens * hidden * layers * kept * width
-    memory += 4 * hidden * (facts.get("vocab_size") or 0)  # the head's gradient, summed in fp32
+    # the head's gradient, summed in fp32, or of few tokens the logits'
+    memory += (facts.get("vocab_size") or 0) * min(4 * hidden, tokens * width)
     # What was measured on a 135M model is that much above the sum of the parts: imports, buckets of
     # the reduction, copies while weights are loaded and moments made.
     memory = 1.3 * memory + 2**29
