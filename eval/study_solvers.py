@@ -138,10 +138,8 @@ def main() -> int:
                 failed.append(f"{name_of(cell)}: exit code {code}")
                 break
             RESULTS.parent.mkdir(exist_ok=True)
-            known, name = results(), name_of(cell)
-            row = known.get(name, {})
-            row = ({} if row.get("before") else row) | measured(cell, args.work, keys)
-            write_json(RESULTS, known | {name: row})
+            row = standing(cell) | measured(cell, args.work, keys)
+            write_json(RESULTS, results() | {name_of(cell): row})
             write_tables()
             console.say("\n".join(summary()))
         else:
@@ -176,8 +174,7 @@ def plan(arms: list[str], patterns: list[str], seeds: list[int]) -> list[Cell]:
 def missing(cell: Cell) -> list[str]:
     """What of SCORES is still to be measured of a cell."""
     arm, pattern, seed = cell
-    known = results().get(name_of(cell), {})
-    known = {} if known.get("before") else known
+    known = standing(cell)
     whole = seed == 0 and (arm == "dense" or pattern in SEVERAL)
     asked = ["first", "whole"] if whole else ["first"]
     return [scores for scores in asked if not known.keys() >= SCORES[scores][0].keys()]
@@ -253,6 +250,12 @@ def clear(cell: Cell, left: list[Cell], work: Path) -> None:
 def results() -> dict:
     """What is measured already, by cell."""
     return read_json(RESULTS) if RESULTS.exists() else {}
+
+
+def standing(cell: Cell) -> dict:
+    """What is measured of a cell and need not be made again."""
+    row = results().get(name_of(cell), {})
+    return {} if row.get("before") else row
 
 
 def measured(cell: Cell, work: Path, keys: dict[str, str]) -> dict:

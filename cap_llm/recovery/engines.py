@@ -303,18 +303,19 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
                 f"{option} {path} sets {key} to {json.dumps(given)}, the recipe makes it "
                 f'{json.dumps(value)}; write "auto" there'
             )
-    if trains and zero.get("compute_grad_norm") is False:
-        raise UserError(
-            f"{option} {path} sets zero_optimization.compute_grad_norm to false; recovery logs the "
-            "gradient's norm and stops where it is not finite: take that line out"
-        )
-    offload = zero.get("offload_optimizer")
-    if trains and isinstance(offload, dict) and offload.get("device") == "nvme":
-        raise UserError(
-            f"{option} {path} offloads the optimizer to nvme, where zeros cannot be kept, as its "
-            'weights are swapped anew; set zero_optimization.offload_optimizer.device to "cpu"'
-        )
     if trains:
+        if zero.get("compute_grad_norm") is False:
+            raise UserError(
+                f"{option} {path} sets zero_optimization.compute_grad_norm to false; recovery logs "
+                "the gradient's norm and stops where it is not finite: take that line out"
+            )
+        offload = zero.get("offload_optimizer")
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
+            raise UserError(
+                f"{option} {path} offloads the optimizer to nvme, where zeros cannot be kept, as "
+                "its weights are swapped anew; set zero_optimization.offload_optimizer.device to "
+                '"cpu"'
+            )
         if "optimizer" in content or "scheduler" in content:
             raise UserError(
                 f"{option} {path} sets an optimizer or scheduler; recovery brings its own "

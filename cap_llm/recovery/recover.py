@@ -149,11 +149,11 @@ class _Recovery:
         self._teacher = None
         self._encoder: Encoder | None = None
         self._dense_ppl: float | None = None
-        models = {"start": start, "teacher": teacher, "dense": dense}
+        self._models = {"start": start, "teacher": teacher, "dense": dense}
         # by the first rank's view: a shared file system may show ranks different things
-        self._inputs = self.world.gather(
-            {"text": text.digest} | {name: fingerprint(path) for name, path in models.items()}
-        )[0]
+        models = self._models.items() if self.world.first else ()
+        prints = {name: fingerprint(path) for name, path in models}
+        self._inputs = self.world.gather({"text": text.digest} | prints)[0]
 
     def check(self) -> None:
         """Raises:
@@ -194,8 +194,7 @@ class _Recovery:
         changed = [k for k, now in self._inputs.items() if known.get(k, now) != now]
         changed = self.world.gather(changed if finished else [])[0]
         if changed:
-            models = {"start": self.start, "teacher": self.teacher, "dense": self.dense}
-            found = models.get(changed[0])
+            found = self._models.get(changed[0])
             what = f"the weights in {found} have" if found else "the recovery text has"
             raise UserError(
                 f"{what} changed since {self.folder} was begun, and a rung of it is finished; "
