@@ -4,12 +4,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import FAMILIES
+from support import FAMILIES, weights
 
 from cap_llm.models.blocks import BlockModel, match_names
 from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.masks import Masks
 from cap_llm.models.source import convert
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
 from cap_llm.train import main
 
 CPU = torch.device("cpu")
@@ -250,3 +252,19 @@ def test_a_block_that_does_not_read_its_predecessor_is_refused(tiny):
     with pytest.raises(UserError, match="layers.1 does not read what"):
         BlockModel(model, CPU).embed(IDS)
     hook.remove()
+
+
+def test_zeros_that_are_too_few_for_a_mask_are_told(tiny, tmp_path):
+    """They would train away without a word."""
+    folder = tiny("llama")
+    stored = weights(folder)
+    for part, share in (("q_proj", 0.15), ("up_proj", 0.4)):
+        name = f"model.layers.0.{'self_attn' if part == 'q_proj' else 'mlp'}.{part}.weight"
+        stored[name].view(-1)[: int(share * stored[name].numel())] = 0
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    masks = Masks(folder, World.alone(torch.device("cpu")))
+    assert list(masks) == ["model.layers.0.mlp.up_proj.weight"]
+    assert "the zeros of 1 matrices are taken as theirs" in masks.told
+    assert "1 matrices have zeros that will not stay, fewer than 20%" in masks.told
+    assert "model.layers.0.self_attn.q_proj.weight has most (14.9 %)" in masks.told
+    assert not Masks(tiny("llama"), World.alone(torch.device("cpu"))).told
