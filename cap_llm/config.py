@@ -235,7 +235,7 @@ class ObjectiveConfig:
     """Contrast with the pre-trained (dense) model; CAP's is 0.1. Measured, it cost perplexity."""
     snc: float = 0.0
     """Contrast with the student's own snapshots of earlier rungs, divided by their number; CAP's is
-    0.1. Measured, it cost perplexity."""
+    0.1. Measured, it gained nothing."""
     fic: float = 0.1
     """Contrast with a fine-tuned model (recover.finetuned); off without one."""
 

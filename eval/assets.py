@@ -65,7 +65,8 @@ def provenance(run: Path) -> dict:
     """What a result of the demo's model has to say besides its figures, of a run directory."""
     facts = json.loads((run / "environment.json").read_text())
     versions = {k: facts["versions"][k] for k in ("torch", "transformers", "deepspeed")}
-    return {"versions": versions, "commit": facts["commit"], "model": MODEL_NAME}
+    result = {"versions": versions, "commit": facts["commit"], "model": MODEL_NAME}
+    return result | {"processor": facts["hardware"]["processor"]}  # 16-bit sums differ by it
 
 
 def _cache() -> Path:

@@ -87,13 +87,8 @@ def main() -> int:
         n = torch.cuda.device_count()
         console.say(f"{n} ranks at most: a rank needs a GPU of its own")
     common["threads"] = max(1, len(os.sched_getaffinity(0)) // n)
-    groups = {
-        (1, "zero2"): list(ARMS),
-        (n, "zero2"): list(ARMS),
-        (n, "zero0"): ["+ KL"],
-        (n, "zero1"): ["+ KL"],
-        (n, "zero3"): ["+ KL", "KL + contrasts"],
-    }
+    groups = {(1, "zero2"): list(ARMS)}
+    groups |= {(n, f"zero{stage}"): list(ARMS) for stage in range(4)}
     if torch.cuda.is_available():
         groups[n, "zero3_offload"] = ["+ KL"]
     seconds: dict[tuple, list[float]] = {}  # by ranks, stage and arm
@@ -150,10 +145,11 @@ def main() -> int:
         ],
     )
     rounds = options.passes * options.rounds
+    whole = [group for group, arms in groups.items() if len(arms) > 1]
     console.table(
         f"what a term adds to the time of a step: median and range of {rounds} rounds",
-        ["term", *(f"{r} rank{'s' * (r > 1)}" for r in sorted({1, n}))],
-        [[term, *(cost(r, "zero2", arms) for r in sorted({1, n}))] for term, arms in COSTS.items()],
+        ["term", *(f"{r} rank{'s' * (r > 1)}, {zero}" for r, zero in whole)],
+        [[term, *(cost(*group, arms) for group in whole)] for term, arms in COSTS.items()],
     )
     for r in (r for r in sorted({1, n}) if (r, "zero2", PASS) in seconds):
         share = speed((r, "zero2", "+ KL")) / speed((r, "zero2", PASS))
@@ -161,8 +157,6 @@ def main() -> int:
             f"{PASS} takes {share:.2f} of the time of a step of + KL, a token, on {r} rank"
             f"{'s' * (r > 1)} (ZeRO-2); a training makes one for FiC, a rung one for its snapshot"
         )
-    if sharded := cost(n, "zero3", COSTS["contrasts, on KL"]):
-        console.say(f"contrasts, on KL, under ZeRO-3 on {n} ranks: {sharded}")
     if n > 1 and {(1, "zero2", "+ KL"), (n, "zero2", "+ KL")} <= seconds.keys():
         gain = speed((n, "zero2", "+ KL")) / speed((1, "zero2", "+ KL"))
         console.say(f"{n} ranks pass {gain:.2f} times the tokens of one (ZeRO-2, + KL)")

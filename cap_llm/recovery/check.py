@@ -66,7 +66,7 @@ def check_recovery(
     if not needs_conversion(located):  # what is converted is looked at afterwards
         with contextlib.suppress(NamesDiffer):
             refuse_changed_logits(located, world)
-    memory, disk, flops = _estimate(located, config, world, engines.stage_of(student))
+    memory, disk, flops = _estimate(located, teacher, config, world, engines.stage_of(student))
     check_disk(disk, ["recover"], config)
     text = f"about {size(memory)} a rank, disk {size(disk)}"
     if predict:
@@ -237,16 +237,21 @@ def _changed_logits(folder: Path) -> UserError | None:
     )
 
 
-def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[float, int, float]:
+def _estimate(
+    located: Path, teacher: Path | None, config: Config, world: World, stage: int
+) -> tuple[float, int, float]:
     """Bytes of memory a rank and of disk, and floating-point operations of all rungs, roughly."""
-    settings = config.recover
+    settings, o = config.recover, config.recover.objective
     n = sum(p.numel() for p in skeleton(located).parameters())
+    taught = bool(o.kl or o.feature)
+    n_teacher = 0
+    if taught:  # one that is only on the hub yet counts as one of the student's size
+        n_teacher = sum(p.numel() for p in skeleton(teacher).parameters()) if teacher else n
     facts = text_settings(located)
     width = engines.compute_dtype(settings, world).itemsize
     states, gradients, weights = (1 / world.size if stage >= s else 1.0 for s in (1, 2, 3))
     memory = n * (12 * states + width * gradients + width * weights)
-    teacher = settings.objective.kl or settings.objective.feature
-    memory += n * width * weights if teacher else 0
+    memory += n_teacher * width * weights
     tokens = settings.micro_batch * settings.length
     hidden, layers = _first(facts, WIDTHS)[1] or 0, _first(facts, DEPTHS)[1] or 0
     kept = 2 if settings.gradient_checkpointing else 20  # values of H that a block keeps a token
@@ -256,16 +261,17 @@ def _estimate(located: Path, config: Config, world: World, stage: int) -> tuple[
     # What was measured on a 135M model is that much above the sum of the parts: imports, buckets of
     # the reduction, copies while weights are loaded and moments made.
     memory = 1.3 * memory + 2**29
-    per_token = (8 if settings.gradient_checkpointing else 6) + (2 if teacher else 0)
-    rungs, o = max(1, len(settings.rungs)), settings.objective
+    trained = (8 if settings.gradient_checkpointing else 6) * n
+    rungs, tuned = max(1, len(settings.rungs)), bool(o.fic) and settings.finetuned == "train"
     # checkpoints (fp32 weights, two moments, the model), with the one that is being written; two
     # models a rung, and the fine-tuned one
     disk = n * (12 + width) * (settings.keep_checkpoints + 1)
-    disk += 4 * n * (2 * rungs + (settings.finetuned == "train"))
+    disk += 4 * n * (2 * rungs + tuned)
     if settings.contrasts:
         c = settings.contrast
         snapshots = min(c.snapshots, len(settings.rungs)) if o.snc else 0
         banks = bool(o.prc) + bool(o.fic and settings.finetuned) + snapshots
         units = settings.n_sequences * (c.segments + c.token_positions)
         disk += banks * 2 * units * min(c.dim, hidden or c.dim)
-    return memory, disk, rungs * settings.tokens * per_token * n
+    flops = settings.tokens * (rungs * (trained + 2 * n_teacher) + tuned * trained)
+    return memory, disk, flops

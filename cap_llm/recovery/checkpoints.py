@@ -28,6 +28,7 @@ from cap_llm.runtime.rundir import difference
 from cap_llm.runtime.world import World
 
 COMPLETE = "complete.json"
+FREE = ("lr", "clip")  # what may be other after a checkpoint that was named: where a loss diverged
 
 
 @dataclass
@@ -76,8 +77,8 @@ def find(
     """The checkpoint to resume from by `recover.resume`; call before the engine is made.
 
     Where it names one, the latest in `folder` that has come from it is meant, if there is any: the
-    same command goes on. Sets `checkpoint.load_universal` in the DeepSpeed `settings` where the
-    ranks have changed.
+    same command goes on. From the named one itself it may go on with another rate or clip. Sets
+    `checkpoint.load_universal` in the DeepSpeed `settings` where the ranks have changed.
 
     Raises:
         UserError: there is none where one must be, or it belongs to another recipe or ZeRO stage.
@@ -105,6 +106,12 @@ def find(
         facts["state"]["from"] = str(config.resume)
     made_with = facts["recipe"] | {"zero_stage": facts["zero_stage"]}
     now = recipe | {"zero_stage": stage_of(settings)}
+    if _names_one(config) and path == Path(str(config.resume)):
+        was = made_with["settings"]["recover"]
+        for name in (name for name in FREE if was[name] != getattr(config, name)):
+            value = getattr(config, name)
+            console.say(f"recover.{name} was {was[name]} up to {path} and is {value} from here on")
+            was[name] = value
     if changed := difference(made_with, now):
         name, was, value = changed
         name = {"at_once": "ranks x recover.micro_batch"}.get(name, name)
@@ -167,6 +174,11 @@ def save(
     world.barrier()
 
 
+def latest(folder: Path) -> Path | None:
+    """The last complete checkpoint of a folder."""
+    return next(reversed(_complete(folder)), None)
+
+
 def _complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, by step."""
     found = (p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
@@ -185,14 +197,26 @@ def _state(path: Path) -> dict:
 
 
 def load(engine, found: Found) -> None:
-    """Brings weights and moments of a checkpoint into a fresh engine."""
-    path, _ = engine.load_checkpoint(
-        str(found.path.parent),
-        tag=found.path.name,
-        load_lr_scheduler_states=False,
-    )
+    """Brings weights and moments of a checkpoint into a fresh engine.
+
+    Raises:
+        UserError: its files are damaged.
+    """
+    problem = "DeepSpeed finds nothing there"
+    try:
+        path, _ = engine.load_checkpoint(
+            str(found.path.parent), tag=found.path.name, load_lr_scheduler_states=False
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # assertions, torch's zip reader, missing files
+        path, problem = None, " ".join(str(error).split())[:160] or type(error).__name__
     if path is None:
-        raise UserError(f"DeepSpeed cannot load the checkpoint {found.path}")
+        # at once: the other ranks may wait for this one inside DeepSpeed
+        raise UserError(
+            f"the checkpoint {found.path} cannot be loaded ({problem}): remove that folder to go "
+            "on from the one before it, or start anew with --recover.resume false"
+        )
     # The universal form leaves Adam's count of steps on the CPU, where a fused step on a GPU does
     # not take it, and one tensor for all sub-groups of ZeRO-3, each of which would count on.
     for parameter, state in engine.basic_optimizer.state.items():

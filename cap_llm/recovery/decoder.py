@@ -1,7 +1,7 @@
 """A causal language model as recovery sees it: final states, block outputs, and the head.
 
 One forward gives everything the losses need. The head is kept out of it and applied to chunks of
-tokens by `head_loss`, so that [B, T, V] never stands in memory.
+tokens by `head_loss`, so that no logits [B, T, V] stand in memory.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ under a ZeRO-3 student the teacher is sharded too, and both are sharded while th
 from __future__ import annotations
 
 import contextlib
+import difflib
 import gc
 import json
 import logging
@@ -248,8 +249,9 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # every format fails in a way of its own
+        how = f", sharded by {config.deepspeed}," if sharded else ""
         raise UserError(
-            f"{folder} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
+            f"{folder}{how} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
         ) from None
     finally:
         if sharded:
@@ -303,6 +305,18 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
                 f"{option} {path} sets {key} to {json.dumps(given)}, the recipe makes it "
                 f'{json.dumps(value)}; write "auto" there'
             )
+    autocast = content.get("torch_autocast")
+    if isinstance(autocast, dict) and autocast.get("enabled"):
+        raise UserError(
+            f"{option} {path} sets torch_autocast; recovery computes in recover.dtype: take that "
+            "block out and give --recover.dtype bfloat16"
+        )
+    if old := next((key for key in zero if key.startswith("cpu_offload")), None):
+        new = "offload_param" if "param" in old else "offload_optimizer"
+        raise UserError(
+            f"{option} {path} sets zero_optimization.{old}, a name of older DeepSpeed versions; "
+            f'write "{new}": {{"device": "cpu"}}'
+        )
     if trains:
         if zero.get("compute_grad_norm") is False:
             raise UserError(
@@ -330,13 +344,43 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
     content.setdefault("steps_per_print", 10**9)
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    asked = _Asked(json.loads(json.dumps(content)))
     try:
-        DeepSpeedConfig(json.loads(json.dumps(content)))
+        DeepSpeedConfig(asked)
     except Exception as error:  # its own kinds, pydantic's, and assertions
         raise UserError(
             f"{option} {path} is refused by DeepSpeed: {' '.join(str(error).split())[:300]}"
         ) from None
+    for key in content.keys() - asked.names:  # misspelt, a section would be ZeRO-0 without a word
+        near = difflib.get_close_matches(key, asked.names, 1)
+        raise UserError(
+            f"{option} {path} sets {key}, which DeepSpeed does not know"
+            f"{f'; it knows {near[0]}' if near else ''}: correct it or take it out"
+        )
     return content
+
+
+class _Asked(dict):
+    """Settings that remember the names that were looked for: those that a reader knows."""
+
+    def __init__(self, settings: dict):
+        super().__init__(settings)
+        self.names: set[str] = set()
+
+    def __contains__(self, name) -> bool:
+        self.names.add(name)
+        return super().__contains__(name)
+
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.names.add(name)
+        return super().get(name, default)
+
+    def keys(self):  # as in `name in settings.keys()`
+        return self
 
 
 def _filled(content: dict, values: dict, option: str, prefix: str = "") -> dict:

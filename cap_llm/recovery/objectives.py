@@ -24,13 +24,14 @@ def head_loss(
     kl_weight: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy and distillation from final states, without [N, V] ever standing in memory.
+    """Cross-entropy and distillation from final states, without the logits [N, V] in memory.
 
     total = ce_weight * CE + kl_weight * temperature^2 * KL(teacher || student), means over tokens.
     The heads are applied to a chunk of tokens at a time, and the gradients with respect to the
-    states and to the student's head are made on the way, so that nothing is computed twice. Of few
-    tokens, the gradient with respect to the logits is kept instead of the head's in fp32, which
-    is larger then: of 1,024 tokens of LLaMA-3-8B in 16 bits 0.26 GB instead of 2.1.
+    states and to the student's head are made on the way, so that nothing is computed twice; it can
+    be differentiated once. Of few tokens in 16 bits, the gradient with respect to the logits is
+    kept instead of the head's in fp32, which is larger then: of 1,024 tokens of LLaMA-3-8B 0.26 GB
+    instead of 2.1.
 
     Args:
         states: the student's, [N, H], that its head reads.
@@ -70,7 +71,8 @@ class _HeadLoss(torch.autograd.Function):
         chunk = max(1, min(CHUNK_BYTES // (4 * vocabulary), n // LEAST_CHUNKS))
         # Sums of many chunks are kept in fp32; without the 1/N, so that fp16 does not underflow.
         d_states = torch.zeros_like(states, dtype=torch.float32) if needs else None
-        late = needs and n * weight.element_size() < 4 * weight.shape[1]
+        narrow = weight.element_size() < 4  # else the sum in fp32 is the head's gradient itself
+        late = needs and narrow and n * weight.element_size() < 4 * weight.shape[1]
         d_logits = weight.new_zeros(n, vocabulary) if late else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs and not late else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs and bias is not None else None
@@ -118,7 +120,7 @@ class _HeadLoss(torch.autograd.Function):
                         rows += part @ s  # 16-bit factors, fp32 sum
                 if d_bias is not None:
                     d_bias += d.sum(0)
-        ctx.save_for_backward(d_states, d_weight, d_bias, d_logits, states if late else None)
+        ctx.made = d_states, d_weight, d_bias, d_logits, states.detach() if late else None
         ctx.n, ctx.dtypes = n, (states.dtype, weight.dtype)
         ce, kl = (ce / n).float(), (kl / n).float()
         total = ce_weight * ce
@@ -131,7 +133,10 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, *_):
-        d_states, d_weight, d_bias, d_logits, states = ctx.saved_tensors
+        if ctx.made is None:
+            raise RuntimeError("head_loss can be differentiated once")
+        d_states, d_weight, d_bias, d_logits, states = ctx.made
+        ctx.made = None  # scaled in place where the type stays
         (state_type, head_type), factor = ctx.dtypes, gradient / ctx.n
         if d_logits is not None:
             d_weight = d_logits.new_empty(d_logits.shape[1], states.shape[1])
@@ -144,7 +149,9 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _scaled(d: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """d * factor in another type, a slice at a time: no second fp32 [V, H] stands in between."""
+    """d * factor in a type, in place or by slices: no second fp32 [V, H] stands in between."""
+    if d.dtype == dtype:
+        return d.mul_(factor)
     result = torch.empty_like(d, dtype=dtype)
     for to, part in zip(result.split(SLICE), d.split(SLICE), strict=True):
         to.copy_(part * factor)

@@ -327,7 +327,9 @@ class _Recovery:
 
     def _recipe(self, rung: int | str, contrasts: Contrasts) -> dict:
         """What a checkpoint must have been made with."""
-        recipe = {"settings": self.config.recipe(STAGE), "rung": rung} | self._inputs
+        settings = self.config.recipe(STAGE)
+        del settings["model"], settings["start"]  # fingerprints tell them, wherever they lie
+        recipe = {"settings": settings, "rung": rung} | self._inputs
         # Sequences that are contrasted with each other are part of what a training is.
         at_once = self.world.size * self.settings.micro_batch if contrasts.terms else None
         return recipe | {"at_once": at_once}
@@ -356,6 +358,10 @@ class _Recovery:
     def _contrasts(self, n: int) -> Contrasts:
         """The contrasts of rung `n` that are on, their banks filled as far as it needs them."""
         settings, o = self.settings, self.settings.objective
+        if o.fic and not settings.finetuned:
+            self.run.console.say("FiC is off: recover.finetuned names no fine-tuned model")
+        if o.snc and not self._students:
+            self.run.console.say("SnC is off on this rung: there is no snapshot before it")
         if not settings.contrasts:
             return Contrasts(None, settings.contrast, settings.batch, self.world)
         a_rung = settings.steps * settings.batch
@@ -369,9 +375,7 @@ class _Recovery:
             else:
                 self._fill_from(contrasts, bank, self.dense, "PrC")
             contrasts.terms.append(Contrast("prc", o.prc, [bank], online))
-        if o.fic and not settings.finetuned:
-            self.run.console.say("FiC is off: recover.finetuned names no fine-tuned model")
-        elif o.fic:
+        if o.fic and settings.finetuned:
             path = self._finetuned()
             bank = self._bank("finetuned", path)
             self._fill_from(contrasts, bank, path, "FiC")
@@ -379,8 +383,6 @@ class _Recovery:
         if o.snc and self._students:
             banks = self._snapshots(contrasts)
             contrasts.terms.append(Contrast("snc", o.snc / len(banks), banks))
-        elif o.snc:
-            self.run.console.say("SnC is off on this rung: there is no snapshot before it")
         return contrasts
 
     def _snapshots(self, contrasts: Contrasts) -> list[Bank]:

@@ -191,8 +191,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
         if not math.isfinite(total[0]):
             raise UserError(
                 f"the loss of step {step + 1} is not finite; the sequences of this batch are "
-                f"{everyone.tolist()}. Nothing of this step was kept: lower --recover.lr, or go on "
-                "from the last checkpoint with --recover.dtype bfloat16 or float32"
+                f"{everyone.tolist()}. {_remedy(job)}"
             )
         try:
             engine.backward(loss)
@@ -213,8 +212,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
     if config.dtype != "float16":
         raise UserError(
             f"the gradient of step {step + 1} is not finite, though its loss is; the sequences of "
-            f"this batch are {batch.tolist()}. Nothing of this step was kept: lower --recover.lr, "
-            "or go on from the last checkpoint with --recover.dtype float32"
+            f"this batch are {batch.tolist()}. {_remedy(job)}"
         )
     # DeepSpeed lowers its scale, but not a fixed one
     job.overflows += 1
@@ -223,10 +221,20 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, run: Run) -> d
     return figures
 
 
+def _remedy(job: Job) -> str:
+    """What helps where a number is not finite: this directory holds what its settings made."""
+    last = checkpoints.latest(job.folder)
+    there = f" and --recover.resume {last}" if last else ""
+    return (
+        f"Nothing of this step was kept: in another output_dir, give a lower --recover.lr{there}, "
+        "or begin anew there with --recover.dtype float32"
+    )
+
+
 def _overflow(step: int) -> UserError:
     return UserError(
-        f"step {step + 1} overflows in float16 at every loss scale; use --recover.dtype bfloat16 "
-        "or float32"
+        f"step {step + 1} overflows in float16 at every loss scale; begin anew in another "
+        "output_dir with --recover.dtype bfloat16 or float32"
     )
 
 

@@ -136,6 +136,18 @@ REFUSED = {
         lambda a: deepspeed_file(a, "misspelt", zero_optimization={"stage": 2, "overlap_com": 1}),
         ["recover.deepspeed", "misspelt.json", "refused by DeepSpeed", "overlap_com"],
     ),
+    "misspelt section": (
+        lambda a: deepspeed_file(a, "section-name", zero_optimisation={"stage": 3}),
+        ["section-name.json sets zero_optimisation", "does not know; it knows zero_optimization"],
+    ),
+    "autocast": (
+        lambda a: deepspeed_file(a, "autocast", torch_autocast={"enabled": True}),
+        ["autocast.json sets torch_autocast", "take that block out", "--recover.dtype bfloat16"],
+    ),
+    "an old name": (
+        lambda a: deepspeed_file(a, "old", zero_optimization={"stage": 2, "cpu_offload": True}),
+        ["old.json sets zero_optimization.cpu_offload", 'write "offload_optimizer"'],
+    ),
     "unknown auto": (
         lambda a: deepspeed_file(
             a, "auto", zero_optimization={"stage": 2, "reduce_bucket_size": "auto"}

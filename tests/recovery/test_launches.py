@@ -75,6 +75,7 @@ def two(assets, tmp_path_factory) -> Cases:
     cases.add("accumulated", **NO_CONTRAST, **FEATURE, recover__micro_batch=1)
     cases.add("crashed", ("crash", "recover", 6), recover__deepspeed="zero3")
     cases.add("after the crash", out="crashed", recover__deepspeed="zero3")
+    cases.add("all terms", **all_terms(assets))
     cases.add("ladder", **LADDER)
     cases.add("ladder, stopped", ("stop", "recover/2", 4), **LADDER)
     snapshot = cases.out("ladder, stopped") / "recover" / "banks" / "snapshot-1"
@@ -168,7 +169,7 @@ def test_zeros_are_exact_in_16_bits_with_all_that_could_move_them(assets, two, z
 
 
 def test_float16_trains_or_is_refused_clearly(assets, two):
-    if two.results["half"]["ranks"][0] == dict.fromkeys(("error", "stopped", "traceback")):
+    if two.results["half"]["ranks"][0]["error"] is None:
         assert_16_bits(assets, two.finished("half"), "float16")
     else:
         message = two.refused("half")
@@ -286,7 +287,14 @@ def add_resumes(cases: Cases) -> None:
     cases.add("by path elsewhere, again", edits=[again], recover__resume=path)
     cases.add("by path, done", out="by path", recover__resume=complete("by path", 4).parent)
     cases.add("by a wrong path", recover__resume=cases.assets.half)
-    cases.add("another recipe by path", recover__resume=path, recover__lr=0.004)
+    cases.add("another recipe by path", recover__resume=path, recover__weight_decay=0.1)
+    elsewhere = shutil.copytree(cases.assets.half, cases.assets.folder / "half, elsewhere")
+    cases.add("another rate", recover__resume=path, recover__lr=0.001, model__path=elsewhere)
+    weights = "mp_rank_00_model_states.pt"
+    lost = ("remove", complete("damaged", 5).with_name(weights))
+    cases.add("damaged", edits=[copied("damaged"), lost])
+    lost = ("remove", complete("damaged", 5).parent)
+    cases.add("damaged, removed", out="damaged", edits=[lost])
     edited = ("replace", complete("another recipe", 5), '"lr": 0.003', '"lr": 0.004')
     cases.add("another recipe", edits=[copied("another recipe"), edited])
     cases.add("another stage", edits=[copied("another stage")], recover__deepspeed="zero3")
@@ -365,7 +373,10 @@ def test_the_rows_of_a_bank_that_is_not_there_are_made_again(one, name, step):
         ("nothing to go on from", ["recover.resume is true", "no complete checkpoint"]),
         ("by a wrong path", ["recover.resume", "is no complete checkpoint", "complete.json"]),
         ("another recipe", ["recover.lr was 0.004 and is 0.003", "--recover.resume false"]),
-        ("another recipe by path", ["recover.lr was 0.003 and is 0.004", "--recover.resume false"]),
+        (
+            "another recipe by path",
+            ["recover.weight_decay was 0.0 and is 0.1", "--recover.resume false"],
+        ),
         (
             "another stage",
             ["was made with another recipe: zero_stage was 2 and is 3", "--recover.resume false"],
@@ -378,6 +389,24 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(one, name, expected)
         assert part in message
     if "path" not in name and name != "nothing to go on from":
         assert checkpoints(one.out(name)) == ["step-000004", "step-000005"]
+
+
+def test_a_training_that_diverged_goes_on_from_a_named_checkpoint_at_a_lower_rate(one):
+    run = one.finished("another rate")
+    assert record(run)["resumed_at_step"] == 4
+    log = " ".join((run / "log.txt").read_text().split())
+    assert "recover.lr was 0.003 up to" in log and "is 0.001 from here on" in log
+    slower, plain = losses(run), losses(one.finished("plain"))
+    assert slower["loss", 5] == plain["loss", 5]
+    assert slower["loss", STEPS] != plain["loss", STEPS]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(one):
+    message = one.refused("damaged")
+    assert "step-000005 cannot be loaded" in message and "remove that folder" in message
+    run = one.finished("damaged, removed", out="damaged")
+    assert record(run)["resumed_at_step"] == 4
+    assert losses(run) == losses(one.finished("plain"))
 
 
 def test_a_checkpoint_of_another_text_is_refused(one):
@@ -582,16 +611,22 @@ TERMS = ("kl", "feature", "prc", "snc", "fic")
 WEIGHTS = {"ce": 0.2, "kl": 0.8, "feature": 0.5, "prc": 0.1, "snc": 0.1, "fic": 0.1}
 
 
-def add_ablations(cases: Cases) -> None:
-    """Cases of one rank with all terms on, and with each of them off."""
-    tiny = cases.assets.tiny
-    everything = {
+def all_terms(assets: Assets) -> dict:
+    """The settings of a rung with every term on."""
+    return {
         "recover.ladder": "0.6",
         "recover.tokens": 2 * BATCH * LENGTH,
-        "recover.finetuned": tiny("llama", num_hidden_layers=3, seed=1),
+        "recover.finetuned": assets.tiny("llama", num_hidden_layers=3, seed=1),
         "recover.objective.feature": WEIGHTS["feature"],
     }
+
+
+def add_ablations(cases: Cases) -> None:
+    """Cases of one rank with all terms on, and with each of them off."""
+    tiny, everything = cases.assets.tiny, all_terms(cases.assets)
     cases.add("all terms", **everything)
+    ours = dict.fromkeys(("recover.objective.prc", "recover.objective.snc"), 0)
+    cases.add("default weights", **ours, recover__tokens=2 * BATCH * LENGTH)
     for term in TERMS:
         cases.add(f"without {term}", **everything | {f"recover.objective.{term}": 0})
     cases.add("no contrast", **NO_CONTRAST, **FEATURE)
@@ -629,10 +664,17 @@ def test_a_weight_of_zero_removes_one_term_and_no_other(one, term):
     assert without["loss", 1] < whole["loss", 1]
 
 
-def test_a_term_without_its_model_is_off_and_the_log_says_so(one):
-    log = (one.finished("plain") / "log.txt").read_text()
+def test_all_terms_of_two_ranks_equal_those_of_one(one, two):
+    of_one, of_two = (losses(cases.finished("all terms"), "recover/1") for cases in (one, two))
+    assert names(of_one) >= set(WEIGHTS)
+    assert_close(of_one, of_two, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "default weights"])
+def test_a_term_without_its_model_is_off_and_the_log_says_so(one, name):
+    log = (one.finished(name) / "log.txt").read_text()
     assert "FiC is off: recover.finetuned names no fine-tuned model" in log
-    assert "SnC is off" in log
+    assert ("SnC is off" in log) == (name == "plain")
 
 
 def test_a_fine_tuned_model_that_is_worse_than_the_dense_one_is_told(one, two):
