@@ -441,7 +441,8 @@ def write_page(study: Study) -> None:
     page += ["- **arms**: cross-entropy, KL and SquareHead weigh 1, the first two a half if they"]
     page += [f"  are together; a contrast 0.1; all terms are {weights}."]
     page += ["- **less KL**: the difference to KL alone (on a ladder: on the same one) of the same"]
-    page += ["  seed, below 0 where the arm is better. A row with settings of its own is held"]
+    page += ["  seed on the same kind of processor, whose 16-bit sums differ by kind, below 0"]
+    page += ["  where the arm is better. A row with settings of its own is held"]
     page += ["  against KL with these settings where there is such a row, else against KL."]
     page += ["- **gap closed**: of the gap between the one-shot model of the same seed and pattern"]
     page += ["  and the dense one. Above 100 % for `dense + cross-entropy` is what the text alone"]
@@ -478,7 +479,9 @@ def _less_base(rows: dict, title: str, name: str) -> str:
     if base is None:
         return ""
     mine, other = _scores(rows, title, name), _scores(rows, base, name)
-    return spread([mine[s] - other[s] for s in mine if s in other], "+.2f")
+    machines = [{s: run.get("processor") for s, run in rows[t].items()} for t in (title, base)]
+    both = [s for s in mine if s in other and machines[0][s] == machines[1][s]]
+    return spread([mine[s] - other[s] for s in both], "+.2f")
 
 
 def _any(seeds: dict[int, dict]) -> dict:
