@@ -1,7 +1,7 @@
 """Speed and memory of a recovery step: what each term of the objective costs, at each ZeRO stage.
 
     python eval/bench_recovery.py [--model DIR | --random-shape opt-1.3b] [--length 512]
-                                  [--micro-batch 2] [--rounds 3] [--passes 2] [--dtype bfloat16]
+                                  [--micro-batch 2] [--rounds 4] [--passes 2] [--dtype bfloat16]
                                   [--gradient-checkpointing] [--peak-tflops 989] [--out FILE.json]
 
 A group is a number of ranks and a ZeRO stage: processes of their own that run the training's own
@@ -188,7 +188,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, help="how many of the shape's; default: all")
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences at once, a rank")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of an arm, each pass")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps of an arm, each pass")
     parser.add_argument("--passes", type=int, default=2, help="times that every group is started")
     parser.add_argument("--ranks", type=int, default=2, help="of the groups with several ranks")
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -311,7 +311,8 @@ def steps(work: dict, world) -> dict[str, dict]:
             line["peak_bytes"] = most.get("peak_cuda_bytes", most["peak_memory_bytes"])
 
     for step in range(work["rounds"] + 1):
-        for arm, config in configs.items():
+        # back and forth: under ZeRO-3 a step's time also depends on its place in the row
+        for arm, config in list(configs.items())[:: -1 if step % 2 else 1]:
             o = config.objective
             if step == 0:  # what an arm needs comes just before its first step
                 if o.kl and teacher is None:
