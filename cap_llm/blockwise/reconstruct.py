@@ -290,7 +290,8 @@ class _Section:
         """
         settings = self.settings
         groups = [{"params": [p], "lr": settings.lr * _scale(p)} for p in self.parameters]
-        optimizer = torch.optim.Adam(groups, fused=True)
+        # gradients fall with the number of weights; the default of 1e-8 would shorten their steps
+        optimizer = torch.optim.Adam(groups, eps=1e-12, fused=True)
         n_steps = settings.epochs * -(-self.trainer.n // settings.batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / (WARMUP * n_steps)) * (1 - step / n_steps)
