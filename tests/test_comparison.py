@@ -12,7 +12,7 @@ from support import ROOT
 
 from cap_llm.evaluation import published as papers
 from cap_llm.evaluation.comparison import compare
-from cap_llm.evaluation.runs import collect
+from cap_llm.evaluation.runs import Result, _describe, collect
 
 # columns
 
@@ -502,3 +502,21 @@ def test_published_figures_name_known_models_and_sources():
     assert names <= {f.model for f in figures}
     assert papers.short_name("meta-llama/Meta-Llama-3-8B") == "llama-3-8b"
     assert papers.short_name("meta-llama/Llama-2-7b-hf@main") == "llama-2-7b"
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        ({"mode": "paper"}, "SDS"),
+        ({"mode": "gram"}, "SDS (gram)"),
+        ({"mode": "gram", "redensify": False}, "adjustment"),
+        ({"mode": "gram", "adjust": False}, "SDS (gram) without adjustment"),
+    ],
+)
+def test_only_sds_as_published_is_called_so(settings, name):
+    """Else its controls would stand beside the paper's figure for it."""
+    result = Result("", "sds", Path("run/sds"), "opt-125m")
+    before = Result("SparseGPT 2:4", "oneshot", Path("run/oneshot"), "opt-125m")
+    before.method, before.amount = "SparseGPT", "2:4"
+    _describe(result, {"oneshot": {"method": "sparsegpt"}, "sds": settings}, before)
+    assert (result.method, result.name) == (f"SparseGPT + {name}", f"SparseGPT 2:4 + {name}")

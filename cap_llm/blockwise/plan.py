@@ -16,14 +16,15 @@ from cap_llm.blockwise.cache import free_memory
 from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import matrix, plan_sparsities
 from cap_llm.blockwise.sds import SGD_BATCH, plan_second_prune
-from cap_llm.config import MODELS, Config
+from cap_llm.config import MODELS, Config, ModelConfig
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, text_settings, weight_files
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import needs_conversion
+from cap_llm.models.source import locate, needs_conversion
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
+from cap_llm.solvers.redensify import STEPS as SGD_STEPS
 from cap_llm.text.corpora import corpus_file
 
 BLOCKWISE = ("oneshot", "sds", "reconstruct")  # stages that rewrite a model block by block
@@ -79,9 +80,13 @@ def check_everything(
         plan = plan_sparsities(model, config.oneshot)
         if "oneshot" in config.stages and config.oneshot.budget == "uniform":
             earlier_mask(located, config.oneshot, plan)
-    if config.model.dense and Path(config.model.dense).is_dir():  # those of the hub when here
+    dense = None
+    if config.model.dense:  # one of the hub as far as it is here
+        named = ModelConfig(path=config.model.dense)
+        dense = locate(named, download=False, option="model.dense")
+    if dense and dense.is_dir():
         starts = [s for s in ("sds", "reconstruct") if s in config.stages and not config.start(s)]
-        _check_dense(located if starts else None, model, Path(config.model.dense))
+        _check_dense(located if starts else None, model, dense)
     copied = 0  # bytes of a model that is rewritten first
     if needs_conversion(located):
         console.say(
@@ -156,6 +161,12 @@ def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
         is_ = "the model to start from" if same else "pruned itself: it has masks.safetensors"
         raise UserError(f"model.dense {folder} is {is_}; give the model that it was pruned from")
     dense = BlockModel(skeleton(folder), torch.device("cpu"))
+    ours, theirs = (len(m.model.get_input_embeddings().weight) for m in (model, dense))
+    if theirs < ours:
+        raise UserError(
+            f"model.dense {folder} has a vocabulary of {theirs} and the pruned model one of "
+            f"{ours}; give the model that it was pruned from"
+        )
     ours, theirs = (
         [[(n, list(p.shape)) for n, p in m.blocks[i].named_parameters()] for i in range(len(m))]
         for m in (model, dense)
@@ -221,9 +232,12 @@ def _estimate(
             columns = max(c for shapes in linears for _, c in shapes)
             squares, copies = 3, 4  # fp32 matrices [C, C] and [R, C] that a solver holds at most
             if config.oneshot.method in ("alps", "admm_grad") or "sds" in made:
-                squares, copies = 5, 8
+                squares, copies = 6 + ("sds" in made), 8  # sds: held-out moments, too
             if "sds" in made and config.sds.mode == "paper":
-                squares += -(-config.calibration.sequences // SGD_BATCH)
+                batches = -(-config.calibration.sequences // SGD_BATCH)
+                squares += batches
+                sgd = 2 * SGD_STEPS * batches  # products with a batch's second moments
+                estimate["flops"] += sum(2 * sgd * r * c * c for s in linears for r, c in s)
             work = max(work, 4 * (squares * columns**2 + copies * largest))
             n = config.calibration.sequences * config.calibration.length
             tokens.append(n)
@@ -269,6 +283,9 @@ def _estimate(
         estimate["activations"] = min(kept + waiting, allowed)
         estimate["disk"] += max(0, kept - allowed) * world.size
     outside = n_weights - sum(block_weights)
+    # two streams begin with an embedding each
+    two = "reconstruct" in made and config.reconstruct.inputs == "student"
+    outside *= 1 + (two or ("sds" in made and config.sds.data == "dense"))
     loaded = 4 if "reconstruct" in made else width
     estimate["memory"] = loaded * (outside + 2 * max(block_weights)) + work
     estimate["memory"] += estimate["activations"]

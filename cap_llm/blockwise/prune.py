@@ -44,9 +44,10 @@ class Row:
         masked: weights that the mask removes; fewer than `zeros` if some that stay are zero.
         error: squared error of the outputs on the calibration text, relative to the outputs; of
             a method that needs no Hessian (Wanda), on the first 16 sequences, because to accumulate
-            one takes as long as all else that it does; None for a method that reads no text.
+            one takes as long as all else that it does; None for a method that reads no text, and
+            of reconstruction, whose errors are those of whole blocks.
         damping: used for the Hessian, as a share of its mean diagonal; None without one.
-        seconds: taken by the solver.
+        seconds: taken by the solver; of reconstruction, an equal share of the block's.
         kept: which of several candidates was taken, where there were any.
     """
 

@@ -306,7 +306,7 @@ class _Section:
                 phase(f"epoch {epoch} of {settings.epochs}, error {least:.4f}")
                 self._epoch(optimizer, schedule, draw)
                 with self._as_stored():
-                    now = self.judge()
+                    now = self.judge(epoch)
                     if not self.trainer.n_judges or now < least:
                         least, kept, best = now, epoch, _copies(self.parameters)
                     elif epoch - kept == PATIENCE:
@@ -315,8 +315,11 @@ class _Section:
         return {"before": before, "after": least, "epoch": kept, "epochs": settings.epochs}
 
     @torch.no_grad()
-    def judge(self) -> float:
+    def judge(self, epoch: int = 0) -> float:
         """The mean error on held-out text, over all ranks; without any, on the text to train on.
+
+        Args:
+            epoch: after which it is asked for; 0: before any.
 
         Raises:
             UserError: it is not finite.
@@ -331,6 +334,9 @@ class _Section:
             raise UserError(
                 f"the error of {self.name} is not finite while it is trained; "
                 f"lower --reconstruct.lr (it is {self.settings.lr:g})"
+                if epoch
+                else f"the error of {self.name} is not finite before it is trained: the pruned "
+                "model's activations overflow there; prune it anew, or score it first"
             )
         return value
 

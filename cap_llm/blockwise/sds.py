@@ -227,7 +227,7 @@ class _Step:
             phase(f"re-densifying {group.short}")
             if not names:
                 return _read(inputs)
-            batches, _ = self._statistics(self.first, group, inputs)
+            batches, _ = self._statistics(self.first, group, inputs, prefix + names[0])
             for n, weight in self._redensify(names, prefix, sparse, target, batches).items():
                 self.free[n] = weight
                 if self.settings.data == "redense":
@@ -238,7 +238,7 @@ class _Step:
             phase(f"pruning {group.short}")
             if not names:
                 return _read(inputs)
-            batches, held_out = self._statistics(self.final, group, inputs)
+            batches, held_out = self._statistics(self.final, group, inputs, prefix + names[0])
             grams = self._grams(batches)
             solver = Solver(
                 self.oneshot, Moments.total(batches), prefix + names[0], needs_factor=True
@@ -286,11 +286,14 @@ class _Step:
         return self.work.parts / f"{i:05d}.redense"
 
     def _statistics(
-        self, walk: Walk, group: Group, inputs: Iterator[torch.Tensor]
+        self, walk: Walk, group: Group, inputs: Iterator[torch.Tensor], name: str
     ) -> tuple[list[Moments], Moments | None]:
         """Second moments of a group's input over all ranks: of each batch, and of held-out text.
 
         The first stream carries no held-out text.
+
+        Raises:
+            UserError: the input is not finite; `name` says of which linear.
         """
 
         def new() -> Moments:
@@ -308,7 +311,7 @@ class _Step:
             part.add(sequence)
         for part in filter(None, (*batches, held_out)):
             part.merge(self.world)
-            part.finish(group.short)
+            part.finish(name)
         return batches, held_out
 
     def _grams(self, batches: list[Moments]) -> list[torch.Tensor] | None:

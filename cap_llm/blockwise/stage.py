@@ -91,7 +91,7 @@ class BlockStage:
         self.model = BlockModel.open(self._source, run.world.device, dtype)
         if run.world.first:
             if not (self.folder / "recipe.json").exists():
-                # of a job whose first rank finished nothing: nobody knows with what settings
+                # of a job that finished nothing: nobody knows with what settings
                 shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(parents=True, exist_ok=True)
             for place in (self.folder, self.parts):
@@ -129,7 +129,7 @@ class BlockStage:
             parameter.data.copy_(stored[self.model.key(prefix + name)])
 
     def write(self, i: int, weights: dict[str, torch.Tensor], result: PrunedBlock) -> None:
-        """Makes block i durable; the first one of the first rank binds the stage to its recipe.
+        """Makes block i durable; the first one binds the stage to its recipe.
 
         Args:
             i: the block's number.
@@ -137,7 +137,7 @@ class BlockStage:
             result: its masks and rows.
         """
         recipe = self.folder / "recipe.json"
-        if self.run.world.first and not recipe.exists():
+        if not recipe.exists():
             write_json(recipe, self.recipe)
         tensors = self.model.checkpoint.read(self.model.block_keys(i))
         for name, weight in weights.items():

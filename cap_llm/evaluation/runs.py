@@ -339,6 +339,8 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
     if result.stage != "oneshot":
         name = before.name if before else name
         added = _ADDED.get(result.stage, result.stage)
+        if result.stage == "sds":
+            added = _sds_name(recipe.get("sds") or {})
         if (recipe.get("reconstruct") or {}).get("inputs") == "student":
             added += " (own inputs)"  # not as published: there they are the dense model's
         method, name = f"{method} + {added}", f"{name} + {added}"
@@ -349,6 +351,14 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
         method += " on a ladder"
         name = f"{method} {amount}"
     result.method, result.amount, result.name = method, amount, name
+
+
+def _sds_name(settings: dict) -> str:
+    """SDS as it was made: as published, as far as that is known, only in mode `paper`."""
+    if not settings.get("redensify", True):
+        return "adjustment"
+    name = "SDS" if settings.get("mode", "gram") == "paper" else "SDS (gram)"
+    return name + " without adjustment" * (not settings.get("adjust", True))
 
 
 def _perplexities(content: dict) -> list[Figure]:

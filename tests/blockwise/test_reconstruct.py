@@ -112,7 +112,7 @@ def test_reconstruction_does_not_ask_for_the_scale_of_the_weights(tiny, entry):
 def test_the_best_epoch_is_kept_and_two_worse_ones_end_it(tiny, entry, monkeypatch, errors, kept):
     left = []
 
-    def judge(section) -> float:
+    def judge(section, epoch: int = 0) -> float:
         if not left:
             left.extend(errors)
         return left.pop(0)
@@ -124,6 +124,37 @@ def test_the_best_epoch_is_kept_and_two_worse_ones_end_it(tiny, entry, monkeypat
     (block,) = blocks_of(folder)
     assert (block["epoch"], block["after"]) == (kept, errors[kept])
     assert len(left) == (0 if kept == 4 else 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_block_is_trained_on_and_judged_by(tiny, entry, monkeypatch, dtype):
+    section, trained, judged, rates, types = reconstruct_module._Section, [], [], [], set()
+    error, step = section._error, torch.optim.Adam.step
+
+    def watch_error(self, k):
+        (trained if torch.is_grad_enabled() else judged).append(k)
+        value = error(self, k)
+        types.add(torch.is_autocast_enabled("cpu"))
+        return value
+
+    def watch_step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(section, "_error", watch_error)
+    monkeypatch.setattr(torch.optim.Adam, "step", watch_step)
+    more = ("--reconstruct.batch", 3, "--reconstruct.epochs", 3, "--reconstruct.dtype", dtype)
+    dense = tiny("llama", num_hidden_layers=1)
+    folder, code = entry(dense, "--stages", "[oneshot, reconstruct]", *more)
+    assert code == 0
+    assert types == {dtype == "bfloat16"}
+    epochs = [trained[20 * e : 20 * (e + 1)] for e in range(3)]  # 20 sequences, 6 held out
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert judged == [*range(20, 26)] * 4
+    assert len(rates) == 21  # steps of three sequences, and of two at an epoch's end
+    assert rates[0] < 0.6 * rates[1]  # the warm-up, over a tenth; then a line to zero
+    assert rates[2:] == pytest.approx([rates[2] * (21 - n) / 19 for n in range(2, 21)])
 
 
 def test_halves_train_the_attention_first_and_the_rest_after(tiny, entry):
@@ -164,6 +195,12 @@ def test_a_dense_model_of_other_shape_is_refused(tiny, entry, capsys):
     _, code = entry(tiny("llama"), *more)
     assert code == 2
     assert "give the model that it was pruned from" in capsys.readouterr().err
+
+
+def test_a_dense_model_of_a_smaller_vocabulary_is_refused(tiny, entry, capsys):
+    dense = tiny("llama", vocab_size=500)
+    assert entry(tiny("llama"), "--stages", "[oneshot, sds]", "--model.dense", dense)[1] == 2
+    assert "has a vocabulary of 500 and the pruned model one of 512" in capsys.readouterr().err
 
 
 def test_a_diverging_block_is_named(tiny, entry, capsys):

@@ -229,6 +229,10 @@ def test_two_ranks_equal_one(tiny, text_file, tmp_path, stage, more):
         (["--stages", "[sds]"], ["sds starts from", "--model.dense"]),
         (["--stages", "[reconstruct]"], ["reconstruct starts from", "--model.dense"]),
         (
+            ["--stages", "[oneshot, sds]", "--model.dense", "/nowhere/dense"],
+            ["model.dense", "/nowhere/dense is not a directory"],
+        ),
+        (
             ["--stages", "[sds]", "--sds.redensify", "false", "--sds.adjust", "false"],
             ["both off"],
         ),
@@ -258,6 +262,40 @@ def test_a_stage_added_before_a_finished_one_is_refused(tiny, entry, capsys):
     assert entry(model, "--stages", "[oneshot, reconstruct]")[1] == 0
     assert entry(model, "--stages", "[sds, reconstruct]")[1] == 2
     assert "start was 'oneshot' there and is 'sds' now" in capsys.readouterr().err
+
+
+def test_sds_with_its_adjustment_is_as_good_on_two_ranks(tiny, text_file, tmp_path):
+    """ALPS' iterations may go another way from a last bit on, and end as near."""
+    model = tiny("llama", num_hidden_layers=2)
+    more = ["--stages", "[oneshot, sds]", "--calibration.held_out", 5]
+    for n, ranks in (("one", 1), ("two", 2)):
+        done = run_entry(options(model, text_file, tmp_path / n, *more), ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (read_json(tmp_path / n / "sds" / "sparsity.json")["rows"] for n in ("one", "two"))
+    assert {row["kept"] for row in two} == {"adjusted"}
+    for a, b in zip(one, two, strict=True):
+        assert b["name"] == a["name"] and b["error"] == pytest.approx(a["error"], rel=0.05)
+    masks = [MaskFile(tmp_path / n / "sds" / "masks.safetensors") for n in ("one", "two")]
+    for name in masks[0].columns:
+        assert (masks[0].read(name) == masks[1].read(name)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("stage", ["sds", "reconstruct"])
+def test_activations_that_overflow_are_named_by_block(tiny, entry, capsys, stage):
+    dense = tiny("llama", num_hidden_layers=2)
+    folder, _ = entry(dense, "--stages", "[oneshot]", out="first")
+    pruned = folder / "oneshot"
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = pruned / read_json(pruned / "model.safetensors.index.json")["weight_map"][name]
+    stored = load_file(file)
+    stored[name].mul_(1e38)
+    save_file(stored, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    more = ("--stages", f"[{stage}]", "--model.dense", dense)
+    assert entry(pruned, *more, out="second")[1] == 2
+    message = capsys.readouterr().err
+    assert "model.layers.1" in message and "not finite" in message
+    assert "--reconstruct.lr" not in message  # which nothing has followed yet
 
 
 @pytest.mark.parametrize("stage", ["sds", "reconstruct"])
