@@ -16,11 +16,11 @@ from cap_llm.blockwise.cache import free_memory
 from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import matrix, plan_sparsities
 from cap_llm.blockwise.sds import SGD_BATCH, plan_second_prune
-from cap_llm.config import MODELS, Config, ModelConfig
+from cap_llm.config import MODELS, Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint, text_settings, weight_files
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import locate, needs_conversion
+from cap_llm.models.source import found_here, needs_conversion
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -80,11 +80,7 @@ def check_everything(
         plan = plan_sparsities(model, config.oneshot)
         if "oneshot" in config.stages and config.oneshot.budget == "uniform":
             earlier_mask(located, config.oneshot, plan)
-    dense = None
-    if config.model.dense:  # one of the hub as far as it is here
-        named = ModelConfig(path=config.model.dense)
-        dense = locate(named, download=False, option="model.dense")
-    if dense and dense.is_dir():
+    if dense := found_here(config.model.dense, "model.dense"):
         starts = [s for s in ("sds", "reconstruct") if s in config.stages and not config.start(s)]
         _check_dense(located if starts else None, model, dense)
     copied = 0  # bytes of a model that is rewritten first

@@ -118,6 +118,17 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     return start, source
 
 
+def found_here(path: str | None, option: str) -> Path | None:
+    """The directory of a model that an option names; None for one that is only on the hub, which
+    is looked at when it is here.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    found = locate(ModelConfig(path=path), download=False, option=option) if path else None
+    return found if found and found.is_dir() else None
+
+
 def further_model(option: str, path: str, run: Run) -> Path:
     """The model that an option other than `model.path` names, as a directory that can be streamed.
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from cap_llm.blockwise.plan import attained_rate, check_disk, positions_of
-from cap_llm.config import Config, ModelConfig, RecoverConfig, Rung
+from cap_llm.config import Config, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
 from cap_llm.models.checkpoint import text_settings
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import locate, needs_conversion
+from cap_llm.models.source import found_here, needs_conversion
 from cap_llm.recovery import checkpoints, engines
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
@@ -52,11 +52,11 @@ def check_recovery(
             require(package, f"recover.{package}")
     if not (Path(config.output_dir) / "recover" / "recipe.json").exists():
         checkpoints.named(settings)  # later on it may be needed no more
-    dense = _here(config.model.dense, "model.dense")
-    teacher = _here(settings.teacher, "recover.teacher") if settings.teacher else dense
+    dense = found_here(config.model.dense, "model.dense")
+    teacher = found_here(settings.teacher, "recover.teacher") if settings.teacher else dense
     check_models(located, teacher, dense, settings)
     if settings.finetuned != "train":
-        finetuned = _here(settings.finetuned, "recover.finetuned")
+        finetuned = found_here(settings.finetuned, "recover.finetuned")
         if finetuned:
             check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
     earlier = config.start("recover")
@@ -173,17 +173,6 @@ def state_width(folder: Path) -> int:
 def _first(facts: dict, keys: tuple[str, ...]) -> tuple[str, int | None]:
     """The first of the settings that a model has, and its value; None where it has none."""
     return next(((key, facts[key]) for key in keys if facts.get(key)), (keys[0], None))
-
-
-def _here(path: str | None, option: str) -> Path | None:
-    """The directory of a model that an option names; None for one that is only on the hub, which
-    is looked at when it is here.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    found = locate(ModelConfig(path=path), download=False, option=option) if path else None
-    return found if found and found.is_dir() else None
 
 
 def _entries(folder: Path) -> dict[str, int]:
