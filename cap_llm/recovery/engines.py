@@ -170,7 +170,7 @@ def release(engine) -> None:
 
         FWD_MODULE_STACK[:] = [other for other in FWD_MODULE_STACK if other is not module]
         for p in shards:
-            p.data = p.ds_tensor.data = torch.empty(0)
+            p.data, p.ds_tensor.data = p.data.new_empty(0), p.ds_tensor.data.new_empty(0)
             vars(p).pop("_z3_optimizer", None)
         for optimizer in filter(None, optimizers):
             vars(optimizer).clear()
