@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cap_llm.blockwise.plan import attained_rate, check_disk, positions_of
+from cap_llm.blockwise.estimate import attained_rate
+from cap_llm.blockwise.plan import check_disk, positions_of
 from cap_llm.config import Config, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
 from cap_llm.models.checkpoint import text_settings
