@@ -203,7 +203,8 @@ class ReconstructConfig:
     """Adam's learning rate as a share of each tensor's root mean square; after a warm-up over the
     first tenth of the steps it falls linearly to 0."""
     batch: int = 2
-    """Sequences a step; with student inputs no more ranks than these have work."""
+    """Sequences a step; with student inputs no more ranks than these have work. For n times as many
+    raise `lr` by the root of n."""
     halves: bool = False
     """Train the attention and the rest of a block one after the other."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -327,11 +327,12 @@ def against_controls(pattern: str, key: str, sds: str) -> str:
 
 def summary() -> list[str]:
     """One table, arms by patterns: WikiText-2, its first windows and the whole test set."""
+    there = results()
     keys = [(p, "wikitext2") for p in PATTERNS] + [(p, "whole") for p in SEVERAL]
     head = [pattern if key != "whole" else f"{pattern}, whole" for pattern, key in keys]
 
     def row(arm: str) -> list[str]:
-        cells = [results().get(name_of((arm, p, 0)), {}) for p in PATTERNS]
+        cells = [there.get(name_of((arm, p, s)), {}) for p in PATTERNS for s in SEEDS]
         mark = MARK if any(cell.get("before") for cell in cells) else ""
         scores = [[x for (x,) in by_seed(pattern, key, arm)] for pattern, key in keys]
         return [arm + mark, *(spread(s[:1] if arm == "dense" else s) for s in scores)]

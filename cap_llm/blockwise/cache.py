@@ -43,6 +43,12 @@ def free_memory(device: torch.device) -> int:
     return max(0, free) // ranks_on_node()
 
 
+def drop_pinned(device: torch.device) -> None:
+    """Gives the system back what torch keeps of pinned main memory that is in use no more."""
+    if device.type == "cuda":
+        torch._C._host_emptyCache()
+
+
 def _control_groups(file: Path, root: Path = _CGROUPS) -> Iterator[Path]:
     """The folders of the control groups for memory that a process is in, from its own upwards.
 
@@ -67,6 +73,7 @@ class Memory(NamedTuple):
     @classmethod
     def plan(cls, device: torch.device, gib: float | None = None, parts: int = 1) -> Memory:
         """For each of `parts` stores: a part of `gib`, or of half of what is free now."""
+        drop_pinned(device)
         own = free_memory(device) // 2 if gib is None else int(gib * 2**30)
         host = free_memory(torch.device("cpu")) // 2 if device.type == "cuda" else 0
         return cls(own // parts, host // parts)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.blockwise.cache import free_memory
+from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.prune import matrix
 from cap_llm.blockwise.sds import SGD_BATCH
 from cap_llm.config import MODELS, Config
@@ -26,8 +26,12 @@ WINDOWS = 160  # that are scored of a corpus unless said; about WikiText-2's of 
 class Estimate:
     """What a run takes."""
 
-    operations: float
-    """Floating-point operations of all ranks together."""
+    forwards: float
+    """Floating-point operations in the models' type, of all ranks together."""
+    solving: float
+    """The same in fp32: of second moments and solvers."""
+    dtype: torch.dtype
+    """What the models compute in."""
     memory: int
     """Bytes a rank holds at most."""
     activations: int
@@ -73,31 +77,38 @@ def estimate(
         config: the run's settings.
         world: the ranks.
     """
-    sizes, width = _Sizes(model), 4 if world.device.type == "cpu" else 2
+    sizes = _Sizes(model)
+    # on a card the stored type
+    stored = round(n_bytes / (sizes.outside + sum(sizes.weights)))
+    width = 2 if world.device.type == "cuda" and stored < 4 else 4
     # Two streams begin with an embedding each. Blocks are trained in fp32.
     two = "reconstruct" in made and config.reconstruct.inputs == "student"
     two = two or ("sds" in made and config.sds.data == "dense")
     loaded = (1 + two) * sizes.outside + 2 * max(sizes.weights)
     memory = (4 if "reconstruct" in made else width) * loaded
     memory += _working_memory(model, sizes, made, config, width)
-    gib = config.runtime.activation_gib
-    allowed = free_memory(world.device) // 2 if gib is None else int(gib * 2**30)
+    allowed = Memory.plan(world.device, config.runtime.activation_gib)
     kept, waiting = _activations(sizes, made, config, world, width)
-    activations = min(kept + waiting, allowed)
+    activations = min(kept + waiting, allowed.device)
     memory += activations
     if "evaluate" in config.stages and config.evaluate.tasks:  # the whole model at once
         memory = max(memory, width * (sizes.outside + sum(sizes.weights)))
-    disk = RESERVE + max(0, kept - allowed) * world.size
+    # of pinned memory torch takes powers of two
+    disk = RESERVE + max(0, kept - allowed.device - allowed.host // 2) * world.size
     n_kept = len(made) if config.runtime.keep_intermediate else min(len(made), 2)
     disk += n_kept * (n_bytes + sum(sizes.weights) // 4)  # the masks twice, once in parts
     if "sds" in made and config.uses_calibration and config.sds.data == "redense":
         disk += width * sum(sizes.weights)  # what a resumed run sends text through
-    return Estimate(_operations(model, sizes, made, config), memory, activations, disk)
+    forwards, solving = _operations(model, sizes, made, config)
+    dtype = torch.bfloat16 if width == 2 else torch.float32
+    return Estimate(forwards, solving, dtype, memory, activations, disk)
 
 
-def _operations(model: BlockModel, sizes: _Sizes, made: list[str], config: Config) -> float:
-    """Floating-point operations of the blocks' forwards, of the solvers and of the scores."""
-    total = 0.0
+def _operations(
+    model: BlockModel, sizes: _Sizes, made: list[str], config: Config
+) -> tuple[float, float]:
+    """Floating-point operations of the models' forwards, and of second moments and solvers."""
+    passing = solving = 0.0
     if made and config.uses_calibration:
         n = config.calibration.sequences * config.calibration.length
         # walks of the text: one for oneshot, three more for OWL and its guard, two for sds
@@ -107,19 +118,19 @@ def _operations(model: BlockModel, sizes: _Sizes, made: list[str], config: Confi
         if "reconstruct" in made:  # a backward counts twice
             forwards += 1 + 3 * config.reconstruct.epochs
         attention = 2 * config.calibration.length * sizes.hidden * len(model)
-        total += forwards * n * 2 * (sum(sizes.weights) + attention)
-        total += walks * n * 2 * sum(map(_second_moments, model.blocks))
+        passing += forwards * n * 2 * (sum(sizes.weights) + attention)
+        solving += walks * n * 2 * sum(map(_second_moments, model.blocks))
         each = 2  # times R C^2, for each matrix
         if config.oneshot.refits or "sds" in made:
             each += 100
         if "sds" in made and config.sds.mode == "paper":
             each += 4 * SGD_STEPS * _sgd_batches(config)
-        total += each * sum(r * c * c for r, c in sizes.linears)
+        solving += each * sum(r * c * c for r, c in sizes.linears)
     if "evaluate" in config.stages and config.evaluate.corpora:
         n = _scored_tokens(config) * len(config.evaluate.corpora)
         n_models = len(set(config.stages) & set(MODELS)) + config.evaluate.dense or 1
-        total += n_models * n * 2 * (sizes.outside + sum(sizes.weights))
-    return total
+        passing += n_models * n * 2 * (sizes.outside + sum(sizes.weights))
+    return passing, solving
 
 
 def _working_memory(

@@ -111,8 +111,9 @@ def check_everything(
     if needed.activations:
         text += f", of the memory {size(needed.activations)} for activations"
     if predict:
-        rate = attained_rate(world.device, torch.float32) * world.size
-        text += f", time {duration(needed.operations / rate)}"
+        seconds = needed.forwards / attained_rate(world.device, needed.dtype)
+        seconds += needed.solving / attained_rate(world.device, torch.float32)
+        text += f", time {duration(seconds / world.size)}"
         if "evaluate" in config.stages and config.evaluate.tasks:
             text += " and the zero-shot tasks"
     console.say(f"estimate: {text}")

@@ -75,7 +75,8 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     if not in_turn and world.size > config.reconstruct.batch:
         run.console.say(
             f"{STAGE}: {world.size} ranks share steps of {config.reconstruct.batch} sequences, so "
-            "some have no work: raise --reconstruct.batch, or take --reconstruct.inputs dense",
+            "some have no work: raise --reconstruct.batch, and --reconstruct.lr by the root of the "
+            "same factor, or take --reconstruct.inputs dense",
             style="yellow",
         )
     n_blocks = len(work.model)

@@ -69,7 +69,9 @@ def check_recovery(
             refuse_changed_logits(located, world)
     memory, disk, flops = _estimate(located, teacher, config, world, engines.stage_of(student))
     check_disk(disk, ["recover"], config)
-    text = f"about {size(memory)} a rank, disk {size(disk)}"
+    offloaded = any("offload" in key for key in student["zero_optimization"])
+    where = ", what is offloaded in main memory" if offloaded else ""
+    text = f"about {size(memory)} a rank{where}, disk {size(disk)}"
     if predict:
         rate = attained_rate(world.device, engines.compute_dtype(settings, world)) * world.size
         text += f", time {duration(flops / rate)}"

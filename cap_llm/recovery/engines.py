@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from cap_llm.blockwise.cache import drop_pinned
 from cap_llm.config import RecoverConfig
 from cap_llm.models.blocks import model_class
 from cap_llm.recovery.decoder import Decoder, Student
@@ -239,6 +240,7 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
             # Dropout would blur what the two models are compared in.
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
+    drop_pinned(world.device)  # which a stage before may have filled with activations
     how = {"config": facts, "dtype": compute_dtype(config, world)}
     zero3 = settings is not None and stage_of(settings) == 3
     sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive

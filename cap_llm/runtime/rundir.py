@@ -196,7 +196,7 @@ def environment(world: World) -> dict:
         text=True,
         check=False,
     ).stdout.strip()
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cards = range(torch.cuda.device_count() if world.device.type == "cuda" else 0)
     return {
         "command": shlex.join(sys.argv),
         "directory": os.getcwd(),
@@ -207,7 +207,7 @@ def environment(world: World) -> dict:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "cuda": cards if world.device.type == "cuda" else [],
+            "cuda": [torch.cuda.get_device_name(i) for i in cards],
             "nodes": world.nodes,
             "ranks": world.size,
         },

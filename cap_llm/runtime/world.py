@@ -112,9 +112,10 @@ class World:
         """The ranks' tensors, equal in shape, one after another along the first dimension."""
         if self.size == 1:
             return tensor
+        tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         with self.bounded("a gather"):
-            dist.all_gather(parts, tensor.contiguous())
+            dist.all_gather(parts, tensor)
         return torch.cat(parts)
 
     def barrier(self) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,11 @@ from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 aten = torch.ops.aten
 MEMORY = 80 * 2**30
 # What may mix devices, and whose first tensor says where the result is.
-COPIES = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor}
+COPIES = {aten.copy_.default, aten._to_copy.default}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
+# What takes a number in main memory, beside all that torch calls pointwise.
+NUMBERS = {aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.rsub.Tensor}
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 OF_THE_STORAGE = {torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage}
 _objects = False  # during a collective of Python objects, which NCCL carries as torch arranges it
 
@@ -65,6 +69,8 @@ class Card(torch.Tensor):
         return f"Card({self.main})"
 
     def __reduce_ex__(self, protocol):
+        if _objects:
+            raise RuntimeError("a card's tensor in a collective of objects stays on its card")
         kind = isinstance(self, torch.nn.Parameter), self.requires_grad
         return _unpickled, (self.main.detach().clone(), *kind)
 
@@ -96,6 +102,7 @@ class Card(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
         if func == torch.Tensor.data.__set__:
+            assert isinstance(args[1], Card), "not simulated: data of another device"
             args[0].main = args[1].main
         return out
 
@@ -130,9 +137,12 @@ def _dispatch(func, args: tuple, kwargs: dict):
     if func is aten._fused_sdp_choice.default:
         return 0  # its parts, which are seen here, instead of a kernel
     if func is aten._pin_memory.default:
-        return args[0]
+        return args[0].clone()
     if func is aten.view.default and on_card and not args[0].main.numel() and 0 not in args[1]:
-        return Card(args[0].main.new_empty(args[1]))  # ZeRO-3 asks a weight that is not here
+        # ZeRO-3 asks for the shape of a weight that is not here; its values are nothing to use
+        return Card(args[0].main.new_full(args[1], math.nan))
+    if on_card and torch.Tag.nondeterministic_seeded in func.tags:
+        torch.rand(1)  # a card's numbers are not the CPU's
     known = {id(x.main): x for x in tensors if isinstance(x, Card)}
     args, kwargs = tree_map(lambda x: x.main if isinstance(x, Card) else x, (args, kwargs))
     kwargs |= {"device": torch.device("cpu")} if asked is not None and on_card else {}
@@ -154,14 +164,26 @@ def _refuse(func, args: tuple, kwargs: dict, tensors: list[torch.Tensor], on_car
     if func.namespace == "c10d":
         if main and not _objects and "barrier" not in func.name():
             raise RuntimeError(f"{func}: NCCL has no tensors in main memory")
+        if not all(x.is_contiguous() for x in tensors):
+            raise RuntimeError(f"{func}: NCCL has no tensors with gaps")
         return
+    if on_card and torch.device(kwargs.get("device") or here()).index not in (None, here().index):
+        raise RuntimeError(f"{func}: {kwargs['device']} is another rank's")
     if on_card and kwargs.get("generator") is not None:
         raise RuntimeError(f"{func}: a card draws with a generator of its own")
+    whole = func in PRODUCTS and not tensors[0].is_floating_point()
+    if on_card and (whole or func is aten._pin_memory.default):
+        raise RuntimeError(f"{func}: not of a card's tensor of {tensors[0].dtype}")
     if func in COPIES or len(main) == len(tensors):
         return
     if func in INDEXED and isinstance(args[0], Card):  # its indices may lie anywhere
         main = [x for x in args[2:3] if not isinstance(x, Card)]
-    if any(x.dim() for x in main):
+    # a number in main memory is a value of a pointwise operation, and never its result
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    results = [a for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    written = {id(x) for x in tree_leaves([given.get(a.name) for a in results])}
+    takes = torch.Tag.pointwise in func.tags or func in NUMBERS | INDEXED
+    if any(x.dim() or not takes or id(x) in written for x in main):
         where = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tensors)
         raise RuntimeError(f"{func}: not all on one device: {where}")
 
@@ -192,7 +214,7 @@ def simulated() -> Iterator[None]:
     this first and been given DS_ACCELERATOR=cuda."""
     with contextlib.ExitStack() as stack:
         for target, patches in _patches():
-            stack.enter_context(mock.patch.multiple(target, **patches))
+            stack.enter_context(mock.patch.multiple(target, create=True, **patches))
         # else a thread of its own for each device, which would have no mode
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_Everywhere())
@@ -206,14 +228,14 @@ def _patches() -> Iterator[tuple[object, dict]]:
     properties = SimpleNamespace(total_memory=MEMORY, name="simulated", multi_processor_count=1)
     values = {
         "is_available": True,
-        "is_initialized": False,
+        "is_initialized": True,
         "is_bf16_supported": True,
         "device_count": int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         "current_device": here().index,
         "mem_get_info": (MEMORY, MEMORY),
         "memory_reserved": 0,
         "memory_allocated": 0,
-        "max_memory_allocated": 0,
+        "max_memory_allocated": 1,
         "get_device_properties": properties,
         "get_device_name": properties.name,
         "get_device_capability": (9, 0),
@@ -225,6 +247,7 @@ def _patches() -> Iterator[tuple[object, dict]]:
     values |= dict.fromkeys(nothing)
     streams = dict.fromkeys(("Stream", "Event", "stream", "device"), _Stream)
     yield torch.cuda, {name: _giving(value) for name, value in values.items()} | streams
+    yield torch._C, {"_host_emptyCache": _giving(None)}
     yield torch.cuda.nvtx, {name: _giving(None) for name in ("range_push", "range_pop")}
     yield torch.Tensor, {"record_stream": _giving(None), "is_pinned": _giving(False)}
 
