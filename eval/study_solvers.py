@@ -20,7 +20,8 @@ set. The tables are written beside the results.
 The controls of Sparse-Dense-Sparse (SDS): C1 is "+ refit", which refits each matrix as soon as it
 is pruned, so that later ones are pruned on refitted inputs: the same method, not the same masks; C2
 is the adjustment alone, from SDS' own first prune, without the dense step; C3 is the dense step
-without regularisers and without adjustment, which must give that prune again. Reconstruction starts
+without regularisers and without adjustment, which gives that prune again, but for what rounding
+errors make of it in a whole model. Reconstruction starts
 from ALPS and, as its control, from SparseGPT: what it gains may not be the solver's merit.
 """
 
