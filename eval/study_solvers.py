@@ -441,6 +441,7 @@ def figure(path: Path) -> bool:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     there = results()
     page = plt.figure(figsize=(8.5, 4.5), layout="constrained")
@@ -450,14 +451,15 @@ def figure(path: Path) -> bool:
     for arm, marker, colour in zip(arms, "osDd^v<>PX*", colours, strict=False):
         cells = {int(p[:2]): there.get(name_of((arm, p, 0)), {}) for p in PATTERNS if "%" in p}
         points = sorted((s, cell["wikitext2"]) for s, cell in cells.items() if "wikitext2" in cell)
-        if len(points) > 1:
+        if points:
             axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=arm)
-    drawn = bool(axes.lines)
+    drawn = any(len(line.get_xdata()) > 1 for line in axes.lines)
     if drawn:
         if "wikitext2" in there.get("dense", {}):
             axes.axhline(there["dense"]["wikitext2"], color="black", ls="--", lw=1, label="dense")
         axes.set(xlabel="zeros, %", ylabel=f"WikiText-2 ppl_token@2048, first {FIRST} windows")
         axes.set(yscale="log", xticks=[int(p[:2]) for p in PATTERNS if "%" in p])
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         for numbers in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             numbers("{x:.0f}")
         page.legend(fontsize=8, loc="outside right upper")
