@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## prune a real pretrained model by six methods, reconstruct
 test: $(INSTALLED)  ## the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(INSTALLED)  ## every file of slurm/ on a real SLURM, set up and taken down; needs root
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/slurm_real.py

@@ -4,17 +4,29 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <cstdlib>
+
 namespace {
 
 constexpr auto CUDA = c10::DeviceType::CUDA;
 
+c10::DeviceIndex current() {
+  const char* rank = std::getenv("LOCAL_RANK");
+  return rank ? std::atoi(rank) : 0;
+}
+
+c10::Device card() {
+  return c10::Device(CUDA, current());
+}
+
 c10::Stream stream() {
-  return c10::Stream(c10::Stream::DEFAULT, c10::Device(CUDA, 0));
+  return c10::Stream(c10::Stream::DEFAULT, card());
 }
 
 struct Guard : c10::impl::NoOpDeviceGuardImpl<CUDA> {
-  c10::Device getDevice() const override { return c10::Device(CUDA, 0); }
-  c10::Device exchangeDevice(c10::Device) const override { return c10::Device(CUDA, 0); }
+  c10::DeviceIndex deviceCount() const noexcept override { return current() + 1; }
+  c10::Device getDevice() const override { return card(); }
+  c10::Device exchangeDevice(c10::Device) const override { return card(); }
   c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
   c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
@@ -30,8 +42,8 @@ struct Hooks : at::CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  c10::DeviceIndex deviceCount() const override { return current() + 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return current(); }
 };
 
 } // namespace
