@@ -288,6 +288,12 @@ def by_seed(pattern: str, key: str, *arms: str) -> list[tuple[float, ...]]:
     return [tuple(c[key] for c in row) for row in cells if all(key in c for c in row)]
 
 
+def score(pattern: str, key: str, arm: str) -> str:
+    """An arm's score over its seeds, as a table shows it; `dense` has one."""
+    values = [value for (value,) in by_seed(pattern, key, arm)]
+    return spread(values[:1] if arm == "dense" else values)
+
+
 def percent(pattern: str, formula: Callable[..., float], *arms: str, form: str = ".1f") -> str:
     """A share of the WikiText-2 perplexities (first windows) of some arms, paired by seed."""
     shares = [100 * formula(*ppls) for ppls in by_seed(pattern, "wikitext2", *arms)]
@@ -335,8 +341,7 @@ def summary() -> list[str]:
     def row(arm: str) -> list[str]:
         cells = [there.get(name_of((arm, p, s)), {}) for p in PATTERNS for s in SEEDS]
         mark = MARK if any(cell.get("before") for cell in cells) else ""
-        scores = [[x for (x,) in by_seed(pattern, key, arm)] for pattern, key in keys]
-        return [arm + mark, *(spread(s[:1] if arm == "dense" else s) for s in scores)]
+        return [arm + mark, *(score(pattern, key, arm) for pattern, key in keys)]
 
     rows = [row(arm) for arm in ("dense", *ARMS)]
     title = f"WikiText-2, first {FIRST} windows"
@@ -350,7 +355,7 @@ def details(pattern: str) -> list[str]:
     others = ["to SparseGPT", "gap closed", "layer error", "seconds", "GiB"]
     empty, rows, notes = [""] * len(others), [], []
     for arm in ARMS:
-        scores = [spread([x for (x,) in by_seed(pattern, key, arm)]) for key in keys]
+        scores = [score(pattern, key, arm) for key in keys]
         if not any(scores):
             continue
         closed = gap_closed(pattern, arm, "SparseGPT").removeprefix("-0.0 %")
@@ -366,8 +371,7 @@ def details(pattern: str) -> list[str]:
                 rows.append(["– less its best control", *differences, *empty])
     if not rows:
         return []
-    dense = [spread([x for (x,) in by_seed(pattern, key, "dense")][:1]) for key in keys]
-    rows.insert(0, ["dense", *dense, *empty])
+    rows.insert(0, ["dense", *(score(pattern, key, "dense") for key in keys), *empty])
     alone = relative_to(pattern, "ALPS", "SparseGPT")
     both = relative_to(pattern, "ALPS + reconstruction", "SparseGPT + reconstruction")
     if alone and both:

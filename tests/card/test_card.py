@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import environment
 
-from cap_llm.runtime.files import read_json
+from cap_llm.runtime.files import read_json, read_metrics
 
 HERE = Path(__file__).parent
 
@@ -101,7 +101,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def run(tiny, text_file, tmp_path_factory, env):
-    """Runs cases on the ranks of a device; returns the perplexity of each one's last model."""
+    """Runs cases on the ranks of a device; returns what became of each."""
     text_file.with_name("scored.txt").write_text(text_file.read_text()[::-1])
     llama = tiny("llama")
     found = {
@@ -133,7 +133,7 @@ def run(tiny, text_file, tmp_path_factory, env):
             stages = found[name][1].split(", ")
             scores = [read_json(place / stage / "perplexity.json") for stage in stages]
             ppls = [x["ppl_token"] for score in scores for x in score["corpora"].values()]
-            rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+            rows = read_metrics(place)
             losses = {(r["stage"], r["step"]): r["value"] for r in rows if r["name"] == "loss"}
             norms = {(r["stage"], r["step"]) for r in rows if r["name"] == "grad_norm"}
             stepped = [step in norms for step in losses]
