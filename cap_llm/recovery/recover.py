@@ -188,7 +188,7 @@ class _Recovery:
             UserError: a rung is finished that was made from other ones.
         """
         path = self.folder / "inputs.json"
-        known = read_json(path) if path.exists() else {}
+        known = read_json(path, text=str) if path.exists() else {}
         finished = next(self.folder.glob("rungs/*/trained/rung.json"), None)
         finished = finished or (self.folder / "finetuned" / "done.json").exists()
         changed = [k for k, now in self._inputs.items() if known.get(k, now) != now]
@@ -225,7 +225,9 @@ class _Recovery:
         run, config, settings = self.run, self.config, self.settings
         title = f"rung {n}/{of} ({rung})" if rung else STAGE
         record_file = target / "rung.json"
-        known = run.world.gather(read_json(record_file) if record_file.exists() else None)[0]
+        kinds = {"held_out_ppl": dict, "stage_seconds": float}
+        known = read_json(record_file, **kinds) if record_file.exists() else None
+        known = run.world.gather(known)[0]
         pruned = student
         if settings.objective.snc and of and (n > 1 or self.masks):  # a dense one is PrC's
             self._students[n] = student

@@ -79,6 +79,8 @@ def verify(folder: Path, recorded: Mapping[str, dict]) -> str | None:
                 return f"{name} has changed since it was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
+    except (AttributeError, KeyError, TypeError):
+        return f"what was recorded of {name or 'the files'} is damaged"
     return None
 
 
@@ -102,21 +104,30 @@ def _umask() -> int:
 def write_json(path: Path, value) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path):
+def read_json(path: Path, **fields: type):
     """Reads a JSON file.
 
+    Args:
+        path: the file.
+        fields: what it must hold, by name and type.
+
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it is missing, not JSON, or lacks one of the fields.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    for name, kind in fields.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise UserError(f"{path} is damaged: it has no {name}")
+    return content
 
 
 def read_metrics(run: Path) -> list[dict]:
