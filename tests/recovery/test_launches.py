@@ -345,21 +345,12 @@ def add_resumes(cases: Cases) -> None:
         written = ("write", complete(f"odd {odd}", 5), text)
         cases.add(f"odd {odd}", edits=[copied(f"odd {odd}"), written])
         cases.add(f"odd {odd}, by path", recover__resume=complete(f"odd {odd}", 5).parent)
-    groups = {}
-    for name, size in (("sub-groups", 2000), ("other sub-groups", 10**9)):
-        groups[name] = cases.assets.write(
-            f"{name}.json",
-            {
-                "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"stage": 3, "sub_group_size": size},
-            },
-        )
-    laid = cases.add("sub-groups", ("stop", "recover", 5), recover__deepspeed=groups["sub-groups"])
-    other = complete("other sub-groups", 5)
-    now = ("replace", other, str(groups["sub-groups"]), str(groups["other sub-groups"]))
-    again = [("copy", laid, cases.out("other sub-groups")), now]
-    again += [("remove", other.parents[3] / "recipe.json")]
-    cases.add("other sub-groups", edits=again, recover__deepspeed=groups["other sub-groups"])
+    zero = {"stage": 3, "sub_group_size": 2000}
+    content = {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    groups = cases.assets.write("sub-groups.json", content)
+    laid = cases.add("sub-groups", ("stop", "recover", 5), recover__deepspeed=groups)
+    other = [("copy", laid, cases.out("other sub-groups")), ("replace", groups, "2000", "7000")]
+    cases.add("other sub-groups", edits=other, recover__deepspeed=groups)
     edited = ("replace", complete("another recipe", 5), '"lr": 0.003', '"lr": 0.004')
     cases.add("another recipe", edits=[copied("another recipe"), edited])
     cases.add("another stage", edits=[copied("another stage")], recover__deepspeed="zero3")
