@@ -342,6 +342,8 @@ class RecoverConfig:
     """Largest norm of the gradient; 0: no limit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the models compute in; master weights are fp32. auto: float32 on CPUs, else bfloat16."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type that the recovered weights are stored in. Default: that of the model's own files."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     seed: int = 0
@@ -354,7 +356,8 @@ class RecoverConfig:
     teacher_zero3, teacher_zero3_offload, or a file."""
     resume: bool | str = "auto"
     """auto: from the last complete checkpoint if there is one; true: there must be one; false:
-    train this rung from its start; or a checkpoint's folder."""
+    train this rung from its start; or a checkpoint's folder. DeepSpeed's checkpoints are pickles,
+    which run code when they are loaded: name only a folder that you trust."""
     checkpoint_steps: int = 200
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2

@@ -51,7 +51,10 @@ class Bank:
 
     def _make(self, path: Path, facts: dict) -> UserError | None:
         """Makes the files, or looks whether they fit; the first rank's part."""
-        known = read_json(path) if path.exists() else None
+        try:
+            known = read_json(path, facts=dict) if path.exists() else None
+        except UserError as error:
+            return UserError(f"{error}; remove {self.folder} to build the bank anew")
         if known and (other := [k for k in facts if known["facts"].get(k) != facts[k]]):
             return UserError(
                 f"the bank {self.folder} was made from other data: its {other[0]} was "

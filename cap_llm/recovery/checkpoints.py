@@ -1,7 +1,8 @@
 """Checkpoints of a training: complete or not there, and resumed on any number of ranks.
 
     checkpoints/step-000200/...            DeepSpeed's own files, written by all ranks
-    checkpoints/step-000200/complete.json  written last: step, ranks, ZeRO stage, recipe
+    checkpoints/step-000200/complete.json  written last: step, ranks, ZeRO stage, recipe, and the
+                                           sizes and checksums of the files and of the weights
 
 The same number of ranks loads these files; another number loads DeepSpeed's universal form of them,
 made once where it is needed. Nothing random is stored: order, banks' rows and draws follow from the
@@ -21,9 +22,10 @@ import torch
 
 from cap_llm.config import RecoverConfig
 from cap_llm.recovery.engines import stage_of
+from cap_llm.recovery.zeros import ZeroKeeper
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import flush_folder, read_json, write_json
+from cap_llm.runtime.files import digests, flush_folder, read_json, verify, write_json
 from cap_llm.runtime.rundir import difference
 from cap_llm.runtime.world import World
 
@@ -39,11 +41,13 @@ class Found:
         path: its folder; in the universal form, where that is needed.
         step: the steps that it has done.
         state: what else the training keeps in it.
+        weights: checksums of the weights, by parameter.
     """
 
     path: Path
     step: int
     state: dict
+    weights: dict
 
 
 def named(config: RecoverConfig) -> Path | None:
@@ -57,13 +61,45 @@ def named(config: RecoverConfig) -> Path | None:
     path = Path(str(config.resume))
     if not (path / COMPLETE).exists():
         raise UserError(f"recover.resume {path} is no complete checkpoint: no {COMPLETE} in it")
+    _facts(path)
     return path
+
+
+def _facts(path: Path) -> dict:
+    """What a checkpoint's folder says of it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    kinds = {"step": int, "ranks": int, "zero_stage": int, "state": dict, "recipe": dict}
+    try:
+        # earlier versions wrote neither files nor weights
+        facts = {"files": {}, "weights": {}} | read_json(path / COMPLETE, **kinds)
+        state = facts["state"]
+        parts = [facts["files"], facts["weights"], facts["recipe"]["settings"]["recover"]]
+        sound = all(isinstance(part, dict) for part in parts)
+        sound = sound and {int(k): v + 0.0 for k, v in state["held_out"].items()}
+        if sound and state["stage_seconds"] >= 0:
+            return facts
+        problem = f"{COMPLETE} is damaged"
+    except UserError as error:
+        problem = str(error)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        problem = f"{COMPLETE} is damaged"
+    raise _unusable(path, problem)
+
+
+def _unusable(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"the checkpoint {path} cannot be loaded ({problem}): remove that folder to resume from "
+        "the one before it, or start anew with --recover.resume false"
+    )
 
 
 def rung_of(asked: bool | str) -> int | str | None:
     """The rung that the checkpoint of a `recover.resume` belongs to; None if it is none."""
     path = Path(str(asked)) / COMPLETE
-    return read_json(path)["recipe"]["rung"] if path.exists() else None
+    return _facts(path.parent)["recipe"].get("rung") if path.exists() else None
 
 
 def find(
@@ -101,7 +137,7 @@ def find(
         raise problem
     if path is None:
         return None
-    facts = read_json(path / COMPLETE)
+    facts = _facts(path)
     if _names_one(config):
         facts["state"]["from"] = str(config.resume)
     made_with = facts["recipe"] | {"zero_stage": facts["zero_stage"]}
@@ -125,7 +161,7 @@ def find(
         )
         settings["checkpoint"] = {"load_universal": True}
         path = _universal(path, stage_of(settings), world)
-    return Found(path, facts["step"], facts["state"])
+    return Found(path, facts["step"], facts["state"], facts["weights"])
 
 
 def _names_one(config: RecoverConfig) -> bool:
@@ -145,9 +181,18 @@ def _chosen(folder: Path, config: RecoverConfig) -> Path | None:
 
 
 def save(
-    engine, folder: Path, step: int, state: dict, recipe: dict, stage: int, keep: int, world: World
+    engine,
+    keeper: ZeroKeeper,
+    folder: Path,
+    step: int,
+    state: dict,
+    recipe: dict,
+    stage: int,
+    keep: int,
+    world: World,
 ) -> None:
     """Writes a checkpoint with all ranks, marks it complete, and removes the oldest ones."""
+    weights = keeper.checksums()
     tag = f"step-{step:06d}"
     if world.first:
         _remove(folder / tag)
@@ -164,9 +209,14 @@ def save(
             "and give the same command again"
         ) from error
     world.barrier()
+    names = _names(folder / tag)[world.rank :: world.size]
+    files = {
+        name: f for part in world.gather(digests(folder / tag, names)) for name, f in part.items()
+    }
     if world.first:
         facts = {"step": step, "ranks": world.size, "zero_stage": stage, "state": state}
-        write_json(folder / tag / COMPLETE, facts | {"recipe": recipe})
+        facts |= {"recipe": recipe, "files": files, "weights": weights}
+        write_json(folder / tag / COMPLETE, facts)
         # of this training only: one begun by `recover.resume` may be behind an earlier one here
         own = [p for p in _complete(folder) if _state(p).get("from") == state.get("from")]
         for path in own[:-keep]:
@@ -182,7 +232,8 @@ def latest(folder: Path) -> Path | None:
 def _complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, by step."""
     found = (p.parent for p in folder.glob(f"step-*/{COMPLETE}"))
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    numbered = (p for p in found if p.name.removeprefix("step-").isdecimal())
+    return sorted(numbered, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _remove(path: Path) -> None:
@@ -193,42 +244,66 @@ def _remove(path: Path) -> None:
 
 
 def _state(path: Path) -> dict:
-    return read_json(path / COMPLETE)["state"]
+    return _facts(path)["state"]
 
 
-def load(engine, found: Found) -> None:
+def _names(path: Path) -> list[str]:
+    """The files of a checkpoint's folder, but for the mark."""
+    files = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    return sorted(name for name in files if name != COMPLETE)
+
+
+def _damage(path: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint's files; each rank reads its share of them."""
+    files = list(_facts(path)["files"].items())
+    found = world.gather(verify(path, dict(files[world.rank :: world.size])))
+    return next(filter(None, found), None)
+
+
+def load(engine, keeper: ZeroKeeper, found: Found, world: World) -> None:
     """Brings weights and moments of a checkpoint into a fresh engine.
 
     Raises:
-        UserError: its files are damaged.
+        UserError: its files are damaged, or give other weights than were saved: DeepSpeed's
+            settings may lay them out in another way than the ones that it was saved with.
     """
-    problem = "DeepSpeed finds nothing there"
+    path, problem = None, _damage(found.path, world)
     try:
-        path, _ = engine.load_checkpoint(
-            str(found.path.parent), tag=found.path.name, load_lr_scheduler_states=False
-        )
+        if not problem:
+            problem = "DeepSpeed finds nothing there"
+            path, _ = engine.load_checkpoint(
+                str(found.path.parent), tag=found.path.name, load_lr_scheduler_states=False
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # assertions, torch's zip reader, missing files
         path, problem = None, " ".join(str(error).split())[:160] or type(error).__name__
     if path is None:
         # at once: the other ranks may wait for this one inside DeepSpeed
-        raise UserError(
-            f"the checkpoint {found.path} cannot be loaded ({problem}): remove that folder to go "
-            "on from the one before it, or start anew with --recover.resume false"
-        )
+        raise _unusable(found.path, problem)
     # The universal form leaves Adam's count of steps on the CPU, where a fused step on a GPU does
     # not take it, and one tensor for all sub-groups of ZeRO-3, each of which would count on.
     for parameter, state in engine.basic_optimizer.state.items():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].to(parameter.device, copy=True)
+    keeper.verify()
+    for name, (kind, checksum) in keeper.checksums().items():
+        saved = found.weights.get(name)  # in another type they cannot be compared
+        if isinstance(saved, list) and saved[:1] == [kind] and saved != [kind, checksum]:
+            raise UserError(
+                f"the checkpoint {found.path} gives {name} other weights than were saved: bring "
+                "back the DeepSpeed settings that it was made with, or start anew with "
+                "--recover.resume false"
+            )
+    keeper.check()
 
 
 def _universal(path: Path, stage: int, world: World) -> Path:
     """DeepSpeed's universal form of a checkpoint, beside it."""
     target = path.with_name(f"universal-{path.name}")
-    problem = None
-    if world.first and not (target / COMPLETE).exists():
+    there = world.gather((target / COMPLETE).exists())[0]
+    problem = None if there else _damage(path, world)
+    if world.first and not there and not problem:
         shutil.rmtree(target, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         command += ["--input_folder", str(path), "--output_folder", str(target)]
@@ -239,8 +314,9 @@ def _universal(path: Path, stage: int, world: World) -> Path:
         if done.returncode:
             problem = " ".join(done.stderr.split()[-40:])
         else:
-            shutil.copyfile(path / COMPLETE, target / COMPLETE)
+            files = digests(target, _names(target))
+            write_json(target / COMPLETE, _facts(path) | {"files": files})
     problem = world.gather(problem)[0]
     if problem:
-        raise UserError(f"{path} cannot be converted for {world.size} ranks: {problem}")
+        raise _unusable(path, f"conversion for {world.size} ranks: {problem}")
     return target

@@ -325,6 +325,12 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
                 f"{option} {path} sets zero_optimization.compute_grad_norm to false; recovery logs "
                 "the gradient's norm and stops where it is not finite: take that line out"
             )
+        if zero.get("round_robin_gradients") and zero["stage"] in (1, 2) and world.size > 1:
+            raise UserError(
+                f"{option} {path} sets zero_optimization.round_robin_gradients, under which "
+                "DeepSpeed takes fp32 weights for other parameters' than theirs, so that masks "
+                "would destroy them: set it to false"
+            )
         offload = zero.get("offload_optimizer")
         if isinstance(offload, dict) and offload.get("device") == "nvme":
             raise UserError(

@@ -13,18 +13,24 @@ from cap_llm.models.blocks import find_blocks, match_names, skeleton
 from cap_llm.models.checkpoint import Checkpoint, ShardWriter
 from cap_llm.models.masks import patterns
 from cap_llm.recovery.engines import gathered
+from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.world import World
 from cap_llm.sparsity import masks as mask_files
 
 
 def export(
-    engine, source: Path, folder: Path, masks: Mapping[str, torch.Tensor], world: World
+    engine,
+    source: Path,
+    folder: Path,
+    masks: Mapping[str, torch.Tensor],
+    world: World,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes the trained model as safetensors, its masks and `sparsity.json`, and verifies them.
 
-    All ranks take part; under ZeRO-3 one block is whole at a time. Weights are stored in the type
-    that the engine computes in.
+    All ranks take part; under ZeRO-3 one block is whole at a time. The values are those that the
+    engine computes with.
 
     Args:
         engine: its module holds the model.
@@ -32,9 +38,11 @@ def export(
         folder: to write to.
         masks: [R, C] by weight name, the source's; a fine-tuned model has none.
         world: the ranks.
+        dtype: to store the weights in; by default each in the type that the source stores it in.
 
     Raises:
-        UserError: a masked weight is not zero in the written file, or the disk is full.
+        UserError: a masked weight is not zero in the written file, a weight is too large for the
+            type, or the disk is full.
     """
     model = engine.module.model
     checkpoint = Checkpoint(source)
@@ -52,20 +60,22 @@ def export(
         start = inside if block is None else inside[block]
         names = [n for n in keys if n.startswith(start) == (block is not None)]
         present = [n for n in names if n in parameters]
-        dtype = parameters[present[0]].dtype if present else torch.float32
         with gathered(parameters[n] for n in present):
             if world.first:
                 tensors = {keys[n]: parameters[n].detach().to("cpu", copy=True) for n in present}
         if world.first:
-            buffers = checkpoint.read(keys[n] for n in names if n not in parameters)
-            writer.write(block, tensors | {k: _cast(b, dtype) for k, b in buffers.items()})
+            tensors |= checkpoint.read(keys[n] for n in names if n not in parameters)
+            tensors = {key: _cast(key, t, dtype, checkpoint) for key, t in tensors.items()}
+            writer.write(block, tensors)
+            # of the matrices: a few others, such as a router's, may be stored in another type
+            kind = max(tensors.values(), key=torch.Tensor.numel).dtype
             zeros |= {n: int((tensors[keys[n]] == 0).sum()) for n in present if n in masked}
         world.barrier()
     if world.first:
         writer.finish(source)
         content = read_json(folder / "config.json")
         content.pop("torch_dtype", None)
-        write_json(folder / "config.json", content | {"dtype": str(dtype).removeprefix("torch.")})
+        write_json(folder / "config.json", content | {"dtype": str(kind).removeprefix("torch.")})
         mask_files.save_masks(masks, folder / mask_files.FILE)
         asked, rows = patterns(source), []
         for name, mask in masks.items():
@@ -76,5 +86,20 @@ def export(
     world.barrier()
 
 
-def _cast(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return buffer.to(dtype) if buffer.is_floating_point() else buffer
+def _cast(
+    key: str, tensor: torch.Tensor, dtype: torch.dtype | None, checkpoint: Checkpoint
+) -> torch.Tensor:
+    """A tensor in the type to store it in.
+
+    Raises:
+        UserError: a value is too large for it.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype or checkpoint.dtype(key))
+    if cast.dtype == torch.float16 and cast.isinf().any() and tensor.isfinite().all():
+        raise UserError(
+            f"{key} is too large for float16 after training; give --recover.save_dtype bfloat16 "
+            "or float32"
+        )
+    return cast

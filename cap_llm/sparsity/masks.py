@@ -41,6 +41,19 @@ def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:
         packed[name], columns[name] = pack(mask), str(mask.shape[1])
     with atomic(path) as temporary:
         save_file(packed, temporary, metadata=columns or None)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Gives equal masks equal bytes: safetensors writes its metadata in an order of the process."""
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 class MaskFile:

@@ -111,6 +111,7 @@ def later(assets, two, tmp_path_factory) -> Iterator[dict[int, Cases]]:
         same = MIXED | {"recover.deepspeed": zero, "recover.micro_batch": 2}
         one.add(f"mixed, resumed {zero}", edits=[copied], **same)
     one.add("plain")
+    add_types(one)
     add_resumes(one)
     add_rungs(one)
     add_ablations(one)
@@ -177,11 +178,42 @@ def test_float16_trains_or_is_refused_clearly(assets, two):
 
 
 def assert_16_bits(assets: Assets, run: Path, dtype: str) -> None:
+    """The model computes in `dtype`; its files keep their own type, float32."""
     assert_zeros(run / "recover", assets.half)
-    assert json.loads((run / "recover" / "config.json").read_text())["dtype"] == dtype
-    assert {str(w.dtype) for w in tensors(run / "recover").values()} == {f"torch.{dtype}"}
+    assert stored_as(run / "recover") == "float32"
+    for weight in tensors(run / "recover").values():
+        assert torch.equal(weight, weight.to(getattr(torch, dtype)).float())
     engines_own = losses(run)["held_out_ppl", 4]
     assert perplexity(run / "recover", assets.held_out()) == pytest.approx(engines_own, rel=1e-2)
+
+
+def stored_as(folder: Path) -> str:
+    """The one type of all weights of a model directory, which its configuration names."""
+    (dtype,) = {str(w.dtype).removeprefix("torch.") for w in tensors(folder).values()}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    return dtype
+
+
+def add_types(cases: Cases) -> None:
+    """Cases of one rank about the type that weights are stored in."""
+    short = {"recover.tokens": 2 * BATCH * LENGTH} | NO_CONTRAST
+    half = {"model.path": cases.assets.tiny("llama", dtype=torch.bfloat16)}
+    half |= {"stages": "[oneshot, recover]", "recover.teacher": "null"}
+    for zero in ("zero2", "zero3"):
+        settings = {"recover.deepspeed": zero} | short
+        cases.add(f"stored in 16 bits {zero}", **half | settings)
+        settings["recover.save_dtype"] = "float16"
+        cases.add(f"saved in 16 bits {zero}", **settings, recover__dtype="bfloat16")
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_weights_keep_their_stored_type_or_get_the_one_that_is_asked_for(one, assets, zero):
+    run = one.finished(f"stored in 16 bits {zero}")
+    assert stored_as(run / "recover") == "bfloat16"
+    assert_zeros(run / "recover", run / "oneshot")
+    run = one.finished(f"saved in 16 bits {zero}")
+    assert stored_as(run / "recover") == "float16"
+    assert_zeros(run / "recover", assets.half)
 
 
 @pytest.mark.parametrize("zero", [zero for zero in ZERO if zero != "zero2"])
@@ -254,6 +286,17 @@ def test_another_number_of_ranks_goes_on_in_16_bits(assets, two, later, zero):
     assert_16_bits(assets, run, "bfloat16")
 
 
+BIT_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+ODD = {
+    "empty": "{}",
+    "a list": "[1, 2]",
+    "deep": "[" * 100_000,
+    "no recipe": '{"step": 5, "ranks": 1, "zero_stage": 2, "state": {}, "recipe": {}}',
+    "no step": '{"step": "5", "ranks": 1, "zero_stage": 2, "state": {}, "recipe": {}}',
+    "not UTF-8": "\udcff",
+}
+
+
 def add_resumes(cases: Cases) -> None:
     """Cases of one rank about what lies in the folder of checkpoints."""
     each = {"recover.checkpoint_steps": 1}
@@ -295,6 +338,19 @@ def add_resumes(cases: Cases) -> None:
     cases.add("damaged", edits=[copied("damaged"), lost])
     lost = ("remove", complete("damaged", 5).parent)
     cases.add("damaged, removed", out="damaged", edits=[lost])
+    for file in BIT_FILES:
+        flipped = ("flip", complete(f"flipped {file}", 5).with_name(file))
+        cases.add(f"flipped {file}", edits=[copied(f"flipped {file}"), flipped])
+    for odd, text in ODD.items():
+        written = ("write", complete(f"odd {odd}", 5), text)
+        cases.add(f"odd {odd}", edits=[copied(f"odd {odd}"), written])
+        cases.add(f"odd {odd}, by path", recover__resume=complete(f"odd {odd}", 5).parent)
+    zero = {"stage": 3, "sub_group_size": 2000}
+    content = {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    groups = cases.assets.write("sub-groups.json", content)
+    laid = cases.add("sub-groups", ("stop", "recover", 5), recover__deepspeed=groups)
+    other = [("copy", laid, cases.out("other sub-groups")), ("replace", groups, "2000", "7000")]
+    cases.add("other sub-groups", edits=other, recover__deepspeed=groups)
     edited = ("replace", complete("another recipe", 5), '"lr": 0.003', '"lr": 0.004')
     cases.add("another recipe", edits=[copied("another recipe"), edited])
     cases.add("another stage", edits=[copied("another stage")], recover__deepspeed="zero3")
@@ -407,6 +463,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(one):
     run = one.finished("damaged, removed", out="damaged")
     assert record(run)["resumed_at_step"] == 4
     assert losses(run) == losses(one.finished("plain"))
+
+
+@pytest.mark.parametrize("file", BIT_FILES)
+def test_one_bit_in_a_checkpoint_is_found(one, file):
+    message = one.refused(f"flipped {file}")
+    assert "step-000005 cannot be loaded" in message and file in message
+    assert "remove that folder" in message
+
+
+@pytest.mark.parametrize("how", ["", ", by path"])
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_mark_of_a_checkpoint_is_one_line(one, odd, how):
+    message = one.refused(f"odd {odd}{how}")
+    assert "step-000005" in message and "complete.json" in message
+
+
+def test_a_checkpoint_that_is_laid_out_in_another_way_is_refused(one):
+    assert "step-000005" in one.refused("other sub-groups")
 
 
 def test_a_checkpoint_of_another_text_is_refused(one):

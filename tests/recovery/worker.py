@@ -161,13 +161,32 @@ def replace(path: str, old: str, new: str) -> None:
     Path(path).write_text(text.replace(old, new))
 
 
+def flip(path: str) -> None:
+    """One bit of a file, in its middle."""
+    content = bytearray(Path(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(path).write_bytes(content)
+
+
+def write(path: str, text: str) -> None:
+    """A text instead of what the file held; lone surrogates are bytes."""
+    Path(path).write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
 def disk(path: str, options: str) -> None:
     """A file system of its own, or another size of it."""
     Path(path).mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=True)
 
 
-EDITS = {"copy": copy, "remove": remove, "replace": replace, "disk": disk}
+EDITS = {
+    "copy": copy,
+    "remove": remove,
+    "replace": replace,
+    "disk": disk,
+    "flip": flip,
+    "write": write,
+}
 
 
 def edit(case: dict) -> str | None:
