@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import xxhash
@@ -105,18 +106,54 @@ def write_json(path: Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path):
-    """Reads a JSON file.
+@contextlib.contextmanager
+def readable(name: object) -> Iterator[None]:
+    """What the system says against reading `name` in the body becomes one line.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it is missing, may not be read, or its name is no file's (too long, a null byte).
     """
     try:
-        return json.loads(path.read_text())
+        yield
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+        raise UserError(f"{name} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a null byte
+        raise UserError(f"{str(name)!r} cannot be read: {error}") from None
+
+
+def regular(path: Path) -> Path:
+    """`path`, if it is a file that can be read; to read a pipe would wait for ever.
+
+    Raises:
+        UserError: it is none.
+    """
+    with readable(path):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a regular file")
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return path
+
+
+def read_json(path: Path, parse: Callable = lambda content: content):
+    """What `parse` takes from the content of a JSON file.
+
+    Raises:
+        UserError: it is missing, not JSON, or holds something else than `parse` looks for.
+    """
+    try:
+        content = json.loads(regular(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    try:
+        return parse(content)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise UserError(
+            f"{path} does not hold what it should ({what}); get the file again"
+        ) from None
 
 
 def read_metrics(run: Path) -> list[dict]:

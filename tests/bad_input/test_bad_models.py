@@ -45,7 +45,7 @@ def test_a_directory_without_a_configuration_is_refused(refuse, broken):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"a": ', "is not valid JSON"),
+        ('{"a": ', "cannot be read as JSON"),
         ("{}", "cannot read"),
         ('{"model_type": "martian"}', "martian"),
         pytest.param("[]", "config.json"),
