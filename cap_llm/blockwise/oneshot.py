@@ -134,9 +134,9 @@ def _owl(
     Neither brings back what is `gone` by an earlier mask. The second value says which it is.
     """
     path = folder / "owl.json"
-    known = run.world.gather(read_json(path) if path.exists() else None)[0]
-    if known:
-        return known["sparsity"], known["budget"]
+    known = path.exists() and read_json(path, lambda c: (dict(c["sparsity"]), c["budget"]))
+    if known := run.world.gather(known)[0]:
+        return known
     settings = config.oneshot.owl
     guard = min(settings.guard_sequences, len(windows) // 2)
     if guard and not model.is_causal:

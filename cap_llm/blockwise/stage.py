@@ -275,7 +275,7 @@ class BlockStage:
         """Holds the calibration ids or the weights against those of what is finished."""
         path, now = self.folder / INPUTS, self._inputs[field]
         begun = path.exists() and (self.folder / "recipe.json").exists()
-        was = read_json(path).get(field, now) if begun else now
+        was = read_json(path, lambda c: c.get(field, now)) if begun else now
         if now != was and (now or field == "ids_sha256"):  # weights may be gone when they are done
             raise UserError(
                 f"{what} changed since {self.folder} was begun; bring back what it was, or choose "

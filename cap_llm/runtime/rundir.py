@@ -105,7 +105,8 @@ class Run:
         """
         folder = self.path / name
         refuse_other(folder, recipe)
-        done = read_json(folder / "done.json", dict) if (folder / "done.json").exists() else None
+        path = folder / "done.json"
+        done = read_json(path, _whole) if path.exists() else None
         changed = self._changed(folder, done) if done and self.world.first else None
         # The first rank's view counts: a shared file system may show ranks different things. All
         # have read, too, before the first one writes.
@@ -176,6 +177,11 @@ class Run:
                 file.close()
 
 
+def _whole(done: dict) -> dict:
+    """A `done.json`, if it holds what `finish_stage` always writes."""
+    return done | {"environment": done["environment"]}
+
+
 def refuse_strangers(path: Path) -> None:
     """Refuses to work in a directory that is no run directory, unless it is empty or not there.
 
@@ -199,7 +205,7 @@ def refuse_other(folder: Path, recipe: dict) -> None:
     """
     if not (folder / "recipe.json").exists():
         return
-    if changed := difference(read_json(folder / "recipe.json"), recipe):
+    if changed := difference(read_json(folder / "recipe.json", dict), recipe):
         field, was, now = changed
         raise UserError(
             f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
