@@ -97,7 +97,7 @@ def _job(folder: Path) -> tuple[str | None, str]:
 
 def _blockwise(stage: str, folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
     if (done := folder / stage / "done.json").exists():
-        return True, duration(read_json(done)["seconds"])
+        return True, read_json(done, lambda c: duration(c["seconds"]))
     finished = len(list((folder / stage / "blocks").glob("*.json")))
     total = [m["value"] for m in metrics if m["stage"] == stage and m["name"] == "blocks"]
     return False, f"{finished} of {total[-1]} blocks" if total else ""
@@ -105,7 +105,7 @@ def _blockwise(stage: str, folder: Path, config: dict, metrics: list[dict]) -> t
 
 def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
     if (done := folder / "recover" / "done.json").exists():
-        return True, duration(read_json(done)["seconds"])
+        return True, read_json(done, lambda c: duration(c["seconds"]))
     mine = [m for m in metrics if m["stage"].startswith("recover") and m["name"] == "loss"]
     banks = len(list((folder / "recover").glob("banks/*/bank.json")))
     if not mine:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.sparsity.masks import FILE, MaskFile, join, pack, save_masks, unpack
+from cap_llm.sparsity.masks import FILE, MaskFile, join, pack, path_of, save_masks, unpack
 
 
 def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +51,8 @@ def test_a_constant_mask_survives(value):
 def test_a_file_gives_back_its_masks(tmp_path):
     save_masks(MASKS, tmp_path / FILE)
     assert_holds(tmp_path / FILE, MASKS)
-    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / FILE]
+    assert not list(tmp_path.glob("*.safetensors"))  # as some loaders look for weights
 
 
 def test_a_file_takes_one_bit_a_weight(tmp_path):
@@ -129,6 +130,34 @@ def test_a_missing_file_is_refused_by_path(tmp_path):
 
 
 def test_a_file_of_weights_is_no_file_of_masks(tmp_path):
+    (tmp_path / FILE).parent.mkdir()
     save_file({"w": torch.zeros(2, 3)}, tmp_path / FILE)
     with pytest.raises(UserError, match=FILE):
         MaskFile(tmp_path / FILE)
+
+
+@pytest.mark.parametrize(
+    ("packed", "columns"),
+    [
+        (torch.zeros(2, 3), "24"),
+        (torch.zeros(2, 3, dtype=torch.uint8), "25"),
+        (torch.zeros(2, 3, dtype=torch.uint8), "999999999999999999999"),
+        (torch.zeros(2, 3, dtype=torch.uint8), "0"),
+        (torch.zeros(2, 3, dtype=torch.uint8), "-24"),
+        (torch.zeros(2, 3, dtype=torch.uint8), "many"),
+        (torch.zeros(6, dtype=torch.uint8), "48"),
+        (torch.zeros(2, 3, 1, dtype=torch.uint8), "8"),
+    ],
+)
+def test_masks_of_absurd_kinds_and_sizes_are_refused_by_path(tmp_path, packed, columns):
+    save_file({"w": packed}, tmp_path / "masks", metadata={"w": columns})
+    with pytest.raises(UserError, match=str(tmp_path / "masks")):
+        MaskFile(tmp_path / "masks")
+
+
+def test_the_place_of_earlier_versions_is_read_where_there_is_no_other(tmp_path):
+    old = tmp_path / "masks.safetensors"
+    save_masks(MASKS, old)
+    assert path_of(tmp_path) == old
+    save_masks({}, tmp_path / FILE)
+    assert path_of(tmp_path) == tmp_path / FILE

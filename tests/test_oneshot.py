@@ -16,7 +16,7 @@ from support import FAMILIES, ROOT, environment, signalled, weights
 
 from cap_llm.blockwise.perplexity import perplexity
 from cap_llm.models.checkpoint import fingerprint
-from cap_llm.sparsity.masks import MaskFile, save_masks
+from cap_llm.sparsity.masks import FILE, MaskFile, save_masks
 from cap_llm.train import main
 
 
@@ -50,7 +50,7 @@ def test_a_run_leaves_a_model_that_transformers_loads_with_exact_zeros(tiny, ent
     cls = getattr(transformers, config.architectures[0])
     model, info = cls.from_pretrained(stage, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    masks = MaskFile(stage / "masks.safetensors")
+    masks = MaskFile(stage / FILE)
     report = json.loads((stage / "sparsity.json").read_text())
     assert {row["name"] for row in report["rows"]} == set(masks.columns)
     for row in report["rows"]:
@@ -115,8 +115,8 @@ def test_a_later_pass_prunes_inside_the_earlier_mask(tiny, entry):
     first, _ = entry(tiny("llama"), out="first")
     second, code = entry(first / "oneshot", "--oneshot.sparsity", "0.75", out="second")
     assert code == 0
-    old = MaskFile(first / "oneshot" / "masks.safetensors")
-    new = MaskFile(second / "oneshot" / "masks.safetensors")
+    old = MaskFile(first / "oneshot" / FILE)
+    new = MaskFile(second / "oneshot" / FILE)
     for name in new.columns:
         a, b = old.read(name), new.read(name)
         assert not (b & ~a).any() and int((~b).sum()) == round(0.75 * b.numel())
@@ -124,12 +124,12 @@ def test_a_later_pass_prunes_inside_the_earlier_mask(tiny, entry):
 
 def test_the_zeros_of_a_model_pruned_elsewhere_are_a_mask(tiny, entry):
     first, _ = entry(tiny("llama"), out="first")
-    (first / "oneshot" / "masks.safetensors").unlink()
+    (first / "oneshot" / FILE).unlink()
     options = ["--oneshot.pattern", "2:4", "--oneshot.earlier_mask", "zeros"]
     second, code = entry(first / "oneshot", *options, out="second")
     assert code == 0
     old, new = weights(first / "oneshot"), weights(second / "oneshot")
-    masks = MaskFile(second / "oneshot" / "masks.safetensors")
+    masks = MaskFile(second / "oneshot" / FILE)
     for name in masks.columns:
         assert not ((new[name] != 0) & (old[name] == 0)).any()
         assert (masks.read(name).reshape(-1, 4).sum(1) <= 2).all()
@@ -241,9 +241,9 @@ def test_models_between_stages_are_scored_and_dropped(tiny, entry):
 def test_a_mask_of_another_model_is_refused(tiny, entry, capsys):
     first, code = entry(tiny("llama"), out="first")
     assert code == 0
-    masks = load_file(first / "oneshot" / "masks.safetensors")
+    masks = load_file(first / "oneshot" / FILE)
     name = next(iter(masks))
-    save_masks({name: torch.ones(3, 8, dtype=torch.bool)}, first / "oneshot" / "masks.safetensors")
+    save_masks({name: torch.ones(3, 8, dtype=torch.bool)}, first / "oneshot" / FILE)
     _, code = entry(first / "oneshot", "--oneshot.sparsity", 0.7, out="second")
     assert code == 2
     assert f"the mask of {name}" in capsys.readouterr().err
@@ -303,7 +303,7 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
         subprocess.run([*train, *command], env=environment(), check=True, capture_output=True)
     a, b = (tmp_path / name / "oneshot" for name in ("killed", "whole"))
     assert json.loads((a / "done.json").read_text())["resumed_at_block"] >= 3
-    for path in [*b.glob("model*.safetensors"), b / "masks.safetensors"]:
+    for path in [*b.glob("model*.safetensors"), b / FILE]:
         assert path.read_bytes() == (a / path.name).read_bytes()
 
 
@@ -325,7 +325,7 @@ def test_two_ranks_equal_one(tiny, text_file, tmp_path, family, method, refit):
         )
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("verified:") == 1  # the second rank is silent
-    a, b = (MaskFile(tmp_path / n / "oneshot" / "masks.safetensors") for n in ("one", "two"))
+    a, b = (MaskFile(tmp_path / n / "oneshot" / FILE) for n in ("one", "two"))
     agree = sum(int((a.read(n) == b.read(n)).sum()) for n in a.columns)
     assert agree / sum(a.read(n).numel() for n in a.columns) > 0.995
     x, y = weights(tmp_path / "one" / "oneshot"), weights(tmp_path / "two" / "oneshot")

@@ -122,10 +122,10 @@ def test_a_models_name_leads_to_its_run_and_command(copy, report):
 def test_bit_packed_bytes_are_what_a_packed_file_would_take(real):
     from safetensors.torch import load_file
 
-    from cap_llm.sparsity.masks import MaskFile
+    from cap_llm.sparsity.masks import FILE, MaskFile
 
     figures = {f.kind: f.value for f in collect(real)[-1].figures}
-    masks, stored = MaskFile(real / "oneshot" / "masks.safetensors"), 0
+    masks, stored = MaskFile(real / "oneshot" / FILE), 0
     files = [p for p in (real / "oneshot").glob("model*.safetensors")]
     for name, tensor in (item for path in files for item in load_file(path).items()):
         if name in masks:

@@ -134,9 +134,9 @@ def _owl(
     Neither brings back what is `gone` by an earlier mask. The second value says which it is.
     """
     path = folder / "owl.json"
-    known = run.world.gather(read_json(path) if path.exists() else None)[0]
-    if known:
-        return known["sparsity"], known["budget"]
+    known = path.exists() and read_json(path, lambda c: (dict(c["sparsity"]), c["budget"]))
+    if known := run.world.gather(known)[0]:
+        return known
     settings = config.oneshot.owl
     guard = min(settings.guard_sequences, len(windows) // 2)
     if guard and not model.is_causal:
@@ -205,7 +205,7 @@ def _owl_sparsities(
 
 def _grows(source: Path, settings: OneshotConfig) -> bool:
     """Whether the new masks must lie inside those of the model in `source`."""
-    by_file = settings.earlier_mask == "auto" and (source / mask_files.FILE).exists()
+    by_file = settings.earlier_mask == "auto" and mask_files.path_of(source).exists()
     return by_file or settings.earlier_mask == "zeros"
 
 
@@ -244,9 +244,14 @@ def earlier_mask(
         UserError: a matrix has more zeros than `plan` asks for; at once where `sparsity.json` says
             so, else when its turn comes.
     """
-    file = source / mask_files.FILE
+    file = mask_files.path_of(source)
     masks = mask_files.MaskFile(file) if settings.earlier_mask == "auto" and file.exists() else None
     pattern = Pattern.parse(settings.pattern)
+    for name in masks.columns.keys() - plan.keys() if masks else ():
+        raise UserError(
+            f"{file} holds a mask of {name}, which is no linear layer of the model's blocks: it is "
+            "another model's; remove the file"
+        )
 
     def refuse_more(name: str, zeros: float) -> None:
         asked = plan.get(name) or 1  # what is left as it is may be sparse

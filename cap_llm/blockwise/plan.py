@@ -15,13 +15,21 @@ from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import plan_sparsities
 from cap_llm.blockwise.sds import plan_second_prune
 from cap_llm.config import Config
-from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
+from cap_llm.models.blocks import (
+    BlockModel,
+    NamesDiffer,
+    match_names,
+    model_class,
+    read_as,
+    skeleton,
+)
 from cap_llm.models.checkpoint import Checkpoint, text_settings, weight_files
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import found_here, needs_conversion
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
+from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.corpora import corpus_file
 
 BLOCKWISE = ("oneshot", "sds", "reconstruct")  # stages that rewrite a model block by block
@@ -90,6 +98,8 @@ def check_everything(
         n_bytes = checkpoint.n_bytes()
         try:
             match_names(model.model, checkpoint)
+            if told := read_as(model.model, checkpoint):
+                console.say(told)
             if "sds" in config.stages and not config.start("sds"):
                 plan_second_prune(Masks(located, world), model, config)
         except NamesDiffer:  # those are converted, and looked at again
@@ -149,8 +159,8 @@ def _check_positions(config: Config, model: PreTrainedModel, facts: dict) -> Non
 def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
     """Refuses a dense model that is pruned, or whose blocks are not those of the pruned one."""
     same = pruned and folder.resolve() == pruned.resolve()
-    if same or (folder / "masks.safetensors").exists():
-        is_ = "the model to start from" if same else "pruned itself: it has masks.safetensors"
+    if same or mask_files.path_of(folder).exists():
+        is_ = "the model to start from" if same else "pruned itself: it has a file of masks"
         raise UserError(f"model.dense {folder} is {is_}; give the model that it was pruned from")
     dense = BlockModel(skeleton(folder), torch.device("cpu"))
     ours, theirs = (len(m.model.get_input_embeddings().weight) for m in (model, dense))

@@ -24,11 +24,17 @@ from transformers.pytorch_utils import Conv1D
 from cap_llm.blockwise.prune import PrunedBlock, Row
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, match_names, skeleton
-from cap_llm.models.checkpoint import Checkpoint, ShardWriter, fingerprint
+from cap_llm.models.checkpoint import (
+    Checkpoint,
+    ShardWriter,
+    fingerprint,
+    weights_and_masks,
+)
 from cap_llm.models.masks import PRUNED, Masks
 from cap_llm.runtime.console import duration, size
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.files import digests, read_json, write_json
+from cap_llm.runtime.files import verify as verify_files
 from cap_llm.runtime.peaks import forget, highest, peaks
 from cap_llm.runtime.rundir import Run
 from cap_llm.sparsity import masks as mask_files
@@ -151,6 +157,7 @@ class BlockStage:
             {
                 "elapsed": round(time.monotonic() - self._start, 3),
                 **peaks(),
+                "files": digests(self.folder, self._files(i)),
                 "rows": [asdict(r) for r in result.rows],
                 **({"error": result.error} if result.error else {}),
             },
@@ -206,7 +213,8 @@ class BlockStage:
             "calibration": self._texts.origin,
             **facts,
         }
-        run.finish_stage(self.folder, summary)
+        files = weights_and_masks(self.folder) if world.first else ()
+        run.finish_stage(self.folder, summary, files)
         if world.first:
             shutil.rmtree(self.parts)
         run.console.say(
@@ -224,7 +232,7 @@ class BlockStage:
         self.writer.write(None, model.checkpoint.read(outside, finite=False))
         self.writer.finish(self._source)
         mask_files.join(sorted(self.parts.glob("*.safetensors")), self.folder / mask_files.FILE)
-        parts = [read_json(self._row_file(i)) for i in range(n_blocks)]
+        parts = [read_json(self._row_file(i), _record) for i in range(n_blocks)]
         rows = [Row(**r) for part in parts for r in part["rows"]]
         whole = verify(self.folder, rows)
         blocks = [part["error"] for part in parts if "error" in part]
@@ -267,7 +275,7 @@ class BlockStage:
         """Holds the calibration ids or the weights against those of what is finished."""
         path, now = self.folder / INPUTS, self._inputs[field]
         begun = path.exists() and (self.folder / "recipe.json").exists()
-        was = read_json(path).get(field, now) if begun else now
+        was = read_json(path, lambda c: c.get(field, now)) if begun else now
         if now != was and (now or field == "ids_sha256"):  # weights may be gone when they are done
             raise UserError(
                 f"{what} changed since {self.folder} was begun; bring back what it was, or choose "
@@ -276,10 +284,14 @@ class BlockStage:
 
     def _finished(self) -> tuple[set[int], float, dict]:
         """The blocks that are wholly there (the row file is written last), and what they took."""
-        rows = {
-            i: self._row_file(i) for i in range(len(self.model)) if self.writer.path(i).exists()
-        }
-        rows = {i: read_json(path) for i, path in rows.items() if path.exists()}
+        rows = {}
+        for i in range(len(self.model)):
+            if self.writer.path(i).exists() and self._row_file(i).exists():
+                row = read_json(self._row_file(i), _record)
+                if changed := verify_files(self.folder, row.get("files", {})):
+                    self.run.console.say(f"{self.folder / changed}: block {i + 1} is made again")
+                else:
+                    rows[i] = row
         spent = max((row["elapsed"] for row in rows.values()), default=0.0)
         return set(rows), spent, highest(rows.values())
 
@@ -288,6 +300,18 @@ class BlockStage:
 
     def _mask_file(self, i: int) -> Path:
         return self.parts / f"{i:05d}.safetensors"
+
+    def _files(self, i: int) -> list[str]:
+        """The files of block i by their names in the stage's folder."""
+        paths = (self.writer.path(i), self._mask_file(i))
+        return [str(path.relative_to(self.folder)) for path in paths if path.exists()]
+
+
+def _record(content: dict) -> dict:
+    """What the row file of a block holds, if it is whole."""
+    for row in content["rows"]:
+        Row(**row)
+    return content | {"elapsed": float(content["elapsed"])}
 
 
 def start_masks(folder: Path, run: Run) -> Masks:
@@ -374,7 +398,7 @@ def verify(folder: Path, rows: list[Row]) -> tuple[int, int]:
     checkpoint = Checkpoint(folder)
     model = skeleton(folder)
     keys = match_names(model, checkpoint)  # every parameter is there, with its shape
-    masks = mask_files.MaskFile(folder / mask_files.FILE)
+    masks = mask_files.MaskFile(mask_files.path_of(folder))
     by_key = {keys[r.name]: r for r in rows}
     total = n_weights = 0
     parameters = dict(model.named_parameters())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.checkpoint import STORAGE, Checkpoint, can_be_streamed, stored_prefix
 from cap_llm.runtime.errors import UserError
 
 
@@ -351,13 +352,28 @@ class _LastBlock(Exception):
 def skeleton(folder: Path) -> PreTrainedModel:
     """The model of a directory with its parameters on the meta device and its buffers computed.
 
+    It is the class that config.json names, or its body where the files hold all but the head: so
+    sentence encoders are stored.
+
     Raises:
         UserError: transformers does not know this kind of model, or config.json is damaged.
     """
-    config = _auto_config(folder)
+    model = _bare(folder, _named_class(folder))
+    if not can_be_streamed(folder) or model.base_model is model:
+        return model
+    checkpoint, head = Checkpoint(folder), model.base_model_prefix + "."
+    lacks = _missing(model, _stored(model, checkpoint))
+    if not lacks or any(name.startswith(head) for name in lacks):
+        return model
+    body = _bare(folder, type(model.base_model))
+    return model if _missing(body, _stored(body, checkpoint)) else body
+
+
+def _bare(folder: Path, kind: type) -> PreTrainedModel:
+    config = plain_config(folder)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            return model_class(folder)._from_config(config)
+            return kind._from_config(config)
     except UserError:
         raise
     except Exception as error:  # of any kind: the values go straight into the model's own code
@@ -366,16 +382,35 @@ def skeleton(folder: Path) -> PreTrainedModel:
 
 def model_class(source: Path) -> type:
     """The class that the model was saved from, or the auto class where it does not say."""
-    if source.suffix == ".gguf":
-        return AutoModelForCausalLM
-    config = _auto_config(source)
+    return AutoModelForCausalLM if source.suffix == ".gguf" else type(skeleton(source))
+
+
+def _named_class(folder: Path) -> type:
+    config = plain_config(folder)
     for name in config.architectures or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     try:
         return AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
-        raise UserError(f"{source} ({config.model_type}) is not a language model") from None
+        raise UserError(f"{folder} ({config.model_type}) is not a language model") from None
+
+
+def read_as(model: PreTrainedModel, checkpoint: Checkpoint) -> str:
+    """What a user is told where a model is not read as its directory says; else empty."""
+    told, named = [], _named_class(checkpoint.folder)
+    if checkpoint.prefix:
+        told.append(f"tensor names are read without their prefix {checkpoint.prefix}")
+    if type(model) is not named:
+        told.append(f"the head of {named.__name__} is not in the files, {type(model).__name__} is")
+    return f"model {checkpoint.folder}: {'; '.join(told)}" if told else ""
+
+
+def reading_options(folder: Path) -> dict:
+    """What `from_pretrained` is to be given, so that it reads a directory as `skeleton` does."""
+    prefix = stored_prefix(folder)
+    renamed = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
+    return {"config": plain_config(folder)} | renamed
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -419,14 +454,8 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
             tensors differ that config.json ties.
     """
     tensors = model.state_dict(keep_vars=True)  # parameters and persistent buffers
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    keys: dict[str, str] = {}
-    for key in checkpoint.names():
-        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, tensors)
-        if name in tensors:
-            keys[name] = key
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    keys = _stored(model, checkpoint)
+    tied = _tied(model)
     for name, of in tied.items():
         if name in keys and of in keys:
             both = list(checkpoint.read([keys.pop(name), keys[of]]).values())
@@ -435,14 +464,13 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
                     f"{name} and {of} in {checkpoint.folder} differ, but its config.json ties "
                     'them; set "tie_word_embeddings": false there if they are to differ'
                 )
-    for name, tensor in tensors.items():
-        if name not in keys:
-            if name in tied or not isinstance(tensor, nn.Parameter):
-                continue  # old files lack some buffers, which then keep their computed values
-            raise NamesDiffer(
-                f"{checkpoint.folder} holds no tensor for the parameter {name}; get the model again"
-            )
-        key = keys[name]
+    for name in _missing(model, keys):
+        checkpoint.refuse_compressed()
+        raise NamesDiffer(
+            f"{checkpoint.folder} holds no tensor for the parameter {name}; get the model again"
+        )
+    for name in (name for name in tensors if name in keys):
+        key, tensor = keys[name], tensors[name]
         if list(tensor.shape) != checkpoint.shape(key):
             raise UserError(
                 f"{key} in {checkpoint.folder} is {checkpoint.shape(key)}, but its config.json "
@@ -453,15 +481,48 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
     return keys
 
 
+def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """The files' names of a model's parameters and buffers, of those that they hold."""
+    tensors = model.state_dict(keep_vars=True)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    keys: dict[str, str] = {}
+    for key in checkpoint.names():
+        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, tensors)
+        if name in tensors:
+            keys[name] = key
+    return keys
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _missing(model: PreTrainedModel, keys: dict[str, str]) -> list[str]:
+    """The parameters that have no name in `keys` and are not tied to others.
+
+    Old files lack some buffers, which then keep their computed values.
+    """
+    tensors, tied = model.state_dict(keep_vars=True), _tied(model)
+    wanted = [name for name, t in tensors.items() if isinstance(t, nn.Parameter)]
+    return [name for name in wanted if name not in keys and name not in tied]
+
+
 class NamesDiffer(UserError):
     """The files' tensor names are not the model's."""
 
 
-def _auto_config(folder: Path):
+def plain_config(folder: Path):
+    """A directory's configuration as transformers reads it, but for how its weights are stored."""
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # KeyError, ValueError, OSError, by cause
         raise _unreadable(folder, error) from None
+    for part in (config, config.get_text_config()):  # two where the model also sees
+        for name in STORAGE[:-1]:
+            if hasattr(part, name):
+                delattr(part, name)
+    return config
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

@@ -25,7 +25,7 @@ NOTED = 0.01  # the share from which on zeros that are no mask are spoken of
 class Masks(Mapping[str, torch.Tensor]):
     """The masks [R, C] of a pruned model directory by weight name, one in memory at a time.
 
-    They come from `masks.safetensors`, or from the zeros of the matrices where there is none: a
+    They come from its file of masks, or from the zeros of the matrices where there is none: a
     matrix outside the blocks, or with fewer than a fifth of zeros, has no mask. A dense model has
     none at all. All ranks open them together, and each reads its share of the weights.
     """
@@ -40,9 +40,14 @@ class Masks(Mapping[str, torch.Tensor]):
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(prefix + ".")
         }
-        file = folder / mask_files.FILE
+        file = mask_files.path_of(folder)
         self._file = mask_files.MaskFile(file) if file.exists() else None
         if self._file:
+            for name in self._file.columns.keys() - self._transposed.keys():
+                raise UserError(
+                    f"{file} holds a mask of {name}, which is no linear layer of the blocks of "
+                    f"{folder}: it is another model's; remove the file"
+                )
             self._names = [name for name in self._transposed if name in self._file]
         else:
             mine = {n: self._zeros(n) for n in self._share(list(self._transposed))}
@@ -110,7 +115,7 @@ class Masks(Mapping[str, torch.Tensor]):
         for trouble in filter(None, found):
             raise UserError(
                 f"{trouble}; the weights were changed after pruning: prune again, or remove "
-                "masks.safetensors to take the zeros as they are"
+                f"{mask_files.path_of(self.folder)} to take the zeros as they are"
             )
 
     def _trouble(self, name: str) -> str | None:
@@ -154,6 +159,16 @@ def removed(row: dict) -> float:
 
 
 def recorded(folder: Path) -> list[dict]:
-    """The rows of a model's `sparsity.json`, one for each pruned weight; none without the file."""
+    """The rows of a model's `sparsity.json`, one for each pruned weight; none without the file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     path = folder / "sparsity.json"
-    return read_json(path)["rows"] if path.exists() else []
+
+    def rows(content: dict) -> list[dict]:
+        for row in content["rows"]:
+            str(row["name"]), str(row["pattern"]), removed(row)
+        return content["rows"]
+
+    return read_json(path, rows) if path.exists() else []

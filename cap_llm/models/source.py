@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import shutil
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,10 +12,28 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
-from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import Checkpoint, can_be_streamed, config_dict, has_weights
+from cap_llm.models.blocks import (
+    NamesDiffer,
+    match_names,
+    model_class,
+    read_as,
+    reading_options,
+    skeleton,
+)
+from cap_llm.models.checkpoint import (
+    Checkpoint,
+    can_be_streamed,
+    copy_side_files,
+    has_weights,
+    side_files,
+    stored_prefix,
+    text_settings,
+    weight_files,
+    weights_and_masks,
+)
 from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import readable, regular
 from cap_llm.runtime.rundir import Run
 from cap_llm.text.corpora import offline
 
@@ -31,27 +50,46 @@ def locate(config: ModelConfig, download: bool = True, option: str = "model.path
         UserError: there is no such model, or it cannot be fetched.
     """
     path = Path(config.path)
-    if path.is_dir() or path.suffix == ".gguf":
-        if not path.exists():
+    with readable(f"{option} {config.path}"):
+        is_folder, exists = path.is_dir(), path.exists()
+    if is_folder or path.suffix == ".gguf":
+        if not exists:
             raise UserError(f"{option} {path} does not exist")
-        return _unquantised(path, option)
-    if path.is_file():
+        return _sound(path, option)
+    if exists:
         raise UserError(f"{option} {path} is a file; give the model's directory, or a .gguf file")
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
         near = []
         if path.parent.is_dir():
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
+            with readable(path.parent):
+                near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"{option} {config.path} is not a directory{hint}")
     folder = _download(config, download)
-    return folder and _unquantised(folder, option)
+    return folder and _sound(folder, option)
 
 
-def _unquantised(path: Path, option: str) -> Path:
-    quantised = config_dict(path).get("quantization_config") if path.is_dir() else None
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+def _sound(path: Path, option: str) -> Path:
+    """`path`, whose files are all looked at: a damaged one is to show before the work.
+
+    Raises:
+        UserError: a file cannot be read or taken along, or the model is quantised.
+    """
+    if not path.is_dir():
+        return regular(path)
+    side_files(path)
+    marks = text_settings(path).get("quantization_config") or {}
+    method = marks.get("quant_method") if isinstance(marks, dict) else marks
+    # these mark plain weights, too, and what is compressed shows in the files
+    marked = method == "compressed-tensors" or "sparsity_config" in marks
+    if marks and not marked:
         raise UserError(f"{option} {path} is quantised ({method}); give it unquantised")
+    if not can_be_streamed(path):
+        weight_files(path)
+    elif marks:
+        Checkpoint(path).refuse_compressed()
+    else:
+        Checkpoint(path)
     return path
 
 
@@ -77,13 +115,15 @@ def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source")
     folder, done = run.stage(stage, recipe)
     if not done:
         run.console.say(f"converting {located.name} to safetensors, once")
+        if prefix := located.is_dir() and stored_prefix(located):
+            run.console.say(f"model {located}: tensor names are read without their prefix {prefix}")
         run.bind(folder, recipe)
         if run.world.first:
             try:
                 convert(located, folder)
             except UserError as error:
                 raise (names_differ or error) from None
-        run.finish_stage(folder, {"from": str(located)})
+        run.finish_stage(folder, {"from": str(located)}, weights_and_masks(folder))
     return folder
 
 
@@ -126,7 +166,12 @@ def found_here(path: str | None, option: str) -> Path | None:
         UserError: there is no such model.
     """
     found = locate(ModelConfig(path=path), download=False, option=option) if path else None
-    return found if found and found.is_dir() else None
+    if not found or not found.is_dir():
+        return None
+    if can_be_streamed(found):
+        with contextlib.suppress(NamesDiffer):  # those are converted, and looked at again
+            match_names(skeleton(found), Checkpoint(found))
+    return found
 
 
 def further_model(option: str, path: str, run: Run) -> Path:
@@ -136,7 +181,10 @@ def further_model(option: str, path: str, run: Run) -> Path:
         UserError: it is not to be had, or cannot be read.
     """
     model, name = ModelConfig(path=path), option.rpartition(".")[2]
-    return prepare(locate(model, option=option), model, run, f"{name}-source")
+    folder = prepare(locate(model, option=option), model, run, f"{name}-source")
+    if told := read_as(skeleton(folder), Checkpoint(folder)):
+        run.console.say(told)
+    return folder
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -156,14 +204,13 @@ def convert(source: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = ""
+    if not where and stored_prefix(source):
+        model._weight_conversions = None  # else the names get the prefix back
     model.save_pretrained(folder)
     if where:
         AutoTokenizer.from_pretrained(root, **where).save_pretrained(folder)
-        return
-    for file in source.iterdir():
-        wanted = any(file.match(pattern) for pattern in _CONFIG_FILES)
-        if wanted and not file.name.endswith(".index.json") and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+    else:
+        copy_side_files(source, folder, replace=False)
 
 
 def load_whole(source: Path, **options) -> PreTrainedModel:
@@ -173,10 +220,18 @@ def load_whole(source: Path, **options) -> PreTrainedModel:
         UserError: transformers cannot read it, or it lacks weights.
     """
     disable_progress_bar()
-    folder = source.parent if "gguf_file" in options else source
+    is_file = "gguf_file" in options
+    folder = source.parent if is_file else source
     try:
         kind = model_class(source)
-        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+        how = options if is_file else options | reading_options(source)
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **how)
+        head = f"{model.base_model_prefix}."
+        lacks, is_whole = info["missing_keys"], model.base_model is model
+        if lacks and not is_whole and not any(name.startswith(head) for name in lacks):
+            # a body without the head that config.json names, as `skeleton` finds in safetensors
+            kind = type(model.base_model)
+            model, info = kind.from_pretrained(folder, output_loading_info=True, **how)
     except UserError:
         raise
     except Exception as error:  # every kind of damage shows in a way of its own

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import disk_error, read_json, write_json
+from cap_llm.runtime.files import disk_error, holding, read_json, write_json
 from cap_llm.runtime.world import World
 
 
@@ -52,7 +52,7 @@ class Bank:
     def _make(self, path: Path, facts: dict) -> UserError | None:
         """Makes the files, or looks whether they fit; the first rank's part."""
         try:
-            known = read_json(path, facts=dict) if path.exists() else None
+            known = read_json(path, holding(facts=dict)) if path.exists() else None
         except UserError as error:
             return UserError(f"{error}; remove {self.folder} to build the bank anew")
         if known and (other := [k for k in facts if known["facts"].get(k) != facts[k]]):

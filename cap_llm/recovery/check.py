@@ -20,6 +20,7 @@ from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
 from cap_llm.runtime.world import World
+from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.tokenizers import load_tokenizer
 
 SAME_TOKENIZER = 0.9  # of the entries; instruct siblings rename some that were in reserve
@@ -62,7 +63,7 @@ def check_recovery(
             check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
     earlier = config.start("recover")
     start = Path(config.output_dir) / earlier if earlier else located
-    if settings.rungs and (start / "masks.safetensors").exists():
+    if settings.rungs and mask_files.path_of(start).exists():
         check_first_rung(settings.rungs, start, Masks(start, world).sparsity)
     if not needs_conversion(located):  # what is converted is looked at afterwards
         with contextlib.suppress(NamesDiffer):

@@ -25,7 +25,7 @@ from cap_llm.recovery.engines import stage_of
 from cap_llm.recovery.zeros import ZeroKeeper
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import digests, flush_folder, read_json, verify, write_json
+from cap_llm.runtime.files import digests, flush_folder, holding, read_json, verify, write_json
 from cap_llm.runtime.rundir import difference
 from cap_llm.runtime.world import World
 
@@ -74,7 +74,7 @@ def _facts(path: Path) -> dict:
     kinds = {"step": int, "ranks": int, "zero_stage": int, "state": dict, "recipe": dict}
     try:
         # earlier versions wrote neither files nor weights
-        facts = {"files": {}, "weights": {}} | read_json(path / COMPLETE, **kinds)
+        facts = {"files": {}, "weights": {}} | read_json(path / COMPLETE, holding(**kinds))
         state = facts["state"]
         parts = [facts["files"], facts["weights"], facts["recipe"]["settings"]["recover"]]
         sound = all(isinstance(part, dict) for part in parts)

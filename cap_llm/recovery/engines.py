@@ -19,11 +19,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from cap_llm.blockwise.cache import drop_pinned
 from cap_llm.config import RecoverConfig
-from cap_llm.models.blocks import model_class
+from cap_llm.models.blocks import model_class, reading_options
 from cap_llm.recovery.decoder import Decoder, Student
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -234,14 +233,15 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
     """The model of a directory, whole on every rank or sharded while it is read (ZeRO-3)."""
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    facts = AutoConfig.from_pretrained(folder)
+    how = reading_options(folder)
+    facts = how["config"]
     for part in (facts, facts.get_text_config()):  # two where the model also sees
         for key, value in part.to_dict().items():
             # Dropout would blur what the two models are compared in.
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
     drop_pinned(world.device)  # which a stage before may have filled with activations
-    how = {"config": facts, "dtype": compute_dtype(config, world)}
+    how["dtype"] = compute_dtype(config, world)
     zero3 = settings is not None and stage_of(settings) == 3
     sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive
     if not zero3:  # tensor by tensor: several copies would fill a node's main memory

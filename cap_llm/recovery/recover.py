@@ -43,7 +43,7 @@ from cap_llm.recovery.training import Job, train
 from cap_llm.recovery.units import Encoder
 from cap_llm.runtime.console import duration
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.files import holding, read_json, write_json
 from cap_llm.runtime.peaks import forget, highest, peaks
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.trackers import TensorBoard, Wandb
@@ -190,7 +190,7 @@ class _Recovery:
             UserError: a rung is finished that was made from other ones.
         """
         path = self.folder / "inputs.json"
-        known = read_json(path, text=str) if path.exists() else {}
+        known = read_json(path, holding(text=str)) if path.exists() else {}
         finished = next(self.folder.glob("rungs/*/trained/rung.json"), None)
         finished = finished or (self.folder / "finetuned" / "done.json").exists()
         changed = [k for k, now in self._inputs.items() if known.get(k, now) != now]
@@ -228,7 +228,7 @@ class _Recovery:
         title = f"rung {n}/{of} ({rung})" if rung else STAGE
         record_file = target / "rung.json"
         kinds = {"held_out_ppl": dict, "stage_seconds": float}
-        known = read_json(record_file, **kinds) if record_file.exists() else None
+        known = read_json(record_file, holding(**kinds)) if record_file.exists() else None
         known = run.world.gather(known)[0]
         pruned = student
         if settings.objective.snc and of and (n > 1 or self.masks):  # a dense one is PrC's

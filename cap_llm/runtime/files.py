@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import xxhash
@@ -108,26 +109,66 @@ def write_json(path: Path, value) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, **fields: type):
-    """Reads a JSON file.
-
-    Args:
-        path: the file.
-        fields: what it must hold, by name and type.
+@contextlib.contextmanager
+def readable(name: object) -> Iterator[None]:
+    """What the system says against reading `name` in the body becomes one line.
 
     Raises:
-        UserError: it is missing, not JSON, or lacks one of the fields.
+        UserError: it is missing, may not be read, or its name is no file's (too long, a null byte).
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        yield
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(f"{name} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a null byte
+        raise UserError(f"{str(name)!r} cannot be read: {error}") from None
+
+
+def regular(path: Path) -> Path:
+    """`path`, if it is a file that can be read; to read a pipe would wait for ever.
+
+    Raises:
+        UserError: it is none.
+    """
+    with readable(path):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a regular file")
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return path
+
+
+def read_json(path: Path, parse: Callable = lambda content: content):
+    """What `parse` takes from the content of a JSON file.
+
+    Raises:
+        UserError: it is missing, not JSON, or holds something else than `parse` looks for.
+    """
+    try:
+        content = json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    for name, kind in fields.items():
-        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
-            raise UserError(f"{path} is damaged: it has no {name}")
-    return content
+    try:
+        return parse(content)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise UserError(
+            f"{path} does not hold what it should ({what}); get the file again"
+        ) from None
+
+
+def holding(**fields: type) -> Callable[[dict], dict]:
+    """For `read_json`: the content itself, if it has these fields of these types."""
+
+    def parse(content: dict) -> dict:
+        for name, kind in fields.items():
+            if not isinstance(content[name], kind):
+                raise TypeError(name)
+        return content
+
+    return parse
 
 
 def read_metrics(run: Path) -> list[dict]:

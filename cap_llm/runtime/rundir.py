@@ -20,13 +20,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import RankLost, UserError
-from cap_llm.runtime.files import atomic, disk_error, read_json, write_json
+from cap_llm.runtime.files import atomic, digests, disk_error, read_json, verify, write_json
 from cap_llm.runtime.interrupt import GOES_ON, stopped_by
 from cap_llm.runtime.lock import ENDED, Lock, write_end
 from cap_llm.runtime.lock import FILE as LOCK_FILE
@@ -41,6 +42,7 @@ class Run:
     def __init__(self, path: str, world: World, console: Console):
         self.path, self.world, self.console = Path(path), world, console
         self._metrics = self._lock = None
+        self._verified: set[Path] = set()
         self._trackers: list = []
         self._start = time.time()
         problem = self._open() if world.first else None
@@ -98,14 +100,29 @@ class Run:
         Writes nothing: until the stage has something to keep (`bind`), its recipe may change.
 
         Raises:
-            UserError: the folder holds this stage with other settings.
+            UserError: the folder holds this stage with other settings, or a file of it has changed
+                since it was finished.
         """
         folder = self.path / name
         refuse_other(folder, recipe)
-        done = read_json(folder / "done.json") if (folder / "done.json").exists() else None
+        path = folder / "done.json"
+        done = read_json(path, _whole) if path.exists() else None
+        changed = self._changed(folder, done) if done and self.world.first else None
         # The first rank's view counts: a shared file system may show ranks different things. All
         # have read, too, before the first one writes.
-        return folder, self.world.gather(done)[0]
+        done, changed = self.world.gather((done, changed))[0]
+        if changed:
+            raise UserError(f"{folder / changed}. Restore the file, or delete {folder} and rerun")
+        return folder, done
+
+    def _changed(self, folder: Path, done: dict) -> str | None:
+        """What is wrong with the files of a finished stage; looked at once per process."""
+        if folder in self._verified:
+            return None
+        self._verified.add(folder)
+        # what is no more there was removed, to save space or by who knows why
+        files = {n: facts for n, facts in done.get("files", {}).items() if (folder / n).exists()}
+        return verify(folder, files)
 
     def bind(self, folder: Path, recipe: dict) -> None:
         """Records what a stage was asked to do, before its first result is written."""
@@ -114,11 +131,16 @@ class Run:
             write_json(folder / "recipe.json", recipe)
         self.world.barrier()
 
-    def finish_stage(self, folder: Path, summary: dict) -> None:
-        """Marks a stage as finished, and says by what command on which machine; its last write."""
+    def finish_stage(self, folder: Path, summary: dict, files: Iterable[str] = ()) -> None:
+        """Marks a stage as finished, and says by what command on which machine; its last write.
+
+        A later job holds `files` of the folder against what they are now.
+        """
         self.world.barrier()
         if self.world.first:
-            write_json(folder / "done.json", summary | {"environment": environment(self.world)})
+            summary = summary | {"environment": environment(self.world)}
+            write_json(folder / "done.json", summary | {"files": digests(folder, files)})
+        self._verified.add(folder)
         self.world.barrier()
 
     def blame(self, error: BaseException) -> BaseException:
@@ -155,6 +177,11 @@ class Run:
                 file.close()
 
 
+def _whole(done: dict) -> dict:
+    """A `done.json`, if it holds what `finish_stage` always writes."""
+    return done | {"environment": done["environment"]}
+
+
 def refuse_strangers(path: Path) -> None:
     """Refuses to work in a directory that is no run directory, unless it is empty or not there.
 
@@ -178,7 +205,7 @@ def refuse_other(folder: Path, recipe: dict) -> None:
     """
     if not (folder / "recipe.json").exists():
         return
-    if changed := difference(read_json(folder / "recipe.json"), recipe):
+    if changed := difference(read_json(folder / "recipe.json", dict), recipe):
         field, was, now = changed
         raise UserError(
             f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "

@@ -1,8 +1,9 @@
-"""Masks on disk: one bit a weight, in `masks.safetensors`.
+"""Masks on disk: one bit a weight, in `masks/masks.safetensors` of a model directory.
 
-Each tensor is uint8 [R, ceil(C / 8)], `numpy.packbits` of the mask's rows, under the name of its
-weight; the file's metadata holds the number of columns of each. A mask cannot always be read from
-the zeros: quantised models hold weights that are zero and yet stay.
+The folder is their own, for who takes every `*.safetensors` of a directory for weights. Each tensor
+is uint8 [R, ceil(C / 8)], `numpy.packbits` of the mask's rows, under the name of its weight; the
+file's metadata holds the number of columns of each. A mask cannot always be read from the zeros:
+quantised models hold weights that are zero and yet stay.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import atomic
+from cap_llm.runtime.files import atomic, regular
 
-FILE = "masks.safetensors"
+FILE = "masks/masks.safetensors"
+_OLD_FILE = "masks.safetensors"  # where earlier versions wrote them
+
+
+def path_of(folder: Path) -> Path:
+    """The file of a model directory's masks, which may not be there."""
+    old = folder / _OLD_FILE
+    return old if old.exists() and not (folder / FILE).exists() else folder / FILE
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
@@ -39,6 +47,7 @@ def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:
     packed, columns = {}, {}
     for name, mask in masks.items():
         packed[name], columns[name] = pack(mask), str(mask.shape[1])
+    path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
         save_file(packed, temporary, metadata=columns or None)
         _sort_metadata(temporary)
@@ -57,7 +66,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 class MaskFile:
-    """A `masks.safetensors`, read mask by mask.
+    """A file of masks, read mask by mask.
 
     Raises:
         UserError: the file is not readable, or not written by cap_llm.
@@ -66,9 +75,16 @@ class MaskFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = safe_open(path, "pt")
+            self._file = safe_open(regular(path), "pt")
             metadata = self._file.metadata() or {}
             self.columns = {name: int(metadata[name]) for name in self._file.keys()}  # noqa: SIM118
+            for name, columns in self.columns.items():
+                piece = self._file.get_slice(name)
+                kind, shape = piece.get_dtype(), piece.get_shape()
+                if kind != "U8" or len(shape) != 2 or columns < 1 or shape[1] != -(-columns // 8):
+                    raise ValueError(f"{name} is {kind} {shape} for {columns} columns")
+        except UserError:
+            raise
         except Exception as error:  # safetensors raises its own kinds, by version
             raise UserError(f"{path} is not a file of masks: {error}") from None
 
@@ -104,6 +120,7 @@ def join(parts: Iterable[Path], path: Path) -> None:
     )  # the same bytes each time
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary, open(temporary, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for part, start in bodies:

@@ -14,7 +14,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json
+from cap_llm.runtime.files import read_json, readable
 
 
 def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
@@ -28,7 +28,8 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
     """
     folder = Path(path)
     piece_file = folder if folder.suffix == ".model" else folder / "tokenizer.model"
-    files = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    with readable(f"the tokenizer {path}"):
+        files = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     try:
         if "tokenizer.json" not in files and piece_file.is_file():
             tokenizer = _sentencepiece(piece_file)

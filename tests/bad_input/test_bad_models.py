@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ import torch
 from damage import DOWN_1, change_config, change_weights
 from safetensors.torch import load_file, save_file
 
-from cap_llm.blockwise import prune
+from cap_llm.blockwise import prune, stage
+from cap_llm.config import ModelConfig
+from cap_llm.models.source import locate
 from cap_llm.runtime.errors import UserError
+from cap_llm.sparsity.masks import FILE, save_masks
 
 # the model
 
@@ -45,7 +50,7 @@ def test_a_directory_without_a_configuration_is_refused(refuse, broken):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"a": ', "is not valid JSON"),
+        ('{"a": ', "cannot be read as JSON"),
         ("{}", "cannot read"),
         ('{"model_type": "martian"}', "martian"),
         pytest.param("[]", "config.json"),
@@ -314,3 +319,169 @@ def test_an_encoder_has_no_perplexity(refuse, tiny, scored, stages):
     assert "BertForMaskedLM gives no next-token logits" in message
     if "oneshot" in stages:
         assert "--stages [oneshot]" in message
+
+
+# files of a model directory that are none, or lie elsewhere
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other.safetensors", "/other.safetensors", "in/it.safetensors", "vocab.txt", "..", "a\0.b"]
+    + ["x" * 300 + ".safetensors"],
+)
+def test_an_index_that_names_no_file_of_its_directory_is_refused(refuse, broken, name):
+    weight_map = shard(broken)
+    (broken.parent / "other.safetensors").write_bytes(b"secret")
+    index = {"metadata": {}, "weight_map": {**weight_map, DOWN_1: name}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert str(broken) in refuse("--model.path", broken)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"weight_map": 3}', "[" * 100_000])
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "config.json"])
+def test_json_of_another_form_is_refused_by_its_file(refuse, broken, file, content):
+    shard(broken)
+    (broken / file).write_text(content)
+    assert f"{broken}/{file}" in refuse("--model.path", broken)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "notes.txt"])
+def test_a_pipe_is_not_read(refuse, broken, file):
+    (broken / file).unlink(missing_ok=True)
+    os.mkfifo(broken / file)
+    assert f"{broken / file}" in refuse("--model.path", broken, started="model" in file)
+
+
+def test_a_shard_that_is_a_pipe_is_not_read(refuse, broken):
+    file = broken / shard(broken)[DOWN_1]
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{file} is not a regular file" in refuse("--model.path", broken)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_named(refuse, broken, monkeypatch, file):
+    access = os.access
+    may = lambda path, mode: Path(path).name != file and access(path, mode)  # noqa: E731
+    monkeypatch.setattr(os, "access", may)
+    assert f"{broken / file} cannot be read: Permission denied" in refuse("--model.path", broken)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "./" + "x" * 5000, "a/../" * 2000])
+@pytest.mark.parametrize("option", ["model.path", "model.tokenizer", "model.dense"])
+def test_a_name_that_is_too_long_is_refused(refuse, option, path):
+    assert path[:200] in refuse(f"--{option}", path)
+
+
+def test_a_null_byte_in_a_path_is_refused():
+    with pytest.raises(UserError, match=r"model.path"):
+        locate(ModelConfig(path="./a\0b"))
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "generation_config.json", "chat_template.jinja"])
+def test_a_link_out_of_the_directory_is_not_followed(refuse, broken, file):
+    secret = broken.parent / "secret"
+    secret.write_text("{}")
+    (broken / file).unlink(missing_ok=True)
+    (broken / file).symlink_to(secret)
+    message = refuse("--model.path", broken)
+    assert f"{broken / file} is a link to {secret}" in message and "copy" in message
+    secret.unlink()
+    assert f"{broken / file} does not exist" in refuse("--model.path", broken)
+
+
+def test_links_inside_the_directory_and_of_the_hubs_cache_are_followed(accept, broken, out):
+    cache = broken.parent / "models--one--model"
+    snapshot, blobs = cache / "snapshots" / "revision", cache / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for i, file in enumerate(broken.iterdir()):
+        file.rename(blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    (snapshot / "notes.txt").symlink_to("config.json")
+    (snapshot / "checkpoints.txt").mkdir()
+    accept("--model.path", snapshot)
+    copied = out / "oneshot" / "tokenizer.json"
+    assert not copied.is_symlink()
+    assert copied.read_bytes() == (snapshot / "tokenizer.json").read_bytes()
+
+
+# compressed-tensors
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"quant_method": "compressed-tensors", "format": "dense"},
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+    ],
+)
+def test_plain_weights_that_compressed_tensors_marks_are_read(accept, broken, out, marks):
+    change_config(broken, quantization_config=marks)
+    accept("--model.path", broken)
+    assert "quantization_config" not in json.loads((out / "oneshot" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("end", ["_packed", ".compressed", ".bitmask"])
+@pytest.mark.parametrize("marks", [{}, {"quant_method": "compressed-tensors", "format": "dense"}])
+def test_compressed_weights_are_refused_by_what_they_are(refuse, broken, end, marks):
+    change_config(broken, quantization_config=marks)
+    change_weights(broken, lambda t: t.update({DOWN_1 + end: t.pop(DOWN_1).to(torch.int32)}))
+    message = refuse("--model.path", broken)
+    assert DOWN_1 + end in message and "compressed" in message
+
+
+# what a run has written
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "masks"])
+def test_a_file_of_a_finished_stage_that_changed_is_noticed(accept, refuse, out, damage):
+    accept()
+    shards = sorted((out / "oneshot").glob("model-*.safetensors"))
+    file = out / "oneshot" / FILE if damage == "masks" else shards[1]
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        flip_a_byte(file)
+    assert str(file) in refuse(started=True)
+
+
+def test_a_finished_block_that_changed_is_made_again(accept, out, monkeypatch):
+    accept()
+    good = (out / "oneshot" / FILE).read_bytes()
+    shutil.rmtree(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.BlockStage, "finish", lambda self, **facts: self.folder)
+        accept()
+    shard = sorted((out / "oneshot").glob("model-*.safetensors"))[0]
+    flip_a_byte(shard)
+    assert f"{shard.name} has changed since it was written: block" in "".join(accept().split("\n"))
+    assert (out / "oneshot" / FILE).read_bytes() == good
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"rows": [{}]}', '{"rows": 3}'])
+@pytest.mark.parametrize("file", ["sparsity.json", "done.json", "recipe.json", "calibration.json"])
+def test_a_record_of_another_form_is_refused_by_its_file(accept, refuse, out, file, content):
+    if (file, content[0]) not in (("calibration.json", "{"), ("recipe.json", "{")):
+        accept()
+        (out / "oneshot" / file).write_text(content)
+        again = ["--model.path", out / "oneshot", "--output_dir", out.with_name("again")]
+        message = refuse(*(again if file == "sparsity.json" else ()), started=True)
+        assert f"{out / 'oneshot'}" in message
+
+
+@pytest.mark.parametrize("content", ["{}", '{"rows": [{}], "elapsed": 1}', '{"rows": []}'])
+def test_a_block_without_its_record_is_refused(accept, refuse, out, monkeypatch, content):
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.BlockStage, "finish", lambda self, **facts: self.folder)
+        accept()
+    file = out / "oneshot" / "blocks" / "00000.json"
+    file.write_text(content)
+    assert str(file) in refuse(started=True)
+
+
+def test_masks_of_another_model_are_refused(refuse, broken):
+    save_masks({"model.layers.7.mlp.up_proj.weight": torch.ones(2, 8) > 0}, broken / FILE)
+    for stages in ("[oneshot]", "[reconstruct]"):
+        message = refuse("--model.path", broken, "--stages", stages, started=True)
+        assert str(broken / FILE) in message or "--model.dense" in message

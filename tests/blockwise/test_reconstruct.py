@@ -13,6 +13,7 @@ from support import weights
 
 import cap_llm.blockwise.reconstruct as reconstruct_module
 from cap_llm.runtime.files import read_json
+from cap_llm.sparsity.masks import FILE
 from cap_llm.train import main
 
 
@@ -67,7 +68,7 @@ def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, caps
     folder, code = entry(dense, "--stages", "[oneshot]", out="first")
     assert code == 0
     pruned = folder / "oneshot"
-    (pruned / "masks.safetensors").unlink()  # the zeros say it too
+    (pruned / FILE).unlink()  # the zeros say it too
     (pruned / "sparsity.json").unlink()
     more = ("--stages", "[reconstruct]", "--model.dense", dense)
     capsys.readouterr()

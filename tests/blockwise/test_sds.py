@@ -7,7 +7,7 @@ from support import weights
 
 from cap_llm.blockwise import sds as sds_module
 from cap_llm.runtime.files import read_json
-from cap_llm.sparsity.masks import MaskFile
+from cap_llm.sparsity.masks import FILE, MaskFile
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_sds_without_regularisers_or_adjustment_is_its_base(tiny, entry, watched
         if name in free:
             assert (free[name] - weight).norm() <= 2e-3 * weight.norm()
     assert len(free) == 14
-    first, second = (MaskFile(folder / s / "masks.safetensors") for s in ("oneshot", "sds"))
+    first, second = (MaskFile(folder / s / FILE) for s in ("oneshot", "sds"))
     same = [(first.read(n) == second.read(n)).float().mean().item() for n in first.columns]
     assert min(same) > 0.99
     a, b = weights(folder / "oneshot"), weights(folder / "sds")
@@ -111,7 +111,7 @@ def test_sds_takes_any_pattern_of_a_model_that_was_pruned_elsewhere(tiny, entry,
     dense = tiny("llama")
     asked = ("--oneshot.pattern", pattern)
     first, _ = entry(dense, "--stages", "[oneshot]", *asked, out="first")
-    for name in ("masks.safetensors", "sparsity.json"):
+    for name in (FILE, "sparsity.json"):
         (first / "oneshot" / name).unlink()
     start = ("--stages", "[sds]", "--model.dense", dense)
     folder, code = entry(first / "oneshot", *start, *asked, out="second")
@@ -144,7 +144,7 @@ def test_sds_does_not_change_what_a_model_was_pruned_to_elsewhere(
     folder, code = entry(dense, "--stages", "[oneshot]", *made, out="first")
     assert code == 0
     pruned = folder / "oneshot"
-    (pruned / "masks.safetensors").unlink()
+    (pruned / FILE).unlink()
     (pruned / "sparsity.json").unlink()
     capsys.readouterr()
     more = ("--stages", "[sds]", "--model.dense", dense)
@@ -160,7 +160,7 @@ def test_sds_on_wanda_keeps_wandas_budget_by_row(tiny, entry):
         "false", "--calibration.held_out", 0,
     )  # fmt: skip
     assert code == 0
-    masks = MaskFile(folder / "sds" / "masks.safetensors")
+    masks = MaskFile(folder / "sds" / FILE)
     for name in masks.columns:
         kept = masks.read(name).sum(1)
         assert kept.min() == kept.max()
@@ -218,7 +218,7 @@ def test_sds_stays_inside_an_earlier_mask(tiny, entry):
     more = ("--stages", "[oneshot, sds]", "--oneshot.sparsity", 0.6)
     folder, code = entry(earlier / "oneshot", *more, out="b")
     assert code == 0
-    files = [MaskFile(f / "masks.safetensors") for f in (earlier / "oneshot", folder / "sds")]
+    files = [MaskFile(f / FILE) for f in (earlier / "oneshot", folder / "sds")]
     stored, kept = weights(folder / "sds"), read_json(folder / "sds" / "sparsity.json")["rows"]
     assert {row["kept"] for row in kept} - {"first"}
     for name in files[0].columns:

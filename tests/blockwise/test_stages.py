@@ -18,7 +18,7 @@ from cap_llm.blockwise import stage as stage_module
 from cap_llm.blockwise.perplexity import perplexity
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
-from cap_llm.sparsity.masks import MaskFile
+from cap_llm.sparsity.masks import FILE, MaskFile
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_each_stage_leaves_a_model_that_transformers_loads_with_exact_zeros(
         place = folder / stage
         counts = read_json(place / "sparsity.json")
         stored = weights(place)
-        masks = MaskFile(place / "masks.safetensors")
+        masks = MaskFile(place / FILE)
         auto = transformers.AutoModel if family == "bert" else transformers.AutoModelForCausalLM
         auto.from_pretrained(place)
         assert {t.dtype for t in stored.values()} == {dtype}
@@ -67,9 +67,9 @@ def test_what_a_later_prune_leaves_as_it_is_keeps_its_earlier_zeros(tiny, entry)
     left = ("--oneshot.sparsity", 0.7, "--oneshot.layers", '{"*.mlp.*": 0}')
     folder, code = entry(first / "oneshot", "--stages", ALL, *left, out="second")
     assert code == 0
-    earlier = MaskFile(first / "oneshot" / "masks.safetensors")
+    earlier = MaskFile(first / "oneshot" / FILE)
     for stage in ("oneshot", "sds", "reconstruct"):
-        masks, stored = MaskFile(folder / stage / "masks.safetensors"), weights(folder / stage)
+        masks, stored = MaskFile(folder / stage / FILE), weights(folder / stage)
         assert masks.columns.keys() == earlier.columns.keys()
         for name in masks.columns:
             mask = masks.read(name)
@@ -126,7 +126,7 @@ def test_the_stages_compose_up_to_recovery(tiny, text_file, tmp_path):
     done = run_entry(command)
     assert done.returncode == 0, done.stderr
     stages = [tmp_path / "run" / s for s in ("oneshot", "sds", "reconstruct", "recover")]
-    masks = [MaskFile(folder / "masks.safetensors") for folder in stages]
+    masks = [MaskFile(folder / FILE) for folder in stages]
     stored = [weights(folder) for folder in stages]
     for n, (earlier, later) in enumerate(itertools.pairwise(stages)):
         assert read_json(later / "recipe.json")["start"] == earlier.name
@@ -185,7 +185,7 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
     facts = json.loads((a / "done.json").read_text())
     assert facts["resumed_at_block"] == 3
     assert facts["seconds"] > 7200 and facts["peak_memory_bytes"] == 2**50  # of both jobs
-    for path in [*b.glob("model*.safetensors"), b / "masks.safetensors"]:
+    for path in [*b.glob("model*.safetensors"), b / FILE]:
         assert path.read_bytes() == (a / path.name).read_bytes()
 
 
@@ -275,7 +275,7 @@ def test_sds_with_its_adjustment_is_as_good_on_two_ranks(tiny, text_file, tmp_pa
     assert {row["kept"] for row in two} == {"adjusted"}
     for a, b in zip(one, two, strict=True):
         assert b["name"] == a["name"] and b["error"] == pytest.approx(a["error"], rel=0.05)
-    masks = [MaskFile(tmp_path / n / "sds" / "masks.safetensors") for n in ("one", "two")]
+    masks = [MaskFile(tmp_path / n / "sds" / FILE) for n in ("one", "two")]
     for name in masks[0].columns:
         assert (masks[0].read(name) == masks[1].read(name)).float().mean() > 0.9
 
@@ -325,4 +325,4 @@ def test_scores_of_every_stage_are_those_of_its_model(tiny, entry, text_file, tm
         windows = evaluation_windows(tokenizer, held_out.read_text(), "text", 48, 5)
         (score,) = read_json(folder / stage / "perplexity.json")["corpora"].values()
         assert score["ppl_token"] == pytest.approx(perplexity(model, windows), rel=1e-4)
-        assert load_file(folder / stage / "masks.safetensors")
+        assert load_file(folder / stage / FILE)

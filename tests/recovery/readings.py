@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from cap_llm.sparsity.masks import FILE
+
 LOSSES = ("loss", "ce", "kl", "prc", "snc", "fic", "feature", "held_out_ppl", "grad_norm")
 
 
@@ -43,7 +45,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def masks(folder: Path) -> dict[str, np.ndarray]:
     """The masks [R, C] of a model directory: true where a weight stays."""
     found = {}
-    with safe_open(folder / "masks.safetensors", "np") as file:
+    with safe_open(folder / FILE, "np") as file:
         for name, columns in file.metadata().items():
             packed = file.get_tensor(name)
             found[name] = np.unpackbits(packed, axis=1, count=int(columns)).astype(bool)

@@ -52,6 +52,7 @@ from support import VOCABULARY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cap_llm.models.checkpoint import fingerprint
+from cap_llm.sparsity.masks import FILE
 
 
 @pytest.fixture(scope="module")
@@ -519,7 +520,7 @@ def add_rungs(cases: Cases) -> None:
         cases.add(name, ("stop", "recover/2", 4), edits=[again], **settings)
         cases.add(f"{name}, again", out=name, **settings)
     elsewhere = Path(shutil.copytree(cases.assets.half, cases.assets.folder / "elsewhere"))
-    for name in ("masks.safetensors", "sparsity.json"):
+    for name in (FILE, "sparsity.json"):
         (elsewhere / name).unlink()
     settings = {"model.path": elsewhere, "oneshot.block_size": 16, "recover.ladder": "0.6"}
     cases.add("pruned elsewhere", **settings, **short)
