@@ -21,14 +21,24 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.checkpoint import Checkpoint, config_dict
 from cap_llm.runtime.errors import UserError
+
+# How transformers reads a directory: left to itself it asks on a terminal whether to run the code
+# in it (and takes SIGALRM for that), and looks for what is missing on the hub.
+FROM_DIRECTORY = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass
@@ -348,16 +358,17 @@ class _LastBlock(Exception):
     """Ends a recording once the last block has been reached."""
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a directory with its parameters on the meta device and its buffers computed.
+def skeleton(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a directory with its parameters on the meta device and its buffers computed,
+    in `dtype` or that of config.json.
 
     Raises:
         UserError: transformers does not know this kind of model, or config.json is damaged.
     """
-    config = _auto_config(folder)
+    config = model_config(folder)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            return model_class(folder)._from_config(config)
+            return model_class(folder)._from_config(config, dtype=dtype or config.dtype)
     except UserError:
         raise
     except Exception as error:  # of any kind: the values go straight into the model's own code
@@ -368,7 +379,7 @@ def model_class(source: Path) -> type:
     """The class that the model was saved from, or the auto class where it does not say."""
     if source.suffix == ".gguf":
         return AutoModelForCausalLM
-    config = _auto_config(source)
+    config = model_config(source)
     for name in config.architectures or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -457,11 +468,32 @@ class NamesDiffer(UserError):
     """The files' tensor names are not the model's."""
 
 
-def _auto_config(folder: Path):
+def model_config(folder: Path) -> PreTrainedConfig:
+    """A model directory's settings as transformers reads them, without asking or running anything.
+
+    Raises:
+        UserError: transformers does not know this kind of model, or the directory asks for code.
+    """
+    content = config_dict(folder)
+    kind, code = content.get("model_type"), content.get("auto_map")
+    if code and str(kind) not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder} needs its own Python code (auto_map in config.json), which cap_llm never "
+            f"runs: transformers {transformers.__version__} does not know model_type {kind!r}. "
+            "Give a model of a type that it knows."
+        )
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **FROM_DIRECTORY)
     except Exception as error:  # KeyError, ValueError, OSError, by cause
         raise _unreadable(folder, error) from None
+    for part in (config, config.get_text_config()):
+        kernel = part._attn_implementation
+        if isinstance(kernel, str) and "/" in kernel:
+            raise UserError(
+                f"{folder}/config.json sets attn_implementation to {kernel}, code of the hub, "
+                'which cap_llm never runs. Set it to "sdpa".'
+            )
+    return config
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

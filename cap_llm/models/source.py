@@ -11,11 +11,27 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
-from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import Checkpoint, can_be_streamed, config_dict, has_weights
+from cap_llm.models.blocks import (
+    FROM_DIRECTORY,
+    NamesDiffer,
+    match_names,
+    model_class,
+    skeleton,
+)
+from cap_llm.models.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    can_be_streamed,
+    config_dict,
+    has_weights,
+    weight_files,
+)
 from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import read_json
 from cap_llm.runtime.rundir import Run
+from cap_llm.runtime.world import World
 from cap_llm.text.corpora import offline
 
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -118,15 +134,90 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     return start, source
 
 
-def found_here(path: str | None, option: str) -> Path | None:
-    """The directory of a model that an option names; None for one that is only on the hub, which
-    is looked at when it is here.
+def found_here(option: str, path: str | None, config: Config, world: World) -> Path | None:
+    """The directory of a model that an option names, of one that is only on the hub a directory
+    with its config.json; None where even that is out of reach.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it is not whole.
     """
-    found = locate(ModelConfig(path=path), download=False, option=option) if path else None
-    return found if found and found.is_dir() else None
+    if not path:
+        return None
+    model = ModelConfig(path=path)
+    found = locate(model, download=False, option=option)
+    if not found:
+        return hub_config(model, option)
+    if not found.is_dir():
+        return None
+    check_files(option, found, config, world)
+    return found
+
+
+def hub_config(config: ModelConfig, option: str = "model.path") -> Path | None:
+    """A directory with the config.json of a model on the hub, enough for its shapes; None where
+    the hub is out of reach.
+
+    Raises:
+        UserError: the hub has no such model.
+    """
+    import huggingface_hub
+
+    try:
+        file = huggingface_hub.hf_hub_download(config.path, "config.json", revision=config.revision)
+    except huggingface_hub.errors.HfHubHTTPError as error:  # it has answered
+        raise _not_on_hub(option, config, _first_line(error)) from None
+    except Exception:  # the network's errors have no common base
+        return None
+    return _unquantised(Path(file).parent, option)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a model directory holds weights, with every shard that its index names."""
+    if not (folder / INDEX).exists():
+        return bool(weight_files(folder))
+    shards = dict(read_json(folder / INDEX).get("weight_map") or {}).values()
+    return all((folder / str(shard)).exists() for shard in shards)
+
+
+def check_files(option: str, folder: Path, config: Config, world: World) -> None:
+    """Refuses a directory without weights, or one that lacks a tensor or has it in another shape.
+
+    Only headers are read. What an earlier job has converted passes: its weights may be gone.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    name = "source" if option == "model.path" else f"{option.rpartition('.')[2]}-source"
+    if (Path(config.output_dir) / name / "done.json").exists():
+        return
+    problem = None
+    if world.first:
+        try:
+            _check_files(option, folder)
+        except UserError as error:
+            problem = error
+    problem = world.gather(problem)[0]
+    if problem:
+        raise problem
+
+
+def _check_files(option: str, folder: Path) -> None:
+    if not weight_files(folder):
+        raise UserError(
+            f"{option} {folder} has no weights: neither {SINGLE} nor pytorch_model.bin is in it; "
+            "get the model again"
+        )
+    names_differ = None
+    try:
+        if not needs_conversion(folder):
+            match_names(skeleton(folder), Checkpoint(folder))
+            return
+    except NamesDiffer as error:
+        names_differ = error
+    try:
+        load_whole(folder, device_map={"": "meta"})
+    except UserError as error:
+        raise (names_differ or error) from None
 
 
 def further_model(option: str, path: str, run: Run) -> Path:
@@ -158,7 +249,7 @@ def convert(source: Path, folder: Path) -> None:
     model.config._name_or_path = ""
     model.save_pretrained(folder)
     if where:
-        AutoTokenizer.from_pretrained(root, **where).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(root, **where, **FROM_DIRECTORY).save_pretrained(folder)
         return
     for file in source.iterdir():
         wanted = any(file.match(pattern) for pattern in _CONFIG_FILES)
@@ -176,6 +267,7 @@ def load_whole(source: Path, **options) -> PreTrainedModel:
     folder = source.parent if "gguf_file" in options else source
     try:
         kind = model_class(source)
+        options |= FROM_DIRECTORY
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except UserError:
         raise
@@ -211,6 +303,8 @@ def _download(config: ModelConfig, download: bool) -> Path | None:
         folder = fetch([*_CONFIG_FILES, "model*.safetensors"])
         if not list(folder.glob("model*.safetensors")):
             folder = fetch([*_CONFIG_FILES, "pytorch_model*.bin"])
+        if not download and not is_whole(folder):
+            raise FileNotFoundError("its weights are not in the cache")
     except Exception as error:  # the hub's and the network's errors have no common base
         if not download and not offline():
             return None
@@ -220,8 +314,16 @@ def _download(config: ModelConfig, download: bool) -> Path | None:
                 "with `cap-llm prefetch` where there is a hub"
             )
         else:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise UserError(
-            f"model {config.path!r} is neither a directory nor to be had from the hub: {reason}"
-        ) from None
+            reason = _first_line(error)
+        raise _not_on_hub("model", config, reason) from None
     return folder
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _not_on_hub(option: str, config: ModelConfig, reason: str) -> UserError:
+    return UserError(
+        f"{option} {config.path!r} is neither a directory nor to be had from the hub: {reason}"
+    )

@@ -19,11 +19,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from cap_llm.blockwise.cache import drop_pinned
 from cap_llm.config import RecoverConfig
-from cap_llm.models.blocks import model_class
+from cap_llm.models.blocks import FROM_DIRECTORY, model_class, model_config
 from cap_llm.recovery.decoder import Decoder, Student
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -234,7 +233,7 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
     """The model of a directory, whole on every rank or sharded while it is read (ZeRO-3)."""
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    facts = AutoConfig.from_pretrained(folder)
+    facts = model_config(folder)
     for part in (facts, facts.get_text_config()):  # two where the model also sees
         for key, value in part.to_dict().items():
             # Dropout would blur what the two models are compared in.
@@ -247,7 +246,7 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
     if not zero3:  # tensor by tensor: several copies would fill a node's main memory
         how["device_map"] = {"": world.device}
     try:
-        model = model_class(folder).from_pretrained(folder, **how)
+        model = model_class(folder).from_pretrained(folder, **how, **FROM_DIRECTORY)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # every format fails in a way of its own
