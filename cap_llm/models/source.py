@@ -267,7 +267,8 @@ def load_whole(source: Path, **options) -> PreTrainedModel:
     folder = source.parent if "gguf_file" in options else source
     try:
         kind = model_class(source)
-        options |= FROM_DIRECTORY
+        # else the error names neither tensor nor shapes
+        options |= FROM_DIRECTORY | {"ignore_mismatched_sizes": True}
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except UserError:
         raise
@@ -275,6 +276,12 @@ def load_whole(source: Path, **options) -> PreTrainedModel:
         raise UserError(
             f"{source} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
         ) from None
+    if info["mismatched_keys"]:
+        name, stored, made = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"{name} in {source} is {list(stored)}, but its config.json makes it {list(made)}; "
+            "weights and config do not belong together"
+        )
     if info["missing_keys"]:  # transformers would invent them
         raise UserError(
             f"{source} lacks {len(info['missing_keys'])} of the weights that its config.json asks "
