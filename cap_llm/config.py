@@ -595,15 +595,15 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
-    def check(self) -> None:
-        """What only the whole can tell.
+    def check(self, makes_run: bool = True) -> None:
+        """What only the whole can tell; a dry run makes no run, and needs no directory.
 
         Raises:
             UserError: something is missing or contradicts something else.
         """
         if not self.model.path:
             raise UserError("no model: give --model.path DIRECTORY_OR_HUB_NAME")
-        if not self.output_dir:
+        if makes_run and not self.output_dir:
             raise UserError("no run directory: give --output_dir DIRECTORY")
         if not self.stages:
             raise UserError(f"stages is empty; name some of {', '.join(STAGES)}")

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING  # noqa: E402
 
 from cap_llm.command_line import read_config  # noqa: E402
 from cap_llm.config import MODELS, Config  # noqa: E402
-from cap_llm.runtime.errors import RankLost, UserError  # noqa: E402
+from cap_llm.runtime.errors import RankLost, UserError, explained  # noqa: E402
 from cap_llm.runtime.interrupt import (  # noqa: E402
     held_back,
     stop_at_once,
@@ -98,6 +98,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             page = write_report(results, run.path, title, console)
             console.say(f"report: {page}")
     except BaseException as error:
+        error = explained(error)
         with held_back():  # the launcher ends all ranks once one has failed
             if run:
                 error = run.blame(error)
@@ -111,14 +112,19 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
 def check(
     model: Path | None, config: Config, console: Console, world: World, predict: bool = False
 ) -> None:
-    """Refuses what would fail later; with `predict`, says what the work takes."""
-    from cap_llm.blockwise.plan import check_everything
+    """Refuses what would fail later; with `predict`, says what the work takes.
 
-    check_everything(model, config, console, world, predict)
-    if "recover" in config.stages and model and model.is_dir():
+    Of a model on the hub that is not fetched (None), the config.json says that alone.
+    """
+    from cap_llm.blockwise.plan import check_everything
+    from cap_llm.models.source import hub_config
+
+    shapes = model or hub_config(config.model)
+    check_everything(shapes, config, console, world, predict, fetched=bool(model))
+    if "recover" in config.stages and shapes and shapes.is_dir():
         from cap_llm.recovery.check import check_recovery
 
-        check_recovery(model, config, world, console, predict)
+        check_recovery(shapes, config, world, console, predict)
 
 
 def make(stage: str, source: Path, texts: Texts, config: Config, run: Run) -> Path:
@@ -157,6 +163,8 @@ def dry_run(config: Config, console: Console) -> None:
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
+    if not config.output_dir:  # one that is not there, on this file system
+        config.output_dir = f"cap-llm-dry-run-{os.getpid()}"
     folder = Path(config.output_dir)
     refuse_strangers(folder)
     for stage in ("dense", *config.stages):
@@ -185,7 +193,7 @@ def main() -> int:
             prefetch(sys.argv[2:])
         else:
             config, config_yaml, only_check = read_config()
-            config.check()
+            config.check(makes_run=not only_check)
             if only_check:
                 dry_run(config, console)
             else:
@@ -198,6 +206,7 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
     """Does `work` and turns what ends it early into one line of `program` and an exit code."""
     rank = int(os.environ.get("RANK", 0))
     console = Console(speaks=rank == 0)
+    sys.stdin = open(os.devnull)  # noqa: SIM115  libraries ask on a terminal, and jobs would wait
     stop_at_once()
     try:
         work(console)
@@ -205,6 +214,7 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
         return asked.code or 0
     except BaseException as error:
         stop_no_more()
+        error = explained(error)
         code = exit_code(error)
         if stopped_by(error):
             text = f"{program}: stopped; give the same command again to go on"

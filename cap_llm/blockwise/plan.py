@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from cap_llm.blockwise.estimate import attained_rate, estimate
 from cap_llm.blockwise.oneshot import earlier_mask
@@ -23,9 +21,10 @@ from cap_llm.models.blocks import (
     read_as,
     skeleton,
 )
-from cap_llm.models.checkpoint import Checkpoint, text_settings, weight_files
+from cap_llm.models.checkpoint import Checkpoint, weight_files
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import found_here, needs_conversion
+from cap_llm.models.rehearsal import check_lengths
+from cap_llm.models.source import check_files, found_here, needs_conversion
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -41,18 +40,20 @@ def check_everything(
     console: Console,
     world: World,
     predict: bool = False,
+    fetched: bool = True,
 ) -> None:
     """Refuses what cannot work, before the long work, and prints an estimate.
 
     Args:
-        located: the model's directory or .gguf file; None if it is on the hub and not fetched yet.
+        located: the model's directory or .gguf file; None if it is on the hub, out of reach.
         config: the run's settings.
         console: where the estimate goes.
         world: the ranks.
         predict: also time the machine, to predict hours.
+        fetched: whether its weights are there; else `located` holds the config.json alone.
 
     Raises:
-        UserError: files, names, shapes, positions or space do not fit.
+        UserError: files, names, shapes, lengths or space do not fit.
     """
     if config.uses_calibration:
         corpus_file(config.calibration.corpus, "train")
@@ -60,19 +61,24 @@ def check_everything(
         for name in config.evaluate.corpora:
             corpus_file(name, "validation" if name == "c4" else "test")
     if located is None:
-        console.say(f"model {config.model.path}: on the hub, not fetched; its shapes are unchecked")
+        console.say(f"model {config.model.path}: the hub is out of reach; its shapes are unchecked")
         return
     if located.suffix == ".gguf":
         console.say(f"model {located.name}: will be de-quantised first; its shapes are unchecked")
         return
     bare = skeleton(located)
-    _check_positions(config, bare, text_settings(located))
     model = BlockModel(bare, torch.device("cpu"))
     if "evaluate" in config.stages and not model.is_causal:
         raise UserError(
             f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity "
             "and no zero-shot scores; set --stages [oneshot]"
         )
+    lengths = {"calibration.length": config.calibration.length} if config.uses_calibration else {}
+    scored = {}
+    if "evaluate" in config.stages and config.evaluate.corpora:
+        scored = {"evaluate.window": config.evaluate.window}
+    dtype = torch.float32 if world.device.type == "cpu" else bare.dtype
+    check_lengths(located, lengths | scored, "the model", world.device, dtype)
     sequences = config.calibration.sequences
     if config.uses_calibration and sequences < world.size:
         raise UserError(
@@ -83,11 +89,16 @@ def check_everything(
         plan = plan_sparsities(model, config.oneshot)
         if "oneshot" in config.stages and config.oneshot.budget == "uniform":
             earlier_mask(located, config.oneshot, plan)
-    if dense := found_here(config.model.dense, "model.dense"):
+    if dense := found_here("model.dense", config.model.dense, config, world):
         starts = [s for s in ("sds", "reconstruct") if s in config.stages and not config.start(s)]
         _check_dense(located if starts else None, model, dense)
+        check_lengths(dense, lengths, f"model.dense {dense}", world.device, dtype)
     copied = 0  # bytes of a model that is rewritten first
-    if needs_conversion(located):
+    if not fetched:
+        console.say(f"model {config.model.path}: on the hub; only its config.json is checked")
+        n_bytes = sum(p.numel() for p in bare.parameters()) * bare.dtype.itemsize
+    elif needs_conversion(located):
+        check_files("model.path", located, config, world)
         console.say(
             f"model {located}: its weights are no safetensors and are rewritten once, which holds "
             "the whole model in memory"
@@ -103,6 +114,7 @@ def check_everything(
             if "sds" in config.stages and not config.start("sds"):
                 plan_second_prune(Masks(located, world), model, config)
         except NamesDiffer:  # those are converted, and looked at again
+            check_files("model.path", located, config, world)
             copied = n_bytes
     if "evaluate" in config.stages and config.evaluate.tasks and world.device.type == "cuda":
         card = torch.cuda.get_device_properties(world.device).total_memory
@@ -127,33 +139,6 @@ def check_everything(
         if "evaluate" in config.stages and config.evaluate.tasks:
             text += " and the zero-shot tasks"
     console.say(f"estimate: {text}")
-
-
-def positions_of(model: PreTrainedModel, facts: dict) -> int | None:
-    """The most tokens that a model takes at once, by its config.json; None where that sets none."""
-    most = facts.get("max_position_embeddings") or facts.get("n_positions")
-    for name, part in model.named_modules():
-        numbered = isinstance(part, nn.Embedding) and "position" in name
-        if numbered and part.padding_idx is not None:  # RoBERTa counts on from the padding's
-            most = part.num_embeddings - part.padding_idx - 1
-    return most
-
-
-def _check_positions(config: Config, model: PreTrainedModel, facts: dict) -> None:
-    most = positions_of(model, facts)
-    asked = {}
-    if config.uses_calibration:
-        asked["calibration.length"] = config.calibration.length
-    if "evaluate" in config.stages and config.evaluate.corpora:
-        asked["evaluate.window"] = config.evaluate.window
-    if "recover" in config.stages:
-        asked["recover.length"] = config.recover.length
-    for name, value in asked.items():
-        if most and value > most:
-            raise UserError(
-                f"{name} is {value}, but the model has {most} positions; "
-                f"give --{name} {most} or less"
-            )
 
 
 def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:

@@ -22,14 +22,30 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.checkpoint import STORAGE, Checkpoint, can_be_streamed, stored_prefix
+from cap_llm.models.checkpoint import (
+    STORAGE,
+    Checkpoint,
+    can_be_streamed,
+    config_dict,
+    stored_prefix,
+)
 from cap_llm.runtime.errors import UserError
+
+# How transformers reads a directory: left to itself it asks on a terminal whether to run the code
+# in it (and takes SIGALRM for that), and looks for what is missing on the hub.
+FROM_DIRECTORY = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass
@@ -349,8 +365,9 @@ class _LastBlock(Exception):
     """Ends a recording once the last block has been reached."""
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a directory with its parameters on the meta device and its buffers computed.
+def skeleton(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a directory with its parameters on the meta device and its buffers computed,
+    in `dtype` or that of config.json.
 
     It is the class that config.json names, or its body where the files hold all but the head: so
     sentence encoders are stored.
@@ -358,22 +375,22 @@ def skeleton(folder: Path) -> PreTrainedModel:
     Raises:
         UserError: transformers does not know this kind of model, or config.json is damaged.
     """
-    model = _bare(folder, _named_class(folder))
+    model = _bare(folder, _named_class(folder), dtype)
     if not can_be_streamed(folder) or model.base_model is model:
         return model
     checkpoint, head = Checkpoint(folder), model.base_model_prefix + "."
     lacks = _missing(model, _stored(model, checkpoint))
     if not lacks or any(name.startswith(head) for name in lacks):
         return model
-    body = _bare(folder, type(model.base_model))
+    body = _bare(folder, type(model.base_model), dtype)
     return model if _missing(body, _stored(body, checkpoint)) else body
 
 
-def _bare(folder: Path, kind: type) -> PreTrainedModel:
-    config = plain_config(folder)
+def _bare(folder: Path, kind: type, dtype: torch.dtype | None) -> PreTrainedModel:
+    config = model_config(folder)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            return kind._from_config(config)
+            return kind._from_config(config, dtype=dtype or config.dtype)
     except UserError:
         raise
     except Exception as error:  # of any kind: the values go straight into the model's own code
@@ -386,7 +403,7 @@ def model_class(source: Path) -> type:
 
 
 def _named_class(folder: Path) -> type:
-    config = plain_config(folder)
+    config = model_config(folder)
     for name in config.architectures or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -410,7 +427,7 @@ def reading_options(folder: Path) -> dict:
     """What `from_pretrained` is to be given, so that it reads a directory as `skeleton` does."""
     prefix = stored_prefix(folder)
     renamed = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
-    return {"config": plain_config(folder)} | renamed
+    return {"config": model_config(folder)} | renamed
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -512,16 +529,35 @@ class NamesDiffer(UserError):
     """The files' tensor names are not the model's."""
 
 
-def plain_config(folder: Path):
-    """A directory's configuration as transformers reads it, but for how its weights are stored."""
+def model_config(folder: Path) -> PreTrainedConfig:
+    """A model directory's settings as transformers reads them, without asking or running anything,
+    and without those of how its weights are stored.
+
+    Raises:
+        UserError: transformers does not know this kind of model, or the directory asks for code.
+    """
+    content = config_dict(folder)
+    kind, code = content.get("model_type"), content.get("auto_map")
+    if code and str(kind) not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder} needs its own Python code (auto_map in config.json), which cap_llm never "
+            f"runs: transformers {transformers.__version__} does not know model_type {kind!r}. "
+            "Give a model of a type that it knows."
+        )
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **FROM_DIRECTORY)
     except Exception as error:  # KeyError, ValueError, OSError, by cause
         raise _unreadable(folder, error) from None
     for part in (config, config.get_text_config()):  # two where the model also sees
         for name in STORAGE[:-1]:
             if hasattr(part, name):
                 delattr(part, name)
+        kernel = part._attn_implementation
+        if isinstance(kernel, str) and "/" in kernel:
+            raise UserError(
+                f"{folder}/config.json sets attn_implementation to {kernel}, code of the hub, "
+                'which cap_llm never runs. Set it to "sdpa".'
+            )
     return config
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
 from cap_llm.models.blocks import (
+    FROM_DIRECTORY,
     NamesDiffer,
     match_names,
     model_class,
@@ -21,6 +21,7 @@ from cap_llm.models.blocks import (
     skeleton,
 )
 from cap_llm.models.checkpoint import (
+    SINGLE,
     Checkpoint,
     can_be_streamed,
     copy_side_files,
@@ -35,6 +36,7 @@ from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import readable, regular
 from cap_llm.runtime.rundir import Run
+from cap_llm.runtime.world import World
 from cap_llm.text.corpora import offline
 
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -78,12 +80,7 @@ def _sound(path: Path, option: str) -> Path:
     if not path.is_dir():
         return regular(path)
     side_files(path)
-    marks = text_settings(path).get("quantization_config") or {}
-    method = marks.get("quant_method") if isinstance(marks, dict) else marks
-    # these mark plain weights, too, and what is compressed shows in the files
-    marked = method == "compressed-tensors" or "sparsity_config" in marks
-    if marks and not marked:
-        raise UserError(f"{option} {path} is quantised ({method}); give it unquantised")
+    marks = _storage_marks(path, option)
     if not can_be_streamed(path):
         weight_files(path)
     elif marks:
@@ -91,6 +88,20 @@ def _sound(path: Path, option: str) -> Path:
     else:
         Checkpoint(path)
     return path
+
+
+def _storage_marks(folder: Path, option: str) -> dict:
+    """What config.json says of how weights are stored, where they may be plain all the same.
+
+    Raises:
+        UserError: the model is quantized.
+    """
+    marks = text_settings(folder).get("quantization_config") or {}
+    method = marks.get("quant_method") if isinstance(marks, dict) else marks
+    # these mark plain weights, too, and what is compressed shows in the files
+    if marks and not (method == "compressed-tensors" or "sparsity_config" in marks):
+        raise UserError(f"{option} {folder} is quantized ({method}); give it unquantized")
+    return marks
 
 
 def needs_conversion(folder: Path) -> bool:
@@ -158,20 +169,91 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     return start, source
 
 
-def found_here(path: str | None, option: str) -> Path | None:
-    """The directory of a model that an option names; None for one that is only on the hub, which
-    is looked at when it is here.
+def found_here(option: str, path: str | None, config: Config, world: World) -> Path | None:
+    """The directory of a model that an option names, of one that is only on the hub a directory
+    with its config.json; None where even that is out of reach.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it is not whole.
     """
-    found = locate(ModelConfig(path=path), download=False, option=option) if path else None
-    if not found or not found.is_dir():
+    if not path:
         return None
-    if can_be_streamed(found):
-        with contextlib.suppress(NamesDiffer):  # those are converted, and looked at again
-            match_names(skeleton(found), Checkpoint(found))
+    model = ModelConfig(path=path)
+    found = locate(model, download=False, option=option)
+    if not found:
+        return hub_config(model, option)
+    if not found.is_dir():
+        return None
+    check_files(option, found, config, world)
     return found
+
+
+def hub_config(config: ModelConfig, option: str = "model.path") -> Path | None:
+    """A directory with the config.json of a model on the hub, enough for its shapes; None where
+    the hub is out of reach.
+
+    Raises:
+        UserError: the hub has no such model.
+    """
+    import huggingface_hub
+
+    try:
+        file = huggingface_hub.hf_hub_download(config.path, "config.json", revision=config.revision)
+    except huggingface_hub.errors.HfHubHTTPError as error:  # it has answered
+        raise _not_on_hub(option, config, _first_line(error)) from None
+    except Exception:  # the network's errors have no common base
+        return None
+    _storage_marks(Path(file).parent, option)
+    return Path(file).parent
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a model directory holds weights, with every shard that its index names."""
+    try:
+        return bool(weight_files(folder))
+    except UserError:
+        return False
+
+
+def check_files(option: str, folder: Path, config: Config, world: World) -> None:
+    """Refuses a directory without weights, or one that lacks a tensor or has it in another shape.
+
+    Only headers are read. What an earlier job has converted passes: its weights may be gone.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    name = "source" if option == "model.path" else f"{option.rpartition('.')[2]}-source"
+    if (Path(config.output_dir) / name / "done.json").exists():
+        return
+    problem = None
+    if world.first:
+        try:
+            _check_files(option, folder)
+        except UserError as error:
+            problem = error
+    problem = world.gather(problem)[0]
+    if problem:
+        raise problem
+
+
+def _check_files(option: str, folder: Path) -> None:
+    if not weight_files(folder):
+        raise UserError(
+            f"{option} {folder} has no weights: neither {SINGLE} nor pytorch_model.bin is in it; "
+            "get the model again"
+        )
+    names_differ = None
+    try:
+        if not needs_conversion(folder):
+            match_names(skeleton(folder), Checkpoint(folder))
+            return
+    except NamesDiffer as error:
+        names_differ = error
+    try:
+        load_whole(folder, device_map={"": "meta"})
+    except UserError as error:
+        raise (names_differ or error) from None
 
 
 def further_model(option: str, path: str, run: Run) -> Path:
@@ -208,7 +290,7 @@ def convert(source: Path, folder: Path) -> None:
         model._weight_conversions = None  # else the names get the prefix back
     model.save_pretrained(folder)
     if where:
-        AutoTokenizer.from_pretrained(root, **where).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(root, **where, **FROM_DIRECTORY).save_pretrained(folder)
     else:
         copy_side_files(source, folder, replace=False)
 
@@ -224,11 +306,13 @@ def load_whole(source: Path, **options) -> PreTrainedModel:
     folder = source.parent if is_file else source
     try:
         kind = model_class(source)
+        # else the error names neither tensor nor shapes
+        options |= FROM_DIRECTORY | {"ignore_mismatched_sizes": True}
         how = options if is_file else options | reading_options(source)
         model, info = kind.from_pretrained(folder, output_loading_info=True, **how)
         head = f"{model.base_model_prefix}."
-        lacks, is_whole = info["missing_keys"], model.base_model is model
-        if lacks and not is_whole and not any(name.startswith(head) for name in lacks):
+        lacks, is_body = info["missing_keys"], model.base_model is model
+        if lacks and not is_body and not any(name.startswith(head) for name in lacks):
             # a body without the head that config.json names, as `skeleton` finds in safetensors
             kind = type(model.base_model)
             model, info = kind.from_pretrained(folder, output_loading_info=True, **how)
@@ -238,6 +322,12 @@ def load_whole(source: Path, **options) -> PreTrainedModel:
         raise UserError(
             f"{source} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
         ) from None
+    if info["mismatched_keys"]:
+        name, stored, made = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"{name} in {source} is {list(stored)}, but its config.json makes it {list(made)}; "
+            "weights and config do not belong together"
+        )
     if info["missing_keys"]:  # transformers would invent them
         raise UserError(
             f"{source} lacks {len(info['missing_keys'])} of the weights that its config.json asks "
@@ -266,6 +356,8 @@ def _download(config: ModelConfig, download: bool) -> Path | None:
         folder = fetch([*_CONFIG_FILES, "model*.safetensors"])
         if not list(folder.glob("model*.safetensors")):
             folder = fetch([*_CONFIG_FILES, "pytorch_model*.bin"])
+        if not download and not is_whole(folder):
+            raise FileNotFoundError("its weights are not in the cache")
     except Exception as error:  # the hub's and the network's errors have no common base
         if not download and not offline():
             return None
@@ -275,8 +367,16 @@ def _download(config: ModelConfig, download: bool) -> Path | None:
                 "with `cap-llm prefetch` where there is a hub"
             )
         else:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise UserError(
-            f"model {config.path!r} is neither a directory nor to be had from the hub: {reason}"
-        ) from None
+            reason = _first_line(error)
+        raise _not_on_hub("model", config, reason) from None
     return folder
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _not_on_hub(option: str, config: ModelConfig, reason: str) -> UserError:
+    return UserError(
+        f"{option} {config.path!r} is neither a directory nor to be had from the hub: {reason}"
+    )

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from cap_llm.blockwise.estimate import attained_rate
-from cap_llm.blockwise.plan import check_disk, positions_of
+from cap_llm.blockwise.plan import check_disk
 from cap_llm.config import Config, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
 from cap_llm.models.checkpoint import text_settings
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import found_here, needs_conversion
+from cap_llm.models.rehearsal import check_lengths
+from cap_llm.models.source import found_here, is_whole, needs_conversion
 from cap_llm.recovery import checkpoints, engines
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
@@ -54,18 +55,22 @@ def check_recovery(
             require(package, f"recover.{package}")
     if not (Path(config.output_dir) / "recover" / "recipe.json").exists():
         checkpoints.named(settings)  # later on it may be needed no more
-    dense = found_here(config.model.dense, "model.dense")
-    teacher = found_here(settings.teacher, "recover.teacher") if settings.teacher else dense
+    dtype = engines.compute_dtype(settings, world)
+    length = {"recover.length": settings.length}
+    check_lengths(located, length, "the model", world.device, dtype, walked=False)
+    teacher = dense = found_here("model.dense", config.model.dense, config, world)
+    if settings.teacher:
+        teacher = found_here("recover.teacher", settings.teacher, config, world)
     check_models(located, teacher, dense, settings)
     if settings.finetuned != "train":
-        finetuned = found_here(settings.finetuned, "recover.finetuned")
+        finetuned = found_here("recover.finetuned", settings.finetuned, config, world)
         if finetuned:
             check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
     earlier = config.start("recover")
     start = Path(config.output_dir) / earlier if earlier else located
     if settings.rungs and mask_files.path_of(start).exists():
         check_first_rung(settings.rungs, start, Masks(start, world).sparsity)
-    if not needs_conversion(located):  # what is converted is looked at afterwards
+    if is_whole(located) and not needs_conversion(located):  # what is converted: afterwards
         with contextlib.suppress(NamesDiffer):
             refuse_changed_logits(located, world)
     memory, disk, flops = _estimate(located, teacher, config, world, engines.stage_of(student))
@@ -154,12 +159,8 @@ def check_pair(
                 "compare states of equal width, the feature term those of equally many blocks: "
                 "switch them off (recover.objective.feature, prc, fic 0) or give another model"
             )
-    most = None if needs_conversion(teacher) else positions_of(skeleton(teacher), b)
-    if most and length > most:
-        raise UserError(
-            f"recover.length is {length}, but {name} {teacher} has {most} positions; give "
-            f"--recover.length {most} or less"
-        )
+    asked, cpu = {"recover.length": length}, torch.device("cpu")
+    check_lengths(teacher, asked, f"{name} {teacher}", cpu, torch.float32, walked=False)
 
 
 def state_width(folder: Path) -> int:

@@ -22,7 +22,7 @@ import torch
 
 from cap_llm.blockwise.cache import drop_pinned
 from cap_llm.config import RecoverConfig
-from cap_llm.models.blocks import model_class, reading_options
+from cap_llm.models.blocks import FROM_DIRECTORY, model_class, reading_options
 from cap_llm.recovery.decoder import Decoder, Student
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -247,7 +247,7 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
     if not zero3:  # tensor by tensor: several copies would fill a node's main memory
         how["device_map"] = {"": world.device}
     try:
-        model = model_class(folder).from_pretrained(folder, **how)
+        model = model_class(folder).from_pretrained(folder, **how, **FROM_DIRECTORY)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # every format fails in a way of its own

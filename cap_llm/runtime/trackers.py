@@ -39,15 +39,21 @@ class Wandb:
         own_id = folder / "wandb_id"  # a repeated command goes on with its own curves
         if not own_id.exists():
             own_id.write_text(uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project,
-            name=title,
-            dir=str(folder),
-            config=settings,
-            resume="allow",
-            settings=wandb.Settings(silent=True, console="off"),  # the run has a log of its own
-            id=own_id.read_text(),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=title,
+                dir=str(folder),
+                config=settings,
+                resume="allow",
+                settings=wandb.Settings(silent=True, console="off"),  # the run has its own log
+                id=own_id.read_text(),
+            )
+        except Exception as error:  # no key, no network, no such project
+            raise UserError(
+                f"recover.wandb {project}: {type(error).__name__} {' '.join(str(error).split())}. "
+                "Run `wandb login` first, or set WANDB_MODE=offline."
+            ) from None
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
         """One point of each curve, over the steps of its stage."""

@@ -38,12 +38,14 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
         else:
             if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
                 raise UserError(f"--model.tokenizer {path} does not exist")
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = _plain(path)
     except UserError:
         raise
     except Exception as error:  # a different one for each way of being damaged
         reason = "it holds no tokenizer files"
-        if "tokenizer.json" in files or not folder.is_dir():
+        if "trust_remote_code" in str(error):
+            reason = "it needs its own Python code (auto_map), which cap_llm never runs"
+        elif "tokenizer.json" in files or not folder.is_dir():
             reason = f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
         raise UserError(
             f"no tokenizer can be read from {path}: {reason}; give "
@@ -57,6 +59,12 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
             "give the model's own by --model.tokenizer"
         )
     return tokenizer
+
+
+def _plain(path: str) -> PreTrainedTokenizerBase:
+    """As transformers reads it. Left to itself it asks whether to run the directory's code."""
+    local = Path(path).exists()
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=local)
 
 
 def bos_rule(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -85,7 +93,7 @@ def _sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{path} is not a sentencepiece model: {error}") from None
     names = [pieces.id_to_piece(i) for i in range(len(pieces))]
     if "<0x0A>" not in names:
-        return AutoTokenizer.from_pretrained(path.parent)  # a unigram model, not LLaMA's kind
+        return _plain(str(path.parent))  # a unigram model, not LLaMA's kind
     vocab = {name: i for i, name in enumerate(names)}
     # sentencepiece joins the neighbours whose union scores highest
     merges = [

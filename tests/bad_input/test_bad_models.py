@@ -83,7 +83,7 @@ def test_weights_that_lack_a_block_are_refused(refuse, broken):
 def test_a_quantised_model_is_refused(refuse, broken):
     change_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
     message = refuse("--model.path", broken)
-    assert "quantised (gptq)" in message and "unquantised" in message
+    assert "quantized (gptq)" in message
 
 
 def test_weights_stored_as_integers_are_refused(refuse, broken):
@@ -485,3 +485,131 @@ def test_masks_of_another_model_are_refused(refuse, broken):
     for stages in ("[oneshot]", "[reconstruct]"):
         message = refuse("--model.path", broken, "--stages", stages, started=True)
         assert str(broken / FILE) in message or "--model.dense" in message
+
+
+# what a dry run sees without the work
+
+RECOVER = ["--stages", "[oneshot, recover]", "--recover.tokens", "1152", "--recover.batch", "4"]
+RECOVER += ["--recover.length", "48", "--recover.held_out", "2", "--recover.contrast.segments", "4"]
+RECOVER += ["--recover.contrast.token_positions", "8", "--recover.contrast.frequent_ids", "5"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("damage", ["lacks", "shape", "none"])
+def test_a_dry_run_sees_damaged_weights_by_their_headers(refuse, broken, kind, damage):
+    tensors = load_file(broken / "model.safetensors")
+    if damage == "lacks":
+        del tensors[DOWN_1]
+    elif damage == "shape":
+        tensors[DOWN_1] = tensors[DOWN_1][:-1].contiguous()
+    (broken / "model.safetensors").unlink()
+    if damage != "none" and kind == "bin":
+        torch.save(tensors, broken / "pytorch_model.bin")
+    elif damage != "none":
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    message = refuse("--model.path", broken, "--dry-run")
+    assert str(broken) in message
+    assert ("has no weights" if damage == "none" else DOWN_1.partition(".weight")[0]) in message
+
+
+@pytest.mark.parametrize("option", ["model.dense", "recover.teacher", "recover.finetuned"])
+def test_a_dry_run_sees_damage_of_further_models(refuse, broken, option, text_file):
+    change_weights(broken, lambda t: t.pop(DOWN_1))
+    args = [*RECOVER, "--recover.corpus", text_file, "--dry-run"]
+    assert DOWN_1 in refuse(*args, f"--{option}", broken)
+
+
+@pytest.fixture
+def hub(llama, tmp_path, monkeypatch):
+    """A hub that can only be asked for a model's config.json, and notes what it is asked for."""
+    import huggingface_hub
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    folder, asked = tmp_path / "snapshot", []
+    folder.mkdir()
+    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+
+    def download(name, file, **_):
+        asked.append((name, file))
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def test_a_dry_run_of_a_model_on_the_hub_fetches_its_config_alone(accept, refuse, hub):
+    said = accept("--model.path", "someone/llama", "--dry-run")
+    assert hub == [("someone/llama", "config.json")]
+    assert "estimate: memory" in said
+    assert "256 positions" in refuse(
+        "--model.path", "someone/llama", "--calibration.length", "257", "--dry-run"
+    )
+
+
+def test_a_dry_run_without_a_hub_asks_for_nothing(refuse, hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE" in refuse("--model.path", "someone/llama", "--dry-run")
+    assert hub == []
+
+
+def test_a_dry_run_needs_no_output_directory(call, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    at = base.index("--output_dir")
+    code, said, err = call(*base[:at], *base[at + 2 :], "--dry-run")
+    assert code == 0, err
+    assert "estimate: memory" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+# code of a model's directory
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch, tmp_path):
+    """Fails where a library asks, or where the code of a directory runs."""
+    ran = tmp_path / "ran"
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    yield f"open({str(ran)!r}, 'w').close()\n"
+    assert not ran.exists()
+
+
+def with_code(folder: Path, code: str) -> Path:
+    (folder / "modeling_my.py").write_text(code)
+    auto_map = {"AutoConfig": "modeling_my.A", "AutoModelForCausalLM": "modeling_my.B"}
+    change_config(folder, model_type="mine", architectures=["B"], auto_map=auto_map)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "option", ["model.path", "model.dense", "recover.teacher", "recover.finetuned"]
+)
+def test_code_of_a_model_is_refused_without_a_question(
+    refuse, broken, nothing_runs, option, text_file
+):
+    args = [*RECOVER, "--recover.corpus", text_file]
+    message = refuse(*args, f"--{option}", with_code(broken, nothing_runs))
+    assert str(broken) in message
+    assert "auto_map" in message and "trust_remote_code" not in message
+
+
+def test_code_beside_a_known_model_does_not_run(accept, broken, nothing_runs):
+    (broken / "modeling_my.py").write_text(nothing_runs)
+    (broken / "custom_generate").mkdir()
+    (broken / "custom_generate" / "generate.py").write_text(nothing_runs)
+    change_config(broken, auto_map={"AutoModelForCausalLM": "modeling_my.B"})
+    accept("--model.path", broken)
+
+
+def test_code_of_a_tokenizer_is_refused_without_a_question(refuse, broken, nothing_runs):
+    folder = with_code(broken, nothing_runs)
+    path = folder / "tokenizer_config.json"
+    facts = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["modeling_my.C", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    message = refuse("--model.tokenizer", folder)
+    assert "auto_map" in message and "--model.tokenizer" in message
+    assert "trust_remote_code" not in message
+
+
+def test_an_attention_kernel_of_the_hub_is_refused(refuse, broken):
+    change_config(broken, attn_implementation="someone/kernel")
+    assert "someone/kernel" in refuse("--model.path", broken)
