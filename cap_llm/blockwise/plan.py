@@ -16,7 +16,7 @@ from cap_llm.blockwise.prune import plan_sparsities
 from cap_llm.blockwise.sds import plan_second_prune
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import Checkpoint, text_settings, weight_files
+from cap_llm.models.checkpoint import Checkpoint, fingerprint, text_settings, weight_files
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import found_here, needs_conversion
 from cap_llm.runtime.console import Console, duration, size
@@ -148,7 +148,7 @@ def _check_positions(config: Config, model: PreTrainedModel, facts: dict) -> Non
 
 def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
     """Refuses a dense model that is pruned, or whose blocks are not those of the pruned one."""
-    same = pruned and folder.resolve() == pruned.resolve()
+    same = pruned and fingerprint(folder) == fingerprint(pruned) is not None
     if same or (folder / "masks.safetensors").exists():
         is_ = "the model to start from" if same else "pruned itself: it has masks.safetensors"
         raise UserError(f"model.dense {folder} is {is_}; give the model that it was pruned from")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +13,22 @@ from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
 from cap_llm.models.blocks import NamesDiffer, match_names, model_class, skeleton
-from cap_llm.models.checkpoint import Checkpoint, can_be_streamed, config_dict, has_weights
+from cap_llm.models.checkpoint import (
+    Checkpoint,
+    can_be_streamed,
+    config_dict,
+    fingerprint,
+    has_weights,
+)
 from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.rundir import Run
-from cap_llm.text.corpora import offline
+from cap_llm.runtime.rundir import CONTENTS, Run
+from cap_llm.runtime.sections import places
+from cap_llm.text.corpora import NAMES, offline
 
+# what a model is besides its weights
+_MEANING = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken")
+_MEANING += ("added_tokens.json", "special_tokens_map.json")
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
@@ -31,6 +42,8 @@ def locate(config: ModelConfig, download: bool = True, option: str = "model.path
         UserError: there is no such model, or it cannot be fetched.
     """
     path = Path(config.path)
+    if path.name in ("", ".."):  # what is made from it is called by its name
+        path = path.resolve()
     if path.is_dir() or path.suffix == ".gguf":
         if not path.exists():
             raise UserError(f"{option} {path} does not exist")
@@ -73,7 +86,8 @@ def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source")
             return located
         except NamesDiffer as error:
             names_differ = error
-    recipe = {"model": asdict(config)}
+    known = {"model.path": content(located)} if run.world.first else {}
+    recipe = {"model": asdict(config), CONTENTS: known}
     folder, done = run.stage(stage, recipe)
     if not done:
         run.console.say(f"converting {located.name} to safetensors, once")
@@ -116,6 +130,42 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
             f"dense model with --model.dense, or let --stages begin with oneshot"
         )
     return start, source
+
+
+def contents(config: Config, located: Path | None) -> dict[str, str]:
+    """Checksums of what the settings name by a path, by option: it may be given by another path.
+
+    `located` is where the run's model lies.
+    """
+    known: dict[str, str | None] = {}
+    for option in places(Config):
+        section, _, name = option.rpartition(".")
+        value = getattr(config, section, None) and getattr(getattr(config, section), name)
+        if section != "evaluate" and isinstance(value, str) and value not in NAMES:
+            known[option] = content(Path(value))
+    if located:
+        known["model.path"] = known["model.revision"] = content(located)
+    return {option: checksum for option, checksum in known.items() if checksum}
+
+
+def content(path: Path) -> str | None:
+    """A checksum of a file or a model directory, wherever it lies; None for neither.
+
+    Of a directory it is made of the weights' fingerprint, the configuration and the tokenizer.
+    """
+    if path.is_dir():
+        files = sorted({f for name in _MEANING for f in path.glob(name) if f.is_file()})
+        parts = [fingerprint(path) or "", *(file.name for file in files)]
+    else:
+        files = [path] if path.is_file() else []
+        parts = []
+    if not any(parts) and not files:
+        return None
+    sha = hashlib.sha256("/".join(parts).encode())
+    for file in files:
+        with open(file, "rb") as opened:
+            sha.update(hashlib.file_digest(opened, "sha256").digest())
+    return sha.hexdigest()[:16]
 
 
 def found_here(path: str | None, option: str) -> Path | None:
