@@ -287,7 +287,7 @@ def test_a_command_without_its_argument_says_how_it_is_used(command, word):
 
 
 def test_reading_settings_needs_no_torch():
-    code = "import sys, cap_llm.command_line; sys.exit('torch' in sys.modules)"
+    code = "import sys, cap_llm.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -132,10 +132,10 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     return start, source
 
 
-def contents(config: Config, located: Path | None) -> dict[str, str]:
+def contents(config: Config, located: Path | None = None) -> dict[str, str]:
     """Checksums of what the settings name by a path, by option: it may be given by another path.
 
-    `located` is where the run's model lies.
+    `located` is where the run's model lies, if it is given by its name on the hub.
     """
     known: dict[str, str | None] = {}
     for option in places(Config):
@@ -144,27 +144,29 @@ def contents(config: Config, located: Path | None) -> dict[str, str]:
         if section != "evaluate" and isinstance(value, str) and value not in NAMES:
             known[option] = content(Path(value))
     if located:
-        known["model.path"] = known["model.revision"] = content(located)
+        known["model.path"] = content(located)
+    known["model.revision"] = known.get("model.path")
     return {option: checksum for option, checksum in known.items() if checksum}
 
 
 def content(path: Path) -> str | None:
-    """A checksum of a file or a model directory, wherever it lies; None for neither.
+    """A checksum of a file or a model directory, wherever it lies; None for what is neither.
 
     Of a directory it is made of the weights' fingerprint, the configuration and the tokenizer.
     """
-    if path.is_dir():
-        files = sorted({f for name in _MEANING for f in path.glob(name) if f.is_file()})
-        parts = [fingerprint(path) or "", *(file.name for file in files)]
-    else:
-        files = [path] if path.is_file() else []
-        parts = []
-    if not any(parts) and not files:
+    files, names = [path], [""]
+    try:
+        if path.is_dir():
+            files = sorted({f for name in _MEANING for f in path.glob(name) if f.is_file()})
+            names = [fingerprint(path) or "", *(file.name for file in files)]
+        if not files or not all(map(Path.is_file, files)):
+            return None
+        sha = hashlib.sha256("/".join(names).encode())
+        for file in files:
+            with open(file, "rb") as opened:
+                sha.update(hashlib.file_digest(opened, "sha256").digest())
+    except OSError:  # whoever needs it says what is wrong
         return None
-    sha = hashlib.sha256("/".join(parts).encode())
-    for file in files:
-        with open(file, "rb") as opened:
-            sha.update(hashlib.file_digest(opened, "sha256").digest())
     return sha.hexdigest()[:16]
 
 
