@@ -9,19 +9,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import math
 import re
+import reprlib
 import sys
-import types
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import jsonargparse
 import yaml
 
 from cap_llm.config import Config
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.sections import refused
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -33,25 +33,23 @@ def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
         The settings, the same as YAML, and whether only a dry run was asked for.
 
     Raises:
-        UserError: an option is unknown, misspelt or of the wrong type.
+        UserError: an option is unknown, misspelt, or its value is of the wrong type or range.
     """
-    argv = _resolve_recipe(list(sys.argv[1:] if argv is None else argv))
+    file, argv = _resolve_recipe(list(sys.argv[1:] if argv is None else argv))
     parser = make_parser()
-    if argv[:1] == ["--config"] and not _check_file(Path(argv[1]), parser):
-        argv = argv[2:]  # a file of comments: the defaults
     try:
-        parsed = parser.parse_args(argv)
-        dry_run = parsed.pop("dry_run")
-        parsed.pop("config")
-        for name, value in parsed.as_flat().__dict__.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{name} is {value}; it must be a finite number")
-        text = parser.dump(parsed, skip_none=False)
-        config = parser.instantiate_classes(parsed)
+        content = parser.parse_object(_read_file(file)) if file else None
+        parsed = parser.parse_args(argv, namespace=content).as_dict()
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
         raise UserError(_explain(str(error), parser)) from None
-    settings = Config(**{f.name: config[f.name] for f in dataclasses.fields(Config)})
-    return settings, text, dry_run
+    config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    return config, as_yaml(config), parsed.get("dry_run", False)
+
+
+def as_yaml(config: Config) -> str:
+    """The settings as a file that `--config` reads."""
+    content = dataclasses.asdict(config)
+    return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -67,6 +65,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
+        default=argparse.SUPPRESS,  # not a setting: --print_config leaves it out
         help="Check all that can be checked, predict memory, disk and hours, and stop.",
     )
     parser.add_class_arguments(Config)
@@ -80,16 +79,17 @@ def recipes() -> list[str]:
     return sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml"))
 
 
-def _resolve_recipe(argv: list[str]) -> list[str]:
-    """Puts `--config PATH` first, so that every other option overrides it; a recipe's name becomes
-    its path. Drops `--local_rank=N`, which the deepspeed launcher adds: `LOCAL_RANK` says the same.
+def _resolve_recipe(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The file that `--config` names, also by a recipe's name, and the other arguments.
+
+    Drops `--local_rank=N`, which the deepspeed launcher adds: `LOCAL_RANK` says the same.
     """
     argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if argv.count("--config") > 1:
         raise UserError("--config is given twice; give one recipe or file, and options after it")
     if "--config" not in argv:
-        return argv
+        return None, argv
     at = argv.index("--config")
     if at + 1 == len(argv):
         raise UserError(
@@ -97,43 +97,85 @@ def _resolve_recipe(argv: list[str]) -> list[str]:
         )
     name, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     if name in recipes():
-        name = str(files("cap_llm") / "recipes" / f"{name}.yaml")
-    elif not Path(name).is_file():
+        return Path(str(files("cap_llm") / "recipes" / f"{name}.yaml")), rest
+    if not Path(name).expanduser().is_file():
         near = difflib.get_close_matches(name, recipes(), n=1)
         hint = f"did you mean {near[0]}?" if near else "recipes: " + ", ".join(recipes())
         raise UserError(f"--config {name}: neither a file nor a recipe; {hint}")
-    return ["--config", name, *rest]
+    return Path(name).expanduser(), rest
 
 
-def _check_file(path: Path, parser: jsonargparse.ArgumentParser) -> bool:
-    """Refuses a settings file that is not YAML or holds an unknown field, by its name.
+def _read_file(path: Path) -> dict:
+    """The settings of a YAML file.
 
-    Returns:
-        Whether it sets anything.
+    Raises:
+        UserError: it is not YAML, sets one field twice, or holds an unknown field or a section
+            that is not one.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"--config {path} is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
-    content = {} if content is None else content
+        content = _load_yaml(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not valid YAML: {why}") from None
+    return _checked(content, Config(), path)
+
+
+def _checked(content: object, section: object, path: Path, prefix: str = "") -> dict:
+    """What a file sets of a section, without what is left empty."""
+    if content is None:  # all its fields are comments
+        return {}
     if not isinstance(content, dict):
-        raise UserError(
-            f"--config {path} holds {str(content)[:40]!r} instead of settings; see the recipes"
-        )
-    known = _options(parser)
+        what = f"sets {prefix.rstrip('.')} to" if prefix else "holds"
+        raise UserError(f"--config {path} {what} {reprlib.repr(content)} instead of settings")
+    fields = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    found = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = _near(name, [prefix + other for other in fields])
+            raise UserError(f"--config {path} sets {name}, which is unknown{near}")
+        is_section = dataclasses.is_dataclass(fields[key])
+        found[key] = _checked(value, fields[key], path, f"{name}.") if is_section else value
+    return found
 
-    def check(fields: dict, prefix: str) -> None:
-        for key, value in fields.items():
-            option = f"{prefix}{key}"
-            if option not in known:
-                raise UserError(f"{path} sets {option}, which is unknown{_near(option, known)}")
-            if isinstance(value, dict) and not option.endswith(".layers"):
-                check(value, f"{option}.")
 
-    check(content, "")
-    return bool(content)
+def _load_yaml(text: str) -> object:
+    """Reads YAML, in files and in options' values.
+
+    Raises:
+        YAMLError: also where a mapping holds a key twice: YAML's own readers take the last.
+    """
+    try:
+        _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), set())
+        return _READ_YAML(text)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+
+
+def _refuse_twice(node: yaml.Node | None, seen: set[int]) -> None:
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))  # an anchor may stand inside itself
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_twice(item, seen)
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        _refuse_twice(value, seen)
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"{key.value} is set twice, in line {lines[key.value]} and line {line}"
+                )
+            lines[key.value] = line
+
+
+_READ_YAML = jsonargparse.get_loader("yaml")
+jsonargparse.set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
@@ -143,14 +185,10 @@ def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
     value = re.search(r"(?:Got value|Given value): (.*)$", message)
     if key and value:
         kind = _field_type(key.group(1))
-        text = f"{key.group(1)} is {value.group(1)!r}; it must be {_describe(kind)}"
-        choices = [c for k in (kind, *get_args(kind)) for c in get_args(k) if isinstance(c, str)]
+        text = str(refused(key.group(1), value.group(1), kind))
         if kind is str:
             text += " (put it in quotes: YAML reads it as something else)"
-        near = difflib.get_close_matches(value.group(1), choices, n=1)
-        if get_origin(kind) is list and (near or not choices):
-            return f'{text}; did you mean "[{near[0] if near else value.group(1)}]"?'
-        return text + (f"; did you mean {near[0]}?" if near else "")
+        return text
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         option = unknown.group(1).split("=")[0]
@@ -168,21 +206,8 @@ def _near(option: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _field_type(key: str) -> type:
-    kind: type = Config
+def _field_type(key: str) -> Any:
+    kind: Any = Config
     for part in key.split("."):
         kind = get_type_hints(kind)[part]
     return kind
-
-
-def _describe(kind) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    if get_origin(kind) is list:
-        return f"a list, like [a, b], of {_describe(get_args(kind)[0])}"
-    if get_origin(kind) is dict:
-        return 'names with numbers, like {"*.down_proj": 0.4}'
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_describe(k) for k in get_args(kind))
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
-    return names.get(kind, "null")

@@ -1,80 +1,80 @@
 """The settings of a run: nested, documented, checked dataclasses.
 
 A YAML file (a recipe) is the source of truth; `--section.field VALUE` overrides it. Defaults, help
-texts and the option table of the README all come from here. Nonsense is refused in `__post_init__`,
-before anything is loaded.
+texts and the option table of the README all come from here. Each field's type holds its range;
+what only several fields can tell is refused in `__post_init__`, before anything is loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.sparsity.patterns import Pattern
+from cap_llm.runtime.sections import (
+    AtLeast0,
+    AtLeast1,
+    AtLeast2,
+    Place,
+    Positive,
+    Share,
+    Weight,
+    section,
+)
+from cap_llm.sparsity.pattern import Pattern
 
 
-@dataclass
+@section("model")
 class ModelConfig:
     """The dense model."""
 
-    path: str = ""
+    path: Place = ""
     """A model directory, or a name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Directory, hub name or `tokenizer.model` file, where the model brings no tokenizer."""
-    dense: str | None = None
+    dense: Place | None = None
     """The dense model (directory or hub name), where `path` is one pruned elsewhere."""
 
 
-@dataclass
+@section("calibration")
 class CalibrationConfig:
     """The text that shows the solvers what the inputs of each matrix look like."""
 
-    corpus: str = "c4"
+    corpus: Place = "c4"
     """c4, wikitext2, ptb, or a file: .txt or .jsonl (field `text`), also as .gz, or .parquet."""
-    sequences: int = 128
+    sequences: AtLeast1 = 128
     """Number of sequences, drawn as in SparseGPT and Wanda."""
-    length: int = 2048
+    length: AtLeast2 = 2048
     """Tokens a sequence."""
-    seed: int = 0
+    seed: AtLeast0 = 0
     """Seed of the draw."""
-    held_out: int = 16
+    held_out: AtLeast0 = 16
     """Further sequences, of other documents, by which sds and reconstruct judge what they made; 0:
     they take their last result."""
     allow_scored_corpus: bool = False
     """Allow a calibration corpus that `evaluate` scores too. Its perplexity then flatters."""
 
-    def __post_init__(self):
-        _at_least("calibration.sequences", self.sequences, 1)
-        _at_least("calibration.held_out", self.held_out, 0)
-        _at_least("calibration.length", self.length, 2)
-        _at_least("calibration.seed", self.seed, 0)
 
-
-@dataclass
+@section("oneshot.owl")
 class OwlConfig:
     """OWL: blocks with many outlying activations keep more weights (Yin et al. 2024)."""
 
-    strength: float = 0.08
+    strength: Annotated[float, Interval(gt=0, lt=0.5)] = 0.08
     """Half of the range that the blocks' sparsities span (the paper's lambda)."""
-    threshold: float = 5.0
+    threshold: Annotated[float, Gt(1)] = 5.0
     """A score this many times the block's mean is an outlier (the paper's M)."""
-    guard_sequences: int = 16
+    guard_sequences: AtLeast0 = 16
     """Calibration sequences, held out, on which OWL must beat uniform to be used; 0: no test."""
 
-    def __post_init__(self):
-        if not 0 < self.strength < 0.5:
-            raise UserError(f"oneshot.owl.strength is {self.strength}; it must lie in (0, 0.5)")
-        if self.threshold <= 1:
-            raise UserError(f"oneshot.owl.threshold is {self.threshold}; it must be above 1")
-        _at_least("oneshot.owl.guard_sequences", self.guard_sequences, 0)
 
-
-@dataclass
+@section("oneshot")
 class OneshotConfig:
     """One-shot pruning, block by block."""
 
@@ -84,18 +84,18 @@ class OneshotConfig:
     pattern: str = "unstructured"
     """unstructured (wanda: by row), row (equal sparsity in each output row), or N:M: keep N of M
     inputs."""
-    sparsity: float | None = None
+    sparsity: Share | None = None
     """Share of zeros, in (0, 1). Default 0.5; an N:M pattern fixes it."""
     refit: bool = False
     """Then re-solve the weights that stay by least squares on the same mask (alps always does)."""
-    damping: float = 0.01
+    damping: Share = 0.01
     """Ridge on the Hessian, as a share of its mean diagonal; raised tenfold where it fails."""
-    block_size: int = 128
+    block_size: AtLeast1 = 128
     """SparseGPT: columns between two choices of the mask; N:M rounds it to a multiple of M."""
     budget: Literal["uniform", "owl"] = "uniform"
     """How the sparsity is spread over the blocks."""
     owl: OwlConfig = field(default_factory=OwlConfig)
-    layers: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, Annotated[float, Interval(ge=0, lt=1)]] = field(default_factory=dict)
     """Sparsity by hand: {"*.down_proj": 0.4, "model.layers.0.*": 0}; 0 leaves a layer dense."""
     earlier_mask: Literal["auto", "zeros", "ignore"] = "auto"
     """Prune inside an earlier mask: auto reads masks.safetensors of the model if it has one, zeros
@@ -103,10 +103,6 @@ class OneshotConfig:
 
     def __post_init__(self):
         pattern = Pattern.parse(self.pattern)
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise UserError(
-                f"oneshot.sparsity is {self.sparsity:g}; it is the share of zeros, in (0, 1)"
-            )
         if pattern.m and self.sparsity not in (None, pattern.fixed_sparsity):
             raise UserError(
                 f"oneshot.sparsity is {self.sparsity:g} but the pattern {self.pattern} fixes it at "
@@ -118,19 +114,11 @@ class OneshotConfig:
                 "allow; use budget uniform or an unstructured pattern"
             )
         for name, sparsity in self.layers.items():
-            if not 0 <= sparsity < 1:
-                raise UserError(
-                    f"oneshot.layers gives {name!r} the sparsity {sparsity:g}; it must lie in "
-                    "[0, 1), and 0 leaves the layer dense"
-                )
             if sparsity and pattern.fixed_sparsity not in (None, sparsity):
                 raise UserError(
                     f"oneshot.layers gives {name!r} the sparsity {sparsity:g} but the pattern "
                     f"{self.pattern} fixes it at {pattern.fixed_sparsity:g}; use 0 or leave it out"
                 )
-        if not 0 < self.damping < 1:
-            raise UserError(f"oneshot.damping is {self.damping:g}; it must lie in (0, 1)")
-        _at_least("oneshot.block_size", self.block_size, 1)
 
     @property
     def amount(self) -> float:
@@ -154,7 +142,7 @@ class OneshotConfig:
         return self.refits or self.method in ("sparsegpt", "admm_grad")
 
 
-@dataclass
+@section("sds")
 class SdsConfig:
     """Sparse-Dense-Sparse: the pruned model is made dense again, more prunable, and pruned again by
     `oneshot`'s method (Li et al. 2025)."""
@@ -169,16 +157,14 @@ class SdsConfig:
     """The dense step; off, only the adjustment is left, as a control."""
     adjust: bool = True
     """After pruning again, move weights and mask towards the dense weights."""
-    mu: float = 0.1
+    mu: Weight = 0.1
     """gram: pull towards the pruned weights; inputs are scaled to unit energy."""
-    l1: float | None = None
+    l1: Weight | None = None
     """Weight of the L1 norm. Default: 0.02 (gram), 0.1 (paper, of the mean |W|)."""
-    l2: float | None = None
+    l2: Weight | None = None
     """Weight of the squared L2 norm. Default: 0.01 (gram), 0.1 (paper, of the mean square)."""
 
     def __post_init__(self):
-        for name in ("mu", "l1", "l2"):
-            _at_least(f"sds.{name}", getattr(self, name), 0)
         if not (self.redensify or self.adjust):
             raise UserError("sds.redensify and sds.adjust are both off; nothing is left to do")
 
@@ -189,7 +175,7 @@ class SdsConfig:
         return l1 if self.l1 is None else self.l1, l2 if self.l2 is None else self.l2
 
 
-@dataclass
+@section("reconstruct")
 class ReconstructConfig:
     """Block reconstruction: the weights that stay are trained, a block at a time, to give the dense
     block's output (Shin et al. 2024)."""
@@ -197,12 +183,12 @@ class ReconstructConfig:
     inputs: Literal["dense", "student"] = "student"
     """What a block reads while it is trained: what the blocks reconstructed before it give, or the
     dense model's activations, so that blocks are independent and ranks take them in turn."""
-    epochs: int = 2
+    epochs: AtLeast1 = 2
     """Passes over the calibration text, at most: two without a gain on held-out text end it."""
-    lr: float = 0.01
+    lr: Positive = 0.01
     """Adam's learning rate as a share of each tensor's root mean square; after a warm-up over the
     first tenth of the steps it falls linearly to 0."""
-    batch: int = 2
+    batch: AtLeast1 = 2
     """Sequences a step; with student inputs no more ranks than these have work. For n times as many
     raise `lr` by the root of n."""
     halves: bool = False
@@ -210,88 +196,63 @@ class ReconstructConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What matrices are multiplied in (autocast); weights and errors are fp32. auto: float32 on
     CPUs, else bfloat16."""
-    seed: int = 0
+    seed: AtLeast0 = 0
     """Seed of the order of sequences."""
 
-    def __post_init__(self):
-        _at_least("reconstruct.epochs", self.epochs, 1)
-        _at_least("reconstruct.batch", self.batch, 1)
-        _at_least("reconstruct.seed", self.seed, 0)
-        _above("reconstruct.lr", self.lr, 0)
 
-
-@dataclass
+@section("recover.objective")
 class ObjectiveConfig:
     """What recovery minimises: a weighted sum. A weight of 0 switches a term off."""
 
-    ce: float = 0.5
+    ce: Weight = 0.5
     """Cross-entropy of the next token."""
-    kl: float = 0.5
+    kl: Weight = 0.5
     """Divergence from the dense model's next-token distribution."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the two distributions; the term is scaled by its square."""
-    feature: float = 0.0
+    feature: Weight = 0.0
     """SquareHead: relative squared error of each block's output against the dense model's."""
-    prc: float = 0.0
+    prc: Weight = 0.0
     """Contrast with the pre-trained (dense) model; CAP's is 0.1. Measured, it cost perplexity."""
-    snc: float = 0.0
+    snc: Weight = 0.0
     """Contrast with the student's own snapshots of earlier rungs, divided by their number; CAP's is
     0.1. Measured, it gained nothing."""
-    fic: float = 0.1
+    fic: Weight = 0.1
     """Contrast with a fine-tuned model (recover.finetuned); off without one."""
 
     TERMS = ("ce", "kl", "feature", "prc", "snc", "fic")
 
-    def __post_init__(self):
-        for name in self.TERMS:
-            _at_least(f"recover.objective.{name}", getattr(self, name), 0)
-        _above("recover.objective.temperature", self.temperature, 0)
 
-
-@dataclass
+@section("recover.contrast")
 class ContrastConfig:
     """The units of the contrasts, their candidates, and the loss on them."""
 
-    segments: int = 8
+    segments: AtLeast0 = 8
     """Units a sequence that are means over equal parts of it; 0: none."""
-    token_positions: int = 64
+    token_positions: AtLeast0 = 64
     """Units a sequence that are single tokens, at positions drawn once; 0: none."""
-    segment_weight: float = 1.0
+    segment_weight: Weight = 1.0
     """Of the segments' mean in a contrast; the tokens' is added to it."""
-    token_weight: float = 1.0
+    token_weight: Weight = 1.0
     """Of the tokens' mean in a contrast."""
-    segment_temperature: float = 0.1
+    segment_temperature: Positive = 0.1
     """Of the softmax over a segment's candidates."""
-    token_temperature: float = 0.07
+    token_temperature: Positive = 0.07
     """Of the softmax over a token's candidates."""
-    supervised: float = 0.1
+    supervised: Weight = 0.1
     """Weight, within a contrast, of the part whose positives have the same next token."""
-    frequent_ids: int = 200
+    frequent_ids: AtLeast0 = 200
     """The most frequent ids of the text are no labels."""
-    extra_sequences: int = 32
+    extra_sequences: AtLeast0 = 32
     """Further sequences of the bank whose units are candidates, drawn anew each micro-batch."""
-    dim: int = 256
+    dim: AtLeast2 = 256
     """Dimensions after the random projection."""
-    bank_gib: float = 16.0
+    bank_gib: Weight = 16.0
     """Most disk that one bank may take, in GiB."""
-    snapshots: int = 4
+    snapshots: AtLeast1 = 4
     """Most snapshots that are kept: the latest rungs."""
 
     def __post_init__(self):
-        for name, least in (
-            ("segments", 0),
-            ("token_positions", 0),
-            ("frequent_ids", 0),
-            ("extra_sequences", 0),
-            ("dim", 2),
-            ("snapshots", 1),
-            ("segment_weight", 0),
-            ("token_weight", 0),
-            ("supervised", 0),
-        ):
-            _at_least(f"recover.contrast.{name}", getattr(self, name), least)
-        for name in ("segment_temperature", "token_temperature"):
-            _above(f"recover.contrast.{name}", getattr(self, name), 0)
         if not self.segments * self.segment_weight + self.token_positions * self.token_weight:
             raise UserError(
                 "recover.contrast has neither segments nor token_positions with a weight; give "
@@ -299,46 +260,46 @@ class ContrastConfig:
             )
 
 
-@dataclass
+@section("recover")
 class RecoverConfig:
     """Training of the pruned model towards the dense one, its zeros kept."""
 
-    teacher: str | None = None
+    teacher: Place | None = None
     """Another model to learn from, of the same vocabulary (directory or hub name), a larger one,
     say. Default: the dense model."""
-    finetuned: str | None = None
+    finetuned: Place | None = None
     """A fine-tuned model of the same width for FiC: a directory, a hub name, or `train`, which
     first trains the dense model on the recovery text."""
-    corpus: str = "c4"
+    corpus: Place = "c4"
     """Text to train on: c4, wikitext2, ptb, or a file."""
-    length: int = 1024
+    length: Annotated[int, Ge(8)] = 1024
     """Tokens a sequence."""
-    sequences: int | None = None
+    sequences: AtLeast1 | None = None
     """Distinct sequences to train on. Default: as many as the tokens of all rungs fill; a rung goes
     on in the text where the one before it ended."""
-    held_out: int = 16
+    held_out: AtLeast1 = 16
     """Sequences of other documents of the corpus, never trained on, for the gate and the curve."""
-    tokens: int = 2_000_000
+    tokens: AtLeast1 = 2_000_000
     """Tokens to train on, each rung."""
-    batch: int = 16
+    batch: AtLeast1 = 16
     """Sequences a step, over all ranks."""
-    micro_batch: int = 1
+    micro_batch: AtLeast1 = 1
     """Sequences a rank passes at once. Contrasts find their candidates in one micro-batch of all
     ranks, so ranks x micro_batch is part of what a run is where a contrast is on."""
     ladder: str = ""
     """Rungs to prune to before each training: "0.3, 0.4, 0.5" or "3:4, 2:4". Empty: train the model
     as it is."""
-    gate: float | None = None
+    gate: Annotated[float, Gt(1)] | None = None
     """The ladder ends with an error at a rung whose held-out perplexity, after training, is more
     than this many times the dense model's."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate."""
-    warmup: float = 0.03
+    warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.03
     """Share of a rung's steps until it is reached, and at least 5 of them (a quarter where there
     are fewer than 20), unless 0; then it falls to a tenth by a cosine."""
-    weight_decay: float = 0.0
+    weight_decay: Weight = 0.0
     """AdamW's."""
-    clip: float = 1.0
+    clip: Weight = 1.0
     """Largest norm of the gradient; 0: no limit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the models compute in; master weights are fp32. auto: float32 on CPUs, else bfloat16."""
@@ -346,23 +307,23 @@ class RecoverConfig:
     """Type that the recovered weights are stored in. Default: that of the model's own files."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
-    seed: int = 0
+    seed: AtLeast0 = 0
     """Seed of packing, order, positions and draws."""
-    deepspeed: str = "zero2"
+    deepspeed: Place = "zero2"
     """zero0, zero1, zero2, zero3, zero3_offload, cpu (ZeRO-2 in small buckets, for ranks on CPUs),
     or a DeepSpeed JSON file."""
-    teacher_deepspeed: str = "auto"
+    teacher_deepspeed: Place = "auto"
     """The teacher's, which has any under ZeRO-3 only: auto (sharded if the student is),
     teacher_zero3, teacher_zero3_offload, or a file."""
-    resume: bool | str = "auto"
+    resume: bool | Place = "auto"
     """auto: from the last complete checkpoint if there is one; true: there must be one; false:
     train this rung from its start; or a checkpoint's folder. DeepSpeed's checkpoints are pickles,
     which run code when they are loaded: name only a folder that you trust."""
-    checkpoint_steps: int = 200
+    checkpoint_steps: AtLeast1 = 200
     """Steps between two checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: AtLeast1 = 2
     """Complete checkpoints that are kept."""
-    evaluate_steps: int = 100
+    evaluate_steps: AtLeast1 = 100
     """Steps between two measurements of the held-out perplexity."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the package tensorboard)."""
@@ -371,32 +332,15 @@ class RecoverConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
 
-    # What a model sees of its first positions is unlike all others: attention sinks.
+    # What a model sees of its first positions is unlike all others: attention sinks. `length` has
+    # twice as many at least.
     SKIP = 4
 
     def __post_init__(self):
-        for name, least in (
-            ("length", 2 * self.SKIP),
-            ("held_out", 1),
-            ("batch", 1),
-            ("micro_batch", 1),
-            ("checkpoint_steps", 1),
-            ("keep_checkpoints", 1),
-            ("evaluate_steps", 1),
-            ("sequences", 1),
-            ("seed", 0),
-        ):
-            _at_least(f"recover.{name}", getattr(self, name), least)
         if self.tokens < self.batch * self.length:
             raise UserError(
                 f"recover.tokens is {self.tokens}, less than one step of {self.batch} x "
                 f"{self.length} tokens; raise it, or lower batch or length"
-            )
-        if self.lr <= 0 or self.weight_decay < 0 or self.clip < 0 or not 0 <= self.warmup < 1:
-            raise UserError(
-                f"recover.lr {self.lr:g}, weight_decay {self.weight_decay:g}, clip {self.clip:g}, "
-                f"warmup {self.warmup:g}: lr must be above 0, weight_decay and clip at least 0, "
-                "warmup in [0, 1)"
             )
         o = self.objective
         if not (o.ce or o.kl or o.feature or o.prc or (o.fic and self.finetuned)):
@@ -404,7 +348,6 @@ class RecoverConfig:
                 "recover.objective has nothing to train towards: snc needs a rung before, fic a "
                 "model in recover.finetuned; give another weight above 0, such as kl"
             )
-        _above("recover.gate", self.gate, 1)
         for before, rung in zip(self.rungs, self.rungs[1:], strict=False):
             if rung.sparsity <= before.sparsity:
                 raise UserError(
@@ -506,52 +449,43 @@ class Rung:
         return dataclasses.replace(oneshot, pattern=pattern, sparsity=sparsity, earlier_mask="auto")
 
 
-@dataclass
+@section("evaluate")
 class EvaluateConfig:
     """Perplexity as the papers measure it (rows joined, one BOS, non-overlapping windows), and
     zero-shot scores by lm-eval."""
 
-    corpora: list[str] = field(default_factory=lambda: ["wikitext2"])
+    corpora: list[Place] = field(default_factory=lambda: ["wikitext2"])
     """wikitext2, c4, ptb, or files."""
-    window: int = 2048
+    window: AtLeast2 = 2048
     """Tokens a window; figures of different windows do not compare."""
-    max_windows: int | None = None
+    max_windows: AtLeast1 | None = None
     """Score only the first windows of each corpus."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[Place] = field(default_factory=list)
     """Zero-shot tasks: wanda, sds (the papers' sets), tasks of lm-eval, or its task files."""
-    task_data: str | None = None
+    task_data: Place | None = None
     """Folder of the tasks' rows (see README). Default: `zeroshot` in CAP_LLM_DATA; what is not
     there comes from the hub."""
-    limit: int | None = None
+    limit: AtLeast1 | None = None
     """Score only the first items of each task."""
-    batch_size: int = 8
+    batch_size: AtLeast1 = 8
     """Requests a batch of a task; a batch is padded to its longest."""
     dense: bool = True
     """Score the dense model too."""
 
-    def __post_init__(self):
-        _at_least("evaluate.window", self.window, 2)
-        _at_least("evaluate.max_windows", self.max_windows, 1)
-        _at_least("evaluate.limit", self.limit, 1)
-        _at_least("evaluate.batch_size", self.batch_size, 1)
 
-
-@dataclass
+@section("runtime")
 class RuntimeConfig:
     """Where and how the work is done; nothing here changes a result beyond rounding."""
 
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda."""
-    activation_gib: float | None = None
+    activation_gib: Weight | None = None
     """Memory for activations, in GiB (2^30 bytes) a rank; what does not fit is computed again or
     goes to disk. Default: half of what is free when the work starts."""
     keep_intermediate: bool = True
     """Keep the weights of a stage when the next one is done, and recover's banks. Off, they are
     scored and dropped then, so that a pipeline never holds more than two pruned models; a ladder
     holds those of its rungs until it ends."""
-
-    def __post_init__(self):
-        _at_least("runtime.activation_gib", self.activation_gib, 0)
 
 
 STAGES = ("oneshot", "sds", "reconstruct", "recover", "evaluate")
@@ -573,11 +507,11 @@ _NOT_OF_THE_RESULT = (
 )
 
 
-@dataclass
+@section("")
 class Config:
     """A pipeline over one model."""
 
-    output_dir: str = ""
+    output_dir: Place = ""
     """The run directory. The same command goes on where an earlier one stopped."""
     name: str = ""
     """What the report calls this run. Default: what was done, as in "SparseGPT 50 % + recovery"."""
@@ -636,9 +570,9 @@ class Config:
         if "evaluate" in self.stages:
             # C4's training and validation documents differ: to calibrate on the one and score the
             # other is the papers' own protocol. WikiText-2's splits share their style and topics.
-            scored = [_corpus_key(name) for name in self.evaluate.corpora if name != "c4"]
+            scored = [name for name in self.evaluate.corpora if name != "c4"]
             for option, corpus, remedy in self.not_to_be_scored:
-                if _corpus_key(corpus) in scored:
+                if any(same_text(corpus, name) for name in scored):
                     raise UserError(
                         f"{option} {corpus!r} is also scored by evaluate: choose another text"
                         f"{remedy}"
@@ -698,15 +632,7 @@ class Config:
         return settings
 
 
-def _corpus_key(corpus: str) -> str:
-    return str(Path(corpus).resolve()) if Path(corpus).exists() else corpus
-
-
-def _at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UserError(f"{name} is {value:g}; it must be at least {least}")
-
-
-def _above(name: str, value: float | None, bound: int) -> None:
-    if value is not None and value <= bound:
-        raise UserError(f"{name} is {value:g}; it must be above {bound}")
+def same_text(a: str | Path, b: str | Path) -> bool:
+    """Whether two names of corpora mean one text: the same name, or files of the same content."""
+    both = Path(a).is_file() and Path(b).is_file()
+    return str(a) == str(b) or (both and filecmp.cmp(a, b, shallow=False))

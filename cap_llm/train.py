@@ -52,7 +52,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.evaluation.runs import collect
     from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.checkpoint import has_weights
-    from cap_llm.models.source import locate, prepare
+    from cap_llm.models.source import contents, locate, prepare
     from cap_llm.runtime.rundir import Run
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
@@ -65,6 +65,8 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
         texts = read_texts(config, located) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
+        known = contents(config, located) if world.first else None
+        run.contents = world.gather(known)[0]
         for stage in ("dense", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
         run.describe(config.name, config_yaml)
@@ -157,8 +159,8 @@ def drop(folder: Path, world: World) -> None:
 def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
     from cap_llm.evaluation.tasks import find_tasks
-    from cap_llm.models.source import locate
-    from cap_llm.runtime.rundir import refuse_other, refuse_strangers
+    from cap_llm.models.source import contents, locate
+    from cap_llm.runtime.rundir import refuse_other, refuse_strangers, with_contents
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
@@ -167,9 +169,10 @@ def dry_run(config: Config, console: Console) -> None:
         config.output_dir = f"cap-llm-dry-run-{os.getpid()}"
     folder = Path(config.output_dir)
     refuse_strangers(folder)
-    for stage in ("dense", *config.stages):
-        refuse_other(folder / stage, config.recipe(stage))
     located = locate(config.model, download=False)
+    known = contents(config, located)
+    for stage in ("dense", *config.stages):
+        refuse_other(folder / stage, with_contents(config.recipe(stage), known))
     check(located, config, console, world, predict=True)
     if "evaluate" in config.stages:
         find_tasks(config.evaluate, console, fetch=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from cap_llm.sparsity.patterns import Pattern
+from cap_llm.sparsity.pattern import Pattern
 
 
 def keep_highest(score: list[float], n_drop: int, allowed: list[bool]) -> list[bool]:

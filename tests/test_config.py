@@ -4,19 +4,26 @@ the help says it all."""
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import yaml
 
 from cap_llm import config as config_module
+from cap_llm.blockwise.prune import METHODS
 from cap_llm.command_line import make_parser, read_config, recipes
 from cap_llm.config import Config, OneshotConfig
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import difference
+from cap_llm.sparsity.pattern import Pattern
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ["--model.path", "some/model", "--output_dir", "runs/x"]
@@ -279,6 +286,109 @@ def test_a_command_without_its_argument_says_how_it_is_used(command, word):
     assert result.stderr.startswith("usage: cap-llm") and "Traceback" not in result.stderr
 
 
+def test_reading_settings_needs_no_torch():
+    code = "import sys, cap_llm.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# from Python
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        ("Oneshot", {"method": "sparse_gpt"}, ["oneshot.method", "mean sparsegpt?"]),
+        ("Oneshot", {"methd": "wanda"}, ["oneshot.methd is unknown", "mean method?"]),
+        ("Oneshot", {"pattern": "2:4:8"}, ["2:4:8"]),
+        ("Oneshot", {"layers": {"a": 3}}, ["oneshot.layers['a'] is 3", "[0, 1)"]),
+        ("Oneshot", {"owl": {"strength": 2}}, ["oneshot.owl.strength is 2", "(0, 0.5)"]),
+        ("Oneshot", {"sparsity": float("nan")}, ["oneshot.sparsity is nan", "finite"]),
+        ("Owl", {"threshold": 1}, ["oneshot.owl.threshold is 1", "above 1"]),
+        ("Sds", {"mode": "papers"}, ["sds.mode", "gram, paper"]),
+        ("Reconstruct", {"lr": 0}, ["reconstruct.lr is 0", "above 0"]),
+        ("Objective", {"kl": -1}, ["recover.objective.kl is -1", "at least 0"]),
+        ("Contrast", {"dim": 1}, ["recover.contrast.dim is 1", "at least 2"]),
+        ("Recover", {"warmup": 1}, ["recover.warmup is 1", "[0, 1)"]),
+        ("Recover", {"teacher": "a\0b"}, ["recover.teacher", "null byte"]),
+        ("Runtime", {"device": "gpu"}, ["runtime.device", "auto, cpu, cuda"]),
+        ("", {"stages": ["onesho"]}, ["stages[0] is 'onesho'", "mean oneshot?"]),
+        ("", {"recover": {"objective": {"kl": -1}}}, ["recover.objective.kl is -1"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_python_too(section, values, expected):
+    with pytest.raises(UserError) as error:
+        getattr(config_module, f"{section}Config")(**values)
+    assert all(part in str(error.value) for part in expected), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_setting_is_held_against_its_type_when_it_changes():
+    config = Config()
+    with pytest.raises(UserError, match="oneshot.method"):
+        config.oneshot.method = "sparse_gpt"
+    with pytest.raises(UserError, match="oneshot.method"):
+        dataclasses.replace(config.oneshot, method="sparse_gpt")
+    assert config == Config() == copy.deepcopy(config)
+
+
+def test_numbers_of_numpy_and_paths_are_taken():
+    oneshot = OneshotConfig(sparsity=np.float32(0.5), block_size=np.int64(64))
+    assert (oneshot.sparsity, oneshot.block_size) == (0.5, 64)
+    assert config_module.ModelConfig(path=Path("a/b")).path == "a/b"
+
+
+def test_every_method_has_a_solver():
+    methods = get_type_hints(OneshotConfig)["method"]
+    assert set(METHODS) == set(get_args(methods))
+
+
+@pytest.mark.parametrize(
+    "values", [("rows",), ("n:m",), ("row", 2, 4), ("n:m", 4, 2), ("2:4",), ("unstructured", 1)]
+)
+def test_an_unknown_pattern_is_refused_in_python_too(values):
+    with pytest.raises(UserError, match="pattern"):
+        Pattern(*values)
+
+
+# files
+
+
+def test_the_printed_settings_read_back(tmp_path, capsys):
+    options = ["--oneshot.layers", '{"*.q_proj": 0.25}', "--recover.resume", "false", *HERE]
+    with pytest.raises(SystemExit):
+        read_config([*options, "--dry-run", "--print_config"])
+    file = write(tmp_path / "printed.yaml", capsys.readouterr().out)
+    assert read_config(["--config", file])[0] == read_config(options)[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffoneshot: {sparsity: 0.61}\n",
+        "oneshot:\n  <<: {sparsity: 0.6, refit: false}\n  sparsity: 0.61\n",
+        "oneshot: {sparsity: 0.61}\nevaluate:\n  # nothing yet\nmodel: null\n",
+        "---\noneshot: {sparsity: 61e-2}\n...\n",
+        "oneshot: {sparsity: &s 0.61, layers: {a: *s}}\n",
+    ],
+    ids=["byte-order mark", "merge", "empty sections", "document", "anchor"],
+)
+def test_yaml_that_is_right_is_taken(tmp_path, text):
+    config, _, _ = read_config(["--config", write(tmp_path / "mine.yaml", text), *HERE])
+    assert config.oneshot.sparsity == 0.61
+    assert config.evaluate == Config().evaluate
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "model: {path: ~/m}\nevaluate: {corpora: [c4, ~/a.txt]}\n"
+    config, _, _ = read_config(
+        ["--config", write(tmp_path / "mine.yaml", text), "--output_dir=~/runs/a, b"]
+    )
+    assert config.model.path == "/home/me/m"
+    assert config.evaluate.corpora == ["c4", "/home/me/a.txt"]
+    assert config.output_dir == "/home/me/runs/a, b"
+
+
 # recipes of run directories
 
 
@@ -287,3 +397,14 @@ def test_a_setting_that_one_version_does_not_have_is_none_there():
     assert difference(old, new) is None
     assert difference(old, new | {"c": 3}) == ("c", None, 3)
     assert difference(old, {"a": {"b": 2}}) == ("a.b", 1, 2)
+
+
+def test_a_path_may_be_another_where_it_names_the_same_content():
+    old = {"model": {"path": "a", "dense": "x"}, "contents": {"model.path": "1"}}
+    new = {"model": {"path": "b", "dense": "x"}, "contents": {"model.path": "1"}}
+    assert difference(old, new) is None
+    assert difference({"settings": old}, {"settings": new}) is None
+    assert difference(old, new | {"contents": {"model.path": "2"}}) == ("model.path", "a", "b")
+    assert difference(old, new | {"contents": {}}) == ("model.path", "a", "b")
+    other = {"model": {"path": "b", "dense": "y"}, "contents": {"model.path": "1"}}
+    assert difference(old, other) == ("model.dense", "x", "y")

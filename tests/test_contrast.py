@@ -102,6 +102,12 @@ def test_several_bank_rows_of_a_unit_are_all_positive():
     )
 
 
+@pytest.mark.parametrize("temperature", [0.0, -0.1, math.nan])
+def test_a_temperature_that_is_not_above_0_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        contrastive_loss(*scene(0), temperature)
+
+
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=20, deadline=None)
 def test_the_order_of_candidates_does_not_matter(seed):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.sparsity.patterns import Pattern, choose, drop_lowest
+from cap_llm.sparsity.pattern import Pattern
+from cap_llm.sparsity.patterns import choose, drop_lowest
 
 N_OF_M = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "5:8", "3:5", "1:16", "31:32"]
 SPARSITIES = [0.001, 0.1, 1 / 3, 0.5, 0.7, 0.99, 0.9999]
@@ -189,3 +190,10 @@ def test_a_matrix_that_n_of_m_does_not_divide_is_refused_by_name_and_shape():
         Pattern.parse("2:4").check("h.3.fc", torch.Size([8, 30]))
     Pattern.parse("2:4").check("h.3.fc", torch.Size([30, 8]))
     Pattern.parse("row").check("h.3.fc", torch.Size([8, 31]))
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, 50, float("nan")])
+@pytest.mark.parametrize("text", ["unstructured", "row"])
+def test_a_sparsity_that_is_not_a_share_is_refused(text, sparsity):
+    with pytest.raises(UserError, match="share of zeros"):
+        choose(SCORES["distinct"], Pattern.parse(text), sparsity)

@@ -14,6 +14,7 @@ from cap_llm.blockwise.prune import prune
 from cap_llm.blockwise.walk import MICRO_TOKENS, Walk
 from cap_llm.config import OneshotConfig
 from cap_llm.models.blocks import BlockModel
+from cap_llm.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 512, (150, 32), generator=torch.Generator().manual_seed(1))
@@ -125,6 +126,16 @@ def test_conv1d_is_pruned_along_its_inputs(tiny):
     weight = model.transformer.h[0].attn.c_attn.weight  # [inputs, outputs]
     assert mask.shape == (96, 32) and torch.equal(weight.T != 0, mask)
     assert (mask.reshape(96, -1, 4).sum(-1) == 2).all()
+
+
+def test_pruning_in_memory_refuses_what_was_changed_to_nonsense(tiny):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("gpt2"))
+    config = OneshotConfig()
+    config.layers["*"] = 3.0
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=r"oneshot\.layers\['\*'\] is 3"):
+        prune(model, WINDOWS[:8], config)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_pruning_in_memory_is_in_full_precision_and_leaves_the_process_as_it_was(tiny, monkeypatch):

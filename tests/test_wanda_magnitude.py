@@ -12,7 +12,8 @@ from cap_llm.config import OneshotConfig
 from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.world import World
 from cap_llm.solvers.scores import magnitude, wanda
-from cap_llm.sparsity.patterns import Pattern, choose
+from cap_llm.sparsity.pattern import Pattern
+from cap_llm.sparsity.patterns import choose
 
 CPU = torch.device("cpu")
 PATTERNS = ["unstructured", "row", "1:4", "2:4", "4:8", "3:5"]

@@ -33,7 +33,7 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.rundir import Run
 from cap_llm.sparsity import masks as mask_files
-from cap_llm.sparsity.patterns import Pattern
+from cap_llm.sparsity.pattern import Pattern
 from cap_llm.text.reading import Texts
 
 STAGE = "oneshot"

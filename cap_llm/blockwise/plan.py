@@ -21,7 +21,7 @@ from cap_llm.models.blocks import (
     read_as,
     skeleton,
 )
-from cap_llm.models.checkpoint import Checkpoint, weight_files
+from cap_llm.models.checkpoint import Checkpoint, fingerprint, weight_files
 from cap_llm.models.masks import Masks
 from cap_llm.models.rehearsal import check_lengths
 from cap_llm.models.source import check_files, found_here, needs_conversion
@@ -143,7 +143,7 @@ def check_everything(
 
 def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
     """Refuses a dense model that is pruned, or whose blocks are not those of the pruned one."""
-    same = pruned and folder.resolve() == pruned.resolve()
+    same = pruned and fingerprint(folder) == fingerprint(pruned) is not None
     if same or mask_files.path_of(folder).exists():
         is_ = "the model to start from" if same else "pruned itself: it has a file of masks"
         raise UserError(f"model.dense {folder} is {is_}; give the model that it was pruned from")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import tempfile
 import time
@@ -27,7 +28,8 @@ from cap_llm.solvers.admm import admm_grad, alps
 from cap_llm.solvers.hessian import Moments, factorise
 from cap_llm.solvers.refit import refit
 from cap_llm.solvers.sparsegpt import sparsegpt
-from cap_llm.sparsity.patterns import Pattern, choose
+from cap_llm.sparsity.pattern import Pattern
+from cap_llm.sparsity.patterns import choose
 
 MEASURED = 16  # sequences that measure the error of a method which needs no Hessian
 
@@ -98,7 +100,8 @@ def prune(
         UserError: the model cannot be walked, the pattern does not fit it, or `budget` is not
             uniform: to allocate one is the stage's work.
     """
-    config = config or OneshotConfig()
+    # anew: what was changed in place is held against its range, too
+    config = dataclasses.replace(config) if config else OneshotConfig()
     if config.budget != "uniform":
         raise UserError(
             f"prune() takes no budget {config.budget!r}: give oneshot.layers, or run "
@@ -407,23 +410,21 @@ class Solver:
         target: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The pruned weight and its mask, both [R, C]; refit matches the outputs of `target`."""
-        config, pattern = self.config, self.pattern
-        if config.method == "sparsegpt":
-            new, mask = sparsegpt(
-                weight, self.factor, pattern, sparsity, allowed, config.block_size
-            )
-        elif config.method == "alps":
-            new, mask = alps(weight, self.factor.hessian, pattern, sparsity, allowed)
-        elif config.method == "admm_grad":
-            new, mask = admm_grad(weight, self.factor.hessian, pattern, sparsity, allowed)
-        else:
-            wanda = config.method == "wanda"
-            score = scores.wanda(weight, self.mean_square) if wanda else scores.magnitude(weight)
-            mask = choose(score, pattern, sparsity, allowed)
-            new = weight * mask
-        if config.refits:
+        new, mask = METHODS[self.config.method](self, weight, sparsity, allowed)
+        if self.config.refits:
             new = self.refit(new, mask, weight if target is None else target)
         return new, mask
+
+    def keep_highest(
+        self,
+        score: torch.Tensor,
+        weight: torch.Tensor,
+        sparsity: float,
+        allowed: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight with the lowest scores removed, and its mask, all [R, C]."""
+        mask = choose(score, self.pattern, sparsity, allowed)
+        return weight * mask, mask
 
     def refit(self, weight: torch.Tensor, mask: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The least-squares weights [R, C] on `mask` for the outputs of `target`."""
@@ -439,6 +440,16 @@ class Solver:
             return total if self.added is None else total - (w.square() @ self.added).sum()
 
         return (energy(dense - new) / energy(dense).clamp(min=1e-30)).item()
+
+
+# by `oneshot.method`: the solver, the weight [R, C], the sparsity and the mask to stay inside
+METHODS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "magnitude": lambda s, w, *how: s.keep_highest(scores.magnitude(w), w, *how),
+    "wanda": lambda s, w, *how: s.keep_highest(scores.wanda(w, s.mean_square), w, *how),
+    "sparsegpt": lambda s, w, *how: sparsegpt(w, s.factor, s.pattern, *how, s.config.block_size),
+    "admm_grad": lambda s, w, *how: admm_grad(w, s.factor.hessian, s.pattern, *how),
+    "alps": lambda s, w, *how: alps(w, s.factor.hessian, s.pattern, *how),
+}
 
 
 def matrix(linear: nn.Module) -> torch.Tensor:

@@ -46,7 +46,8 @@ from cap_llm.runtime.rundir import Run
 from cap_llm.solvers.admm import alps
 from cap_llm.solvers.hessian import Moments, factorise
 from cap_llm.solvers.redensify import redensify, redensify_by_sgd
-from cap_llm.sparsity.patterns import Pattern, choose, obeys
+from cap_llm.sparsity.pattern import Pattern
+from cap_llm.sparsity.patterns import choose, obeys
 from cap_llm.text.reading import Texts
 
 STAGE = "sds"

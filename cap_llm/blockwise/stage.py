@@ -142,9 +142,7 @@ class BlockStage:
             weights: the parameters that have changed, by their name in the model.
             result: its masks and rows.
         """
-        recipe = self.folder / "recipe.json"
-        if not recipe.exists():
-            write_json(recipe, self.recipe)
+        self.run.record(self.folder, self.recipe)
         tensors = self.model.checkpoint.read(self.model.block_keys(i))
         for name, weight in weights.items():
             key = self.model.key(name)

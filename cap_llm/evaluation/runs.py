@@ -22,6 +22,7 @@ from cap_llm.models.checkpoint import weight_files
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, read_metrics
+from cap_llm.runtime.rundir import CONTENTS
 from cap_llm.text.corpora import NAMES
 
 ORDER = ("dense", *MODELS)  # stages of another version come behind
@@ -250,7 +251,8 @@ def _result(
     dense = before.dense if before else _dense(run, recipe, settings, made_by)
     result = Result(stage, stage, run, dense, before, status=status)
     history = json.loads(before.recipe) if before else []
-    own = {k: v for k, v in recipe.items() if not (before and k in ("model", "start"))}
+    told = _by_content(recipe)
+    own = {k: v for k, v in told.items() if not (before and k in ("model", "start"))}
     result.recipe = json.dumps([*history, [stage, _without_seeds(own)]], sort_keys=True)
     result.seeds = (*(before.seeds if before else ()), *_seeds(recipe))
     hash(result.seeds)  # tables look results up by them: a list is none
@@ -318,8 +320,21 @@ def _dense(run: Path, recipe: dict, settings: dict, environment: dict) -> str:
     model = recipe.get("model") or settings.get("model") or {}
     teacher = (recipe.get("recover") or {}).get("teacher") if _came_pruned(run, settings) else None
     path = model.get("dense") or teacher or model.get("path") or "unknown model"
-    path = str(_located(path, environment)) if _located(path, environment).is_dir() else path
+    here = _located(path, environment)
+    path = str(here if here.is_dir() else Path(path))
     return f"{path}@{model['revision']}" if model.get("revision") else path
+
+
+def _by_content(recipe: dict) -> dict:
+    """A recipe in which models and texts stand by their checksums, not by their paths."""
+    known = recipe.get(CONTENTS) or {}
+    return {
+        name: {k: known.get(f"{name}.{k}", v) for k, v in part.items()}
+        if isinstance(part, dict)
+        else part
+        for name, part in recipe.items()
+        if name != CONTENTS
+    }
 
 
 def _describe(result: Result, recipe: dict, before: Result | None) -> None:

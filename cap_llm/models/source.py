@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from cap_llm.models.checkpoint import (
     Checkpoint,
     can_be_streamed,
     copy_side_files,
+    fingerprint,
     has_weights,
     side_files,
     stored_prefix,
@@ -35,10 +37,14 @@ from cap_llm.models.checkpoint import (
 from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import readable, regular
-from cap_llm.runtime.rundir import Run
+from cap_llm.runtime.rundir import CONTENTS, Run
+from cap_llm.runtime.sections import places
 from cap_llm.runtime.world import World
-from cap_llm.text.corpora import offline
+from cap_llm.text.corpora import NAMES, offline
 
+# what a model is besides its weights
+_MEANING = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken")
+_MEANING += ("added_tokens.json", "special_tokens_map.json")
 _CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
@@ -52,6 +58,8 @@ def locate(config: ModelConfig, download: bool = True, option: str = "model.path
         UserError: there is no such model, or it cannot be fetched.
     """
     path = Path(config.path)
+    if path.name in ("", ".."):  # what is made from it is called by its name
+        path = path.resolve()
     with readable(f"{option} {config.path}"):
         is_folder, exists = path.is_dir(), path.exists()
     if is_folder or path.suffix == ".gguf":
@@ -122,7 +130,8 @@ def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source")
             return located
         except NamesDiffer as error:
             names_differ = error
-    recipe = {"model": asdict(config)}
+    known = {"model.path": content(located)} if run.world.first else {}
+    recipe = {"model": asdict(config), CONTENTS: known}
     folder, done = run.stage(stage, recipe)
     if not done:
         run.console.say(f"converting {located.name} to safetensors, once")
@@ -167,6 +176,44 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
             f"dense model with --model.dense, or let --stages begin with oneshot"
         )
     return start, source
+
+
+def contents(config: Config, located: Path | None = None) -> dict[str, str]:
+    """Checksums of what the settings name by a path, by option: it may be given by another path.
+
+    `located` is where the run's model lies, if it is given by its name on the hub.
+    """
+    known: dict[str, str | None] = {}
+    for option in places(Config):
+        section, _, name = option.rpartition(".")
+        value = getattr(config, section, None) and getattr(getattr(config, section), name)
+        if section != "evaluate" and isinstance(value, str) and value not in NAMES:
+            known[option] = content(Path(value))
+    if located:
+        known["model.path"] = content(located)
+    known["model.revision"] = known.get("model.path")
+    return {option: checksum for option, checksum in known.items() if checksum}
+
+
+def content(path: Path) -> str | None:
+    """A checksum of a file or a model directory, wherever it lies; None for what is neither.
+
+    Of a directory it is made of the weights' fingerprint, the configuration and the tokenizer.
+    """
+    files, names = [path], [""]
+    try:
+        if path.is_dir():
+            files = sorted({f for name in _MEANING for f in path.glob(name) if f.is_file()})
+            names = [fingerprint(path) or "", *(file.name for file in files)]
+        if not files or not all(map(Path.is_file, files)):
+            return None
+        sha = hashlib.sha256("/".join(names).encode())
+        for file in files:
+            with open(file, "rb") as opened:
+                sha.update(hashlib.file_digest(opened, "sha256").digest())
+    except (OSError, UserError):  # whoever needs it says what is wrong
+        return None
+    return sha.hexdigest()[:16]
 
 
 def found_here(option: str, path: str | None, config: Config, world: World) -> Path | None:

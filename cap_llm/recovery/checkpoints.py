@@ -172,7 +172,7 @@ def _chosen(folder: Path, config: RecoverConfig) -> Path | None:
     """The complete checkpoint to go on from, if there is one."""
     complete = _complete(folder)
     if _names_one(config):
-        complete = [p for p in complete if _state(p).get("from") == str(config.resume)]
+        complete = [p for p in complete if _begun_from(p) == Path(str(config.resume)).resolve()]
     if complete:
         return complete[-1]
     if config.resume is True:
@@ -218,7 +218,7 @@ def save(
         facts |= {"recipe": recipe, "files": files, "weights": weights}
         write_json(folder / tag / COMPLETE, facts)
         # of this training only: one begun by `recover.resume` may be behind an earlier one here
-        own = [p for p in _complete(folder) if _state(p).get("from") == state.get("from")]
+        own = [p for p in _complete(folder) if _begun_from(p) == _begun_from(folder / tag)]
         for path in own[:-keep]:
             _remove(path)
     world.barrier()
@@ -245,6 +245,12 @@ def _remove(path: Path) -> None:
 
 def _state(path: Path) -> dict:
     return _facts(path)["state"]
+
+
+def _begun_from(path: Path) -> Path | None:
+    """The checkpoint that `recover.resume` named, however its path was spelled."""
+    name = _state(path).get("from")
+    return Path(name).resolve() if name else None
 
 
 def _names(path: Path) -> list[str]:

@@ -75,7 +75,12 @@ def contrastive_loss(
 
     Returns:
         The sum over the anchors that have a positive, and their number.
+
+    Raises:
+        ValueError: `temperature` is not above 0.
     """
+    if not temperature > 0:
+        raise ValueError(f"the temperature is {temperature}; it must be above 0")
     own = anchor_units.key[:, None] == candidate_units.key
     same_document = (anchor_units.first_document[:, None] <= candidate_units.last_document) & (
         candidate_units.first_document <= anchor_units.last_document[:, None]

@@ -45,7 +45,7 @@ from cap_llm.runtime.console import duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import holding, read_json, write_json
 from cap_llm.runtime.peaks import forget, highest, peaks
-from cap_llm.runtime.rundir import Run
+from cap_llm.runtime.rundir import Run, with_contents
 from cap_llm.runtime.trackers import TensorBoard, Wandb
 from cap_llm.text.packing import PackedText
 from cap_llm.text.reading import Texts
@@ -334,6 +334,7 @@ class _Recovery:
         """What a checkpoint must have been made with."""
         settings = self.config.recipe(STAGE)
         del settings["model"], settings["start"]  # fingerprints tell them, wherever they lie
+        settings = with_contents(settings, self.run.contents)
         recipe = {"settings": settings, "rung": rung} | self._inputs
         # Sequences that are contrasted with each other are part of what a training is.
         at_once = self.world.size * self.settings.micro_batch if contrasts.terms else None
@@ -342,7 +343,12 @@ class _Recovery:
     @property
     def _taught_by_dense(self) -> bool:
         """Whether the teacher that was named is also what the student was pruned from."""
-        return bool(self.settings.teacher) and self.dense == self.teacher
+        return bool(self.settings.teacher) and self._teacher_is_dense
+
+    @property
+    def _teacher_is_dense(self) -> bool:
+        prints = self._inputs["teacher"], self._inputs["dense"]
+        return self.dense == self.teacher or prints[0] == prints[1] is not None
 
     @property
     def _measure(self) -> str:
@@ -374,7 +380,7 @@ class _Recovery:
         contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world, share)
         if o.prc:
             bank = self._bank("pretrained", self.dense)
-            online = self._online and self.teacher == self.dense  # its forward gives the rows
+            online = self._online and self._teacher_is_dense  # its forward gives the rows
             if online:  # its rows come with the steps; here only its centre
                 self._fill(contrasts, bank, self._teacher, "PrC", contrasts.share[:0])
             else:

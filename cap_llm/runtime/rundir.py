@@ -2,7 +2,8 @@
 
     config.yaml  environment.json  log.txt  metrics.jsonl  report.md  report.html
     run.lock  ended.json  who works here, and how the last job ended (see `lock.py`)
-    <stage>/recipe.json   what the stage was asked to do, written before its first result
+    <stage>/recipe.json   what the stage was asked to do, written before its first result, with
+                          checksums of the models and texts that its settings name
     <stage>/done.json     written last: the stage is finished and verified
 
 A run directory belongs to one pipeline. Giving the same command again goes on where it stopped; a
@@ -20,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,14 +34,21 @@ from cap_llm.runtime.lock import ENDED, Lock, write_end
 from cap_llm.runtime.lock import FILE as LOCK_FILE
 from cap_llm.runtime.world import World
 
+CONTENTS = "contents"  # of a recipe: checksums of what its settings name, by option
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy", "lm_eval")
 
 
 class Run:
-    """An open run directory, with the console and the ranks that work in it."""
+    """An open run directory, with the console and the ranks that work in it.
+
+    Attributes:
+        contents: checksums of the models and texts that the settings name, by option; the same
+            model by another path is the same model.
+    """
 
     def __init__(self, path: str, world: World, console: Console):
         self.path, self.world, self.console = Path(path), world, console
+        self.contents: dict[str, str] = {}
         self._metrics = self._lock = None
         self._verified: set[Path] = set()
         self._trackers: list = []
@@ -104,15 +112,24 @@ class Run:
                 since it was finished.
         """
         folder = self.path / name
-        refuse_other(folder, recipe)
-        path = folder / "done.json"
-        done = read_json(path, _whole) if path.exists() else None
-        changed = self._changed(folder, done) if done and self.world.first else None
+        done = changed = problem = None
+        if self.world.first:
+            try:
+                refuse_other(folder, self._known(recipe))
+                path = folder / "done.json"
+                done = read_json(path, _whole) if path.exists() else None
+                changed = self._changed(folder, done) if done else None
+                if changed:
+                    raise UserError(
+                        f"{folder / changed}. Restore the file, or delete {folder} and rerun"
+                    )
+            except UserError as error:
+                problem = error
         # The first rank's view counts: a shared file system may show ranks different things. All
-        # have read, too, before the first one writes.
-        done, changed = self.world.gather((done, changed))[0]
-        if changed:
-            raise UserError(f"{folder / changed}. Restore the file, or delete {folder} and rerun")
+        # have met, too, before the first one writes.
+        done, problem = self.world.gather((done, problem))[0]
+        if problem:
+            raise problem
         return folder, done
 
     def _changed(self, folder: Path, done: dict) -> str | None:
@@ -126,10 +143,19 @@ class Run:
 
     def bind(self, folder: Path, recipe: dict) -> None:
         """Records what a stage was asked to do, before its first result is written."""
-        if self.world.first and not (folder / "recipe.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "recipe.json", recipe)
+        if self.world.first:
+            self.record(folder, recipe)
         self.world.barrier()
+
+    def record(self, folder: Path, recipe: dict) -> None:
+        """The same, by the first rank alone."""
+        if not (folder / "recipe.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "recipe.json", self._known(recipe))
+
+    def _known(self, recipe: dict) -> dict:
+        """A recipe with what its settings name by paths."""
+        return with_contents(recipe, self.contents)
 
     def finish_stage(self, folder: Path, summary: dict, files: Iterable[str] = ()) -> None:
         """Marks a stage as finished, and says by what command on which machine; its last write.
@@ -197,6 +223,12 @@ def refuse_strangers(path: Path) -> None:
         )
 
 
+def with_contents(recipe: dict, contents: dict[str, str]) -> dict:
+    """A recipe with the checksums of what it names by paths, unless it has them already."""
+    own = {name: known for name, known in contents.items() if name.partition(".")[0] in recipe}
+    return ({CONTENTS: own} if own else {}) | recipe
+
+
 def refuse_other(folder: Path, recipe: dict) -> None:
     """Refuses to go on in a stage's folder that was begun with other settings.
 
@@ -257,16 +289,22 @@ def _processor() -> str:
         return platform.processor()
 
 
-def difference(old: dict, new: dict, prefix: str = "") -> tuple[str, object, object] | None:
+def difference(old: dict, new: dict) -> tuple[str, object, object] | None:
     """The first field in which two nested dicts differ, and its two values; None if none does.
 
-    A field that one of them lacks is one that is None: versions of the settings may differ.
+    A field that one of them lacks is one that is None: versions of the settings may differ. A path
+    may be another where both have the same `contents` for it.
     """
-    for key in [*old, *(k for k in new if k not in old)]:
+    return next(_differences(old, new), None)
+
+
+def _differences(old: dict, new: dict) -> Iterator[tuple[str, object, object]]:
+    known, now_known = old.get(CONTENTS) or {}, new.get(CONTENTS) or {}
+    same = {name for name, checksum in now_known.items() if known.get(name) == checksum}
+    for key in dict.fromkeys(key for key in (*old, *new) if key != CONTENTS):
         was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
-            if changed := difference(was, now, f"{prefix}{key}."):
-                return changed
-        elif was != now:
-            return f"{prefix}{key}", was, now
-    return None
+            found = [(f"{key}.{name}", *values) for name, *values in _differences(was, now)]
+        else:
+            found = [(key, was, now)] if was != now else []
+        yield from (change for change in found if change[0] not in same)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 
 from cap_llm.solvers.hessian import Factor
-from cap_llm.sparsity.patterns import Pattern, choose, drop_lowest
+from cap_llm.sparsity.pattern import Pattern, zeros_of
+from cap_llm.sparsity.patterns import choose, drop_lowest
 
 TILE = 16  # columns updated one at a time, or the next multiple of M below it
 
@@ -94,7 +95,7 @@ class _Quota:
         self.by_row = pattern.kind == "row"
         size = shape[1] if self.by_row else shape.numel()
         self.allowed = self._count(shape, allowed)
-        self.total = (round(sparsity * size) - (size - self.allowed)).clamp(min=0)
+        self.total = (zeros_of(sparsity, size) - (size - self.allowed)).clamp(min=0)
         self.seen = torch.zeros_like(self.allowed)
         self.removed = torch.zeros_like(self.allowed)
 

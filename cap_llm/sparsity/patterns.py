@@ -1,4 +1,4 @@
-"""Patterns of zeros, and the choice of a mask by scores.
+"""The choice of a mask by scores.
 
 A mask is boolean, [R, C] like its weight (R output features, C input features), true where the
 weight stays. It is always chosen by count, never by comparing with a threshold alone: equal scores
@@ -8,67 +8,12 @@ memory order goes first.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import torch
 
-from cap_llm.runtime.errors import UserError
+from cap_llm.sparsity.pattern import Pattern, zeros_of
 
 _LAST = torch.iinfo(torch.int32).max  # above the bits of every score, infinity included
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Where zeros may be.
-
-    Attributes:
-        kind: `unstructured` (anywhere in the matrix), `row` (the same number in each output row)
-            or `n:m` (at most `n` weights stay in each group of `m` consecutive inputs of a row).
-    """
-
-    kind: Literal["unstructured", "row", "n:m"]
-    n: int = 0
-    m: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Pattern:
-        """Reads `unstructured`, `row` or `N:M` ("keep N of M").
-
-        Raises:
-            UserError: it is none of these, or keeps none or all.
-        """
-        if text in ("unstructured", "row"):
-            return cls(text)
-        match = re.fullmatch(r"(\d+):(\d+)", text)
-        if not match:
-            raise UserError(f"pattern {text!r} is unknown; use unstructured, row or N:M (2:4)")
-        n, m = map(int, match.groups())
-        if not 0 < n < m:
-            raise UserError(f"pattern {text} would keep {n} of {m}; N must lie in 1..M-1")
-        return cls("n:m", n, m)
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.m else self.kind
-
-    @property
-    def fixed_sparsity(self) -> float | None:
-        """The share of zeros that the pattern itself fixes."""
-        return 1 - self.n / self.m if self.m else None
-
-    def check(self, name: str, shape: torch.Size) -> None:
-        """Refuses a matrix [R, C] that the pattern does not divide.
-
-        Raises:
-            UserError: C is no multiple of M.
-        """
-        if self.m and shape[1] % self.m:
-            raise UserError(
-                f"pattern {self} does not divide {name} {list(shape)}: {shape[1]} inputs are no "
-                f"multiple of {self.m}; leave it out by --oneshot.layers or choose another pattern"
-            )
 
 
 def choose(
@@ -88,11 +33,14 @@ def choose(
     Returns:
         The mask [R, C]. It has exactly round(sparsity * R * C) zeros (round(sparsity * C) a row,
         M - N a group), more only where `allowed` already has more.
+
+    Raises:
+        UserError: `sparsity` is not a share.
     """
     if pattern.m:
         return _keep_n_of_m(score, pattern, allowed)
     scores = score.reshape(1, -1) if pattern.kind == "unstructured" else score
-    zeros = round(sparsity * scores.shape[1])
+    zeros = zeros_of(sparsity, scores.shape[1])
     if allowed is None:
         return drop_lowest(scores, torch.tensor([zeros])).reshape(score.shape)
     inside = allowed.reshape(scores.shape)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.config import Config
+from cap_llm.config import Config, same_text
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
 from cap_llm.text.corpora import NAMES, calibration_corpus, corpus_file, evaluation_text
@@ -136,7 +136,7 @@ def _refuse_scored_file(config: Config) -> None:
         for option, corpus, remedy in config.not_to_be_scored:
             learnt = corpus_file(corpus, "train")
             by_name = name in NAMES and corpus in NAMES
-            if scored and learnt and not by_name and scored.resolve() == learnt.resolve():
+            if scored and learnt and not by_name and same_text(scored, learnt):
                 raise UserError(
                     f"{option} {corpus} is the text of {name}, which evaluate scores: choose "
                     f"another text{remedy}"

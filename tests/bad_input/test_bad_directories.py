@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,40 @@ def test_a_directory_of_another_dense_model_is_refused(accept, refuse, tiny, sco
     stage = ["--stages", "[evaluate]", "--evaluate.corpora", f"[{scored}]"]
     accept(*stage)
     assert "model" in refuse(*stage, "--model.path", tiny("llama", seed=1), started=True)
+
+
+def test_one_model_and_text_by_other_paths_is_the_same_run(
+    accept, refuse, broken, text_file, out, tmp_path, monkeypatch
+):
+    text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
+    accept("--model.path", broken, "--calibration.corpus", text)
+    (tmp_path / "link").symlink_to(broken)
+    monkeypatch.chdir(tmp_path)
+    for model, corpus in ((f"{broken}/", "text.txt"), ("model", "./text.txt"), ("link", text)):
+        given = ["--model.path", model, "--calibration.corpus", corpus]
+        assert "done already" in accept(*given)
+        accept(*given, "--dry-run")
+    place = tmp_path / "moved"
+    place.mkdir()
+    for path in (broken, text, out):
+        path.rename(place / path.name)
+    monkeypatch.chdir(place)
+    given = ["--model.path", "model", "--output_dir", "run", "--calibration.corpus", "text.txt"]
+    assert "done already" in accept(*given)
+    (place / "text.txt").write_text("other words " * 400)
+    assert "calibration.corpus was" in refuse(*given, started=True)
+
+
+def test_a_model_in_the_working_directory_has_a_name(accept, llama, out, monkeypatch):
+    monkeypatch.chdir(llama)
+    accept("--model.path", ".")
+    assert json.loads((out / "oneshot" / "sparsity.json").read_text())["model"] == llama.name
+
+
+def test_a_copy_of_the_scored_text_is_not_calibrated_on(refuse, text_file, tmp_path):
+    copy = shutil.copy(text_file, tmp_path / "copy.txt")
+    message = refuse("--stages", "[oneshot, evaluate]", "--evaluate.corpora", f"[{copy}]")
+    assert "calibration.corpus" in message and "also scored" in message
 
 
 def test_a_directory_with_another_models_conversion_is_refused(

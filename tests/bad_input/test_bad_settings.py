@@ -64,6 +64,8 @@ OPTIONS = {
     "one token": (["--calibration.length", "1"], ["calibration.length is 1", "at least 2"]),
     "window of one": (["--evaluate.window", "1"], ["evaluate.window is 1", "at least 2"]),
     "no window": (["--evaluate.max_windows", "0"], ["evaluate.max_windows is 0", "at least 1"]),
+    "a layer twice": (["--oneshot.layers", '{"a": 0.4, "a": 0.5}'], ["oneshot.layers", "once"]),
+    "an alias": (["--oneshot.layers", "*a"], ["oneshot.layers", "'*a'"]),
     "no model": (["--model.path", ""], ["no model", "--model.path"]),
     "no directory": (["--output_dir", ""], ["no run directory", "--output_dir"]),
 }
@@ -135,6 +137,24 @@ YAML = {
     "misspelt field": ("oneshot:\n  sparsty: 0.5\n", ["oneshot", "sparsty"]),
     "wrong type": ("oneshot:\n  sparsity: high\n", ["oneshot.sparsity", "high"]),
     "wrong value": ("oneshot:\n  sparsity: 1.5\n", ["oneshot.sparsity is 1.5", "(0, 1)"]),
+    "a number as a section": ("oneshot: 3\n", ["oneshot to 3"]),
+    "a list as a section": ("oneshot:\n  - sparsity: 0.5\n", ["oneshot to ["]),
+    "false as a section": ("evaluate: false\n", ["evaluate to False"]),
+    "a text as a nested section": ("oneshot: {owl: strong}\n", ["oneshot.owl to 'strong'"]),
+    "a list": ("- oneshot\n", ["holds ['oneshot']"]),
+    "a field twice": (
+        "oneshot:\n  sparsity: 0.5\n  sparsity: 0.6\n",
+        ["sparsity is set twice", "line 2", "line 3"],
+    ),
+    "a section twice": ("oneshot: {refit: true}\noneshot: {sparsity: 0.5}\n", ["oneshot is set"]),
+    "a layer twice": ("oneshot: {layers: {'a': 0.5, \"a\": 0.6}}\n", ["a is set twice"]),
+    "nested deeply": ("oneshot: " + 5000 * "[" + 5000 * "]" + "\n", ["mine.yaml", "deep"]),
+    "two documents": ("name: a\n---\nname: b\n", ["mine.yaml", "document"]),
+    "a null byte": ('model: {path: "a\\0b"}\n', ["model.path", "null byte"]),
+    "a raw null byte": ("name: a\0b\n", ["mine.yaml"]),
+    "the command's own option": ("config: mine.yaml\n", ["config, which is unknown"]),
+    "code": ("oneshot: !!python/object/apply:os.abort []\n", ["mine.yaml", "python"]),
+    "a number as a key": ("5: 3\n", ["sets 5, which is unknown"]),
     "unquoted N:M": ("oneshot:\n  pattern: 2:4\n", ["oneshot.pattern"]),
 }
 

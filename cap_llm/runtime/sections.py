@@ -1,0 +1,145 @@
+"""Sections of settings: dataclasses whose values pydantic holds against their types and ranges.
+
+A wrong value is refused under the full name of its option, whether it comes from the command line,
+a file, Python, or an assignment later on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import reprlib
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Interval
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from cap_llm.runtime.errors import UserError
+
+AtLeast0, AtLeast1, AtLeast2 = (Annotated[int, Ge(n)] for n in (0, 1, 2))
+Weight, Positive = Annotated[float, Ge(0)], Annotated[float, Gt(0)]
+Share = Annotated[float, Interval(gt=0, lt=1)]
+
+
+class _Place:
+    """Marks the type of settings that may name a file or directory."""
+
+
+def _spelt(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a path cannot hold a null byte")
+    return os.path.expanduser(value)
+
+
+def _as_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_spelt), _Place]
+_NAMES = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+
+
+def section(prefix: str) -> Callable[[type], type]:
+    """Makes a class a section of settings; `prefix` is what its options' names begin with."""
+
+    def decorate(cls: type) -> type:
+        # extra: pydantic drops unknown arguments without a word otherwise
+        config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
+        cls = dataclass(cls, config=config)
+        for method in ("__init__", "__setattr__"):
+            setattr(cls, method, _in_words(getattr(cls, method), cls, prefix))
+        return cls
+
+    return decorate
+
+
+def _in_words(method: Callable, cls: type, prefix: str) -> Callable:
+    @functools.wraps(method)
+    def checked(*args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except ValidationError as error:
+            refusal = _refusal(error.errors()[0], cls, prefix)
+        raise refusal
+
+    return checked
+
+
+def _refusal(error: dict, cls: type, prefix: str) -> UserError:
+    """What pydantic says of a value, in the words of the settings."""
+    kind: Any = cls
+    option = prefix
+    for part in error["loc"]:
+        if dataclasses.is_dataclass(kind):
+            fields = get_type_hints(kind, include_extras=True)
+            option = f"{option}.{part}" if option else str(part)
+            if part not in fields:
+                near = difflib.get_close_matches(str(part), fields, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                return UserError(f"{option} is unknown{hint}")
+            kind = fields[part]
+        elif get_origin(kind) in (list, dict):
+            option, kind = f"{option}[{part!r}]", get_args(kind)[-1]
+    if error["type"] == "value_error":
+        return UserError(f"{option} is {_shown(error['input'])}: {error['ctx']['error']}")
+    if error["type"] == "finite_number":
+        return UserError(f"{option} is {error['input']}; it must be a finite number")
+    return refused(option, error["input"], kind)
+
+
+def refused(option: str, value: object, kind: Any) -> UserError:
+    """The error for a value that is not of the type or in the range of its option."""
+    text = f"{option} is {_shown(value)}; it must be {describe(kind)}"
+    choices = [c for k in (kind, *get_args(kind)) for c in get_args(k) if isinstance(c, str)]
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    if get_origin(kind) is list and isinstance(value, str) and (near or not choices):
+        return UserError(f'{text}; did you mean "[{near[0] if near else value}]"?')
+    return UserError(text + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def describe(kind: Any) -> str:
+    """A type with its range, in words."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return describe(inner[0]) + "".join(map(_range, inner[1:]))
+    if origin is Literal:
+        return "one of " + ", ".join(inner)
+    if origin is list:
+        return f"a list, like [a, b], of {describe(inner[0])}"
+    if origin is dict:
+        return 'names with numbers, each name once, like {"*.down_proj": 0.4}'
+    if origin in (types.UnionType, Union):
+        return " or ".join(map(describe, inner))
+    if dataclasses.is_dataclass(kind):
+        return "a section of settings"
+    return _NAMES.get(kind, "null")
+
+
+def _range(limit: object) -> str:
+    if not isinstance(limit, Ge | Gt | Interval):
+        return ""
+    low, above = getattr(limit, "ge", None), getattr(limit, "gt", None)
+    high = getattr(limit, "lt", None)
+    if high is not None:
+        return f" in {f'({above}' if low is None else f'[{low}'}, {high})"
+    return f" above {above}" if low is None else f" of at least {low}"
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else reprlib.repr(value)
+
+
+def places(cls: type, prefix: str = "") -> list[str]:
+    """The options of a section that may name a file or directory, those of its sections too."""
+    found = []
+    for name, kind in get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            found += places(kind, f"{prefix}{name}.")
+        elif any(_Place in getattr(k, "__metadata__", ()) for k in (kind, *get_args(kind))):
+            found.append(prefix + name)
+    return found
