@@ -203,7 +203,9 @@ def test_a_run_that_nobody_named_is_called_by_what_was_done(copy):
 
 
 def test_a_model_that_came_pruned_is_not_taken_for_the_dense_one(copy):
+    """In a run of a version that did not count the zeros of the model it was given."""
     run = copy("a")
+    (run / "dense" / "sparsity.json").unlink()
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["recover"]["teacher"] = "somebody/dense-model"
     (run / "config.yaml").write_text(yaml.safe_dump(settings))

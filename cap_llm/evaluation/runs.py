@@ -19,12 +19,13 @@ import yaml
 import cap_llm
 from cap_llm.config import MODELS
 from cap_llm.models.checkpoint import weight_files
+from cap_llm.models.masks import PRUNED
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, read_metrics
 from cap_llm.text.corpora import NAMES
 
-ORDER = ("dense", *MODELS)  # stages of another version come behind
+ORDER = ("dense", "given", *MODELS)  # stages of another version come behind
 _METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 _METHODS |= {"admm_grad": "ADMM-grad", "alps": "ALPS"}
 _ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
@@ -64,7 +65,8 @@ class Result:
 
     Attributes:
         name: what a table calls it.
-        stage: the stage that made it; `dense` for the model that the run started from.
+        stage: the stage that made it; `dense` for the dense model, `given` for a pruned one that
+            the run started from and no run made.
         run: the run directory.
         dense: which dense model it comes from: path or hub name, with the revision.
         before: the pruned model that its stage started from, perhaps of another run.
@@ -183,17 +185,26 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
     stages = [s for s in stages if s != "source" and not s.endswith("-source")]
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
     given = _given(settings, facts, folder)
+    start = "given" if "given" in stages else "dense"
     made: dict[str, Result] = {}
     for stage in stages:
-        made[stage] = result = _result(folder, stage, made, given, facts, settings)
-        if stage == "dense" and given:
+        before = None if stage == "dense" != start else given
+        made[stage] = result = _result(folder, stage, made, before, facts, settings)
+        if stage == start and given:
             for name in ("name", "stage", "method", "amount", "recipe", "seeds"):
                 setattr(result, name, getattr(given, name))
-        elif stage == "dense" and (result.sparsity or _came_pruned(folder, settings)):
-            # A model that came pruned is where this run started, and not the dense one.
-            result.name, result.stage, result.method = "given model", "start", "given model"
+            continue
+        if stage == "dense" and (folder / stage / "sparsity.json").exists():
+            pruned = any(zeros >= PRUNED for _, zeros, _ in result.layers)
+        elif stage == "dense" == start:  # of a version that did not count the zeros
+            pruned = bool(result.sparsity) or _came_pruned(folder, settings)
+        else:
+            pruned = stage == "given"
+        if pruned:
+            result.name = result.method = "given model" if stage == start else "model.dense"
+            result.stage = "given"
             result.dense = _dense(folder, settings, settings, facts)
-        elif stage != "dense" and stage == stages[-1] and facts.get("run"):
+        if result.stage != "dense" and stage == stages[-1] and facts.get("run"):
             result.name = str(facts["run"])  # one that nobody named is called by what was done
     return made
 
@@ -205,8 +216,11 @@ def _is_run(path: Path) -> bool:
 def _came_pruned(folder: Path, settings: dict) -> bool:
     """Whether a run names the dense model of the one that it was given.
 
-    A teacher is that model only where recover has found it so: else it may be a larger one.
+    A teacher is that model only where recover has found it so: else it may be a larger one. Where
+    the weights were counted, they tell.
     """
+    if (folder / "dense" / "sparsity.json").exists():
+        return (folder / "given").exists()
     inputs = folder / "recover" / "inputs.json"
     taught = inputs.exists() and (_part(inputs, dict, []) or {}).get("teacher_is_dense")
     return bool((settings.get("model") or {}).get("dense") or taught)
@@ -265,13 +279,16 @@ def _result(
     if recover := recipe.get("recover"):
         corpus = (done or {}).get("recovery") or Path(str(recover.get("corpus"))).name
         result.training = f"{corpus} in sequences of {recover.get('length')} tokens"
-    if stage != "dense":
+    if stage not in ("dense", "given"):
         _describe(result, recipe, before)
         if done is None:
             blocks = len(list((place / "blocks").glob("*.json")))
             status.append("unfinished" + (f" after {blocks} blocks" if blocks else ""))
-    given_path = recipe.get("model", {}).get("path")
-    weights = _located(given_path, environment) if stage == "dense" and given_path else place
+    weights = place
+    if stage in ("dense", "given"):
+        came = stage == "given" or not (place / "sparsity.json").exists()
+        path = recipe.get("model", {}).get("path") if came else dense
+        weights = _located(path, environment) if path else place
     scores = (("perplexity.json", _perplexities), ("zeroshot.json", _tasks))
     # the scripts that score a dense model leave their results beside it
     for folder, (file, parse) in itertools.product(dict.fromkeys((place, weights)), scores):
@@ -282,8 +299,9 @@ def _result(
     for figure in result.figures:
         figure.facts["calibration"] = result.calibration
     counts = None
-    if (weights / "sparsity.json").exists():
-        counts = _part(weights / "sparsity.json", lambda c: _sparsity(c, result), status)
+    for path in dict.fromkeys((weights / "sparsity.json", place / "sparsity.json")):
+        if path.exists():
+            counts = _part(path, lambda c: _sparsity(c, result), status)
     config = _part(weights / "config.json", dict, []) or {}
     result.stored_as = str(config.get("dtype") or config.get("torch_dtype") or "")
     result.figures += _sizes(weights, result.stored_as, counts)
@@ -319,7 +337,8 @@ def _dense(run: Path, recipe: dict, settings: dict, environment: dict) -> str:
     teacher = (recipe.get("recover") or {}).get("teacher") if _came_pruned(run, settings) else None
     path = model.get("dense") or teacher or model.get("path") or "unknown model"
     path = str(_located(path, environment)) if _located(path, environment).is_dir() else path
-    return f"{path}@{model['revision']}" if model.get("revision") else path
+    is_model = path == model.get("path")  # which alone may have a revision
+    return f"{path}@{model['revision']}" if is_model and model.get("revision") else path
 
 
 def _describe(result: Result, recipe: dict, before: Result | None) -> None:
@@ -455,14 +474,21 @@ def _machine(hardware: dict) -> str:
 
 
 def _sparsity(content: dict, result: Result) -> dict:
-    """Fills in sparsity and layers; returns the number of bytes that packing needs to know."""
+    """Fills in sparsity and layers; returns the number of bytes that packing needs to know.
+
+    A second count, of the weights as they are, keeps the errors of those that have not changed.
+    """
     pruned, whole = content["pruned_matrices"], content["whole_model"]
-    result.sparsity = (float(pruned["sparsity"]), float(whole["sparsity"]))
+    known = {layer[:2]: layer[2] for layer in result.layers}
+    result.sparsity, result.layers = None, []
+    if content["rows"] or result.stage != "dense":
+        result.sparsity = (float(pruned["sparsity"]), float(whole["sparsity"]))
     mask_bytes = 0
     for row in content["rows"]:
         n_rows, columns = row["shape"]
-        error = None if row.get("error") is None else float(row["error"])
-        result.layers.append((str(row["name"]), row["zeros"] / (n_rows * columns), error))
+        layer = (str(row["name"]), row["zeros"] / (n_rows * columns))
+        error = known.get(layer) if row.get("error") is None else float(row["error"])
+        result.layers.append((*layer, error))
         mask_bytes += n_rows * -(-columns // 8)
     return {"zeros": pruned["zeros"], "mask_bytes": mask_bytes}
 
