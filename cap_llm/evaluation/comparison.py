@@ -184,7 +184,7 @@ def _rows(results: list[Result], runs: list[Path]) -> list[Row]:
     names = [row.name for row in rows]
     for row in rows:
         if names.count(row.name) > 1:
-            row.name += f" ({row.results[0].run.name})"
+            row.name += f" ({row.results[0].run.resolve().name})"
     return sorted(rows, key=lambda row: row.group)
 
 

@@ -1,8 +1,9 @@
 """The stage `evaluate`: perplexity and zero-shot scores of the dense model and of each stage's.
 
 The results lie beside the model they score: `<run>/<stage>/perplexity.json` and `zeroshot.json`,
-for the dense model in `<run>/dense/`, for one that came pruned in `<run>/given/`. What is scored already, on the same windows or rows, is not
-scored again; what was scored of other weights, a model that has changed since, does not count.
+for the dense model in `<run>/dense/`, for one that came pruned in `<run>/given/`. What is scored
+already, on the same windows or rows, is not scored again; what was scored of other weights, a model
+that has changed since, does not count.
 """
 
 from __future__ import annotations

@@ -7,8 +7,11 @@ unfinished and damaged ones are read as far as they go; what is wrong with them 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +35,6 @@ _ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
 _METRICS = {"task": "acc", "norm": "acc_norm", "word": "word_perplexity"}  # lm-eval's names
 LIBRARIES = ("torch", "transformers", "lm_eval")  # that compute a zero-shot score
 SCORES = ("ppl", "word", "task")  # what makes a model a scored one
-_FOREIGN = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # as other files cause
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -124,16 +126,18 @@ def run_directories(paths: list[Path], console: Console) -> list[Path]:
     found, others = [], []
     for path in paths:
         inside = [path] if _is_run(path) else []
-        if not inside and path.is_dir():
-            inside = sorted(p for p in path.iterdir() if _is_run(p))
+        if not inside and os.path.isdir(path):
+            with contextlib.suppress(OSError):  # one that may not be looked at holds none
+                inside = sorted(p for p in path.iterdir() if _is_run(p))
         known = {p.resolve() for p in found}
         found += [p for p in inside if p.resolve() not in known]
         others += [] if inside else [path]
-    if missing := [path for path in others if not path.exists()] or (not found and others):
+    if missing := [path for path in others if not os.path.exists(path)] or (not found and others):
         path = missing[0]
-        what = "holds no run" if path.is_dir() else "is a file" if path.exists() else None
+        what = "holds no run" if os.path.isdir(path) else "is a file"
+        what = what if os.path.exists(path) else "does not exist"
         raise UserError(
-            f"{path} {what or 'does not exist'}: give the output_dir of a run (it has an "
+            f"{path} {what}: give the output_dir of a run (it has an "
             "environment.json), or a folder of such directories"
         )
     if others:
@@ -151,9 +155,9 @@ def collect(folder: Path) -> list[Result]:
         raise UserError(f"{folder} is no run directory: it has no environment.json")
     try:
         return _read(folder)
-    except _FOREIGN:
+    except Exception:  # of any kind: the files may be anything
         status = ["not as this version writes it"]
-        return [Result(folder.name, "none", folder, "unknown model", status=status)]
+        return [Result(folder.resolve().name, "none", folder, "unknown model", status=status)]
 
 
 def _read(folder: Path) -> list[Result]:
@@ -161,7 +165,10 @@ def _read(folder: Path) -> list[Result]:
     facts = _part(folder / "environment.json", dict, troubles) or {}
     settings = _settings(folder / "config.yaml")
     made = _models(folder, facts, settings)
-    title, dense = str(facts.get("run") or folder.name), _dense(folder, {}, settings, facts)
+    title, dense = (
+        str(facts.get("run") or folder.resolve().name),
+        _dense(folder, {}, settings, facts),
+    )
     nothing = Result(title, "none", folder, dense, environment=_job(facts))
     results = list(made.values()) or [nothing]
     if made and not results[-1].figures_of(*SCORES):
@@ -210,7 +217,7 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "environment.json").is_file()
+    return os.path.isfile(path / "environment.json")  # also where it may not be looked at
 
 
 def _came_pruned(folder: Path, settings: dict) -> bool:
@@ -240,7 +247,9 @@ def _given(settings: dict, facts: dict, folder: Path) -> Result | None:
     if not place or place.parent == folder.resolve() or not _is_run(place.parent):
         return None
     facts = _part(place.parent / "environment.json", dict, []) or {}
-    made = _models(place.parent, facts, _settings(place.parent / "config.yaml"))
+    made: dict[str, Result] = {}
+    with contextlib.suppress(Exception):  # damage there is not this run's
+        made = _models(place.parent, facts, _settings(place.parent / "config.yaml"))
     return made.get(place.name) if place.name != "dense" else None
 
 
@@ -315,10 +324,12 @@ def _result(
 def _part(path: Path, parse: Callable, troubles: list[str]):
     """What `parse` makes of a JSON file; None, and a line in `troubles`, if it cannot."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep its reader waiting
+            raise UserError(f"{path} is not a file")
         return parse(read_json(path))
     except UserError:
         troubles.append(f"{path.name} cannot be read")
-    except _FOREIGN:
+    except Exception:
         troubles.append(f"{path.name} is not as this version writes it")
     return None
 
@@ -326,7 +337,7 @@ def _part(path: Path, parse: Callable, troubles: list[str]):
 def _settings(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+    except Exception:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -396,7 +407,7 @@ def _perplexities(content: dict) -> list[Figure]:
         hash(tuple(facts.values()))  # a list or a dict is no fact
         # a file that is called as a known corpus is not that corpus
         name = corpus if Path(corpus).stem in NAMES else Path(corpus).stem
-        ppl = float(entry["ppl_token"])
+        ppl = _number(entry["ppl_token"])
         figures.append(Figure("ppl", name, ppl, facts, environment=_job(entry)))
     return figures
 
@@ -420,11 +431,17 @@ def _tasks(content: dict) -> list[Figure]:
         for kind, metric in _METRICS.items():
             if entry.get(metric) is not None:
                 error = entry.get(f"{metric}_stderr")
-                error = None if error is None else float(error)
-                figure = Figure(kind, task, float(entry[metric]), dict(facts), error)
+                error = None if error is None else _number(error)
+                figure = Figure(kind, task, _number(entry[metric]), dict(facts), error)
                 figure.environment = _job(entry)
                 figures.append(figure)
     return figures
+
+
+def _number(value) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is not a figure")
+    return number
 
 
 def _versions(entry: dict, names: tuple[str, ...]) -> dict:
@@ -482,7 +499,7 @@ def _sparsity(content: dict, result: Result) -> dict:
     known = {layer[:2]: layer[2] for layer in result.layers}
     result.sparsity, result.layers = None, []
     if content["rows"] or result.stage != "dense":
-        result.sparsity = (float(pruned["sparsity"]), float(whole["sparsity"]))
+        result.sparsity = (_number(pruned["sparsity"]), _number(whole["sparsity"]))
     mask_bytes = 0
     for row in content["rows"]:
         n_rows, columns = row["shape"]
@@ -542,7 +559,7 @@ def _curves(run: Path, recover: dict, done: dict, result: Result) -> None:
                 for step in [s for s in points if s >= entry["step"]]:
                     del points[step]
                 points[entry["step"]] = float(entry["value"])
-    except (OSError, *_FOREIGN):
+    except Exception:
         result.status.append("metrics.jsonl cannot be read")
     start = 0
     for points in rungs.values():
