@@ -611,7 +611,7 @@ class Config:
     def recipe(self, stage: str) -> dict:
         """All settings that the result of a stage depends on."""
         settings = {"model": dataclasses.asdict(self.model)}
-        if stage == "dense":
+        if stage in ("dense", "given"):
             return settings
         prunes = stage in ("oneshot", "sds") or (stage == "recover" and self.recover.ladder)
         holds_out = stage in ("sds", "reconstruct")

@@ -127,8 +127,8 @@ def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str
 
 
 def _evaluate(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
-    bound = [s for s in ("dense", *MODELS) if (folder / s / "recipe.json").exists()]
-    wanted = [s for s in ("dense", *MODELS) if s in config.get("stages", []) or s in bound]
+    bound = [s for s in ("dense", "given", *MODELS) if (folder / s / "recipe.json").exists()]
+    wanted = [s for s in ("dense", "given", *MODELS) if s in config.get("stages", []) or s in bound]
     asked = config["evaluate"]
     part = f" first {asked['max_windows']}" if asked.get("max_windows") else ""
     keys = {f"{Path(name).name}@{asked.get('window')}{part}" for name in asked["corpora"]}

@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # late, so that `--help` is quick
 
 def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     """Runs the stages that `config` names."""
-    from cap_llm.evaluation.evaluate import evaluate
+    from cap_llm.evaluation.evaluate import evaluate, outside_models
     from cap_llm.evaluation.report import write_report
     from cap_llm.evaluation.runs import collect
     from cap_llm.evaluation.tasks import find_tasks
@@ -67,7 +67,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         run = Run(config.output_dir, world, console)
         known = contents(config, located) if world.first else None
         run.contents = world.gather(known)[0]
-        for stage in ("dense", *config.stages):
+        for stage in ("dense", "given", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
         run.describe(config.name, config_yaml)
         source = prepare(located, config.model, run)
@@ -88,8 +88,9 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
                 folder, done = run.stage(stage, config.recipe(stage))
                 models |= {stage: folder} if done and has_weights(folder, world) else {}
             wanted = config.evaluate.dense or not models
-            dense = {"dense": source} if wanted and has_weights(source, world) else {}
-            evaluate(dense | models, texts, tasks, config, run)
+            scored = wanted and has_weights(source, world)
+            outside = outside_models(source, config, run) if scored else {}
+            evaluate(outside | models, texts, tasks, config, run)
         # jobs that come later, the scoring at the latest, need the dense model
         if source != located and models and not keep and "evaluate" in config.stages:
             drop(source, world)
@@ -171,7 +172,7 @@ def dry_run(config: Config, console: Console) -> None:
     refuse_strangers(folder)
     located = locate(config.model, download=False)
     known = contents(config, located)
-    for stage in ("dense", *config.stages):
+    for stage in ("dense", "given", *config.stages):
         refuse_other(folder / stage, with_contents(config.recipe(stage), known))
     check(located, config, console, world, predict=True)
     if "evaluate" in config.stages:

@@ -1,18 +1,29 @@
 """The comparison: what may share a column, what is one row and the best, published figures."""
 
 import json
+import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from made_runs import PERPLEXITY, STAGES, as_opt, named, other, quality, scored, seeded, zeroshot
+from safetensors.torch import load_file, save_file
 from support import ROOT
 
+from cap_llm.config import Config, EvaluateConfig, ModelConfig, RecoverConfig
 from cap_llm.evaluation import published as papers
 from cap_llm.evaluation.comparison import compare
+from cap_llm.evaluation.evaluate import outside_models
 from cap_llm.evaluation.runs import Result, _describe, collect
+from cap_llm.models.masks import count_zeros
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.rundir import Run
+from cap_llm.runtime.world import World
+from cap_llm.sparsity import masks as mask_files
+from cap_llm.train import main
 
 # columns
 
@@ -203,7 +214,9 @@ def test_a_run_that_nobody_named_is_called_by_what_was_done(copy):
 
 
 def test_a_model_that_came_pruned_is_not_taken_for_the_dense_one(copy):
+    """In a run of a version that did not count the zeros of the model it was given."""
     run = copy("a")
+    (run / "dense" / "sparsity.json").unlink()
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["recover"]["teacher"] = "somebody/dense-model"
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -217,6 +230,98 @@ def test_a_model_that_came_pruned_is_not_taken_for_the_dense_one(copy):
     assert section.title == "dense-model"
     assert [row.name for row in section.rows] == ["a method", "given model"]
     assert not any(row.baseline for row in section.rows)
+
+
+def zeroed(model: Path, folder: Path, share: float) -> Path:
+    """A copy of a model with this share of zeros in the matrices of its blocks, and no more."""
+    shutil.copytree(model, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, weight in tensors.items():
+        if ".layers." in name and weight.dim() == 2 and share:
+            least = weight.abs().flatten().kthvalue(max(1, int(share * weight.numel()))).values
+            weight[weight.abs() <= least] = 0
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "share, masks, pruned, shown",
+    [(0.5, 0, True, 0.5), (0.1, 0, False, 0.1), (0.001, 0, False, None), (0.1, 1, True, 0.1)],
+)
+def test_zeros_of_the_weights_tell_what_is_pruned(tiny, tmp_path, share, masks, pruned, shown):
+    folder = zeroed(tiny("llama"), tmp_path / "model", share)
+    if masks:
+        save_file({"x": torch.zeros(1)}, folder / mask_files.FILE)
+    rows, (zeros, n), is_pruned = count_zeros(folder, World("cpu"))
+    assert is_pruned == pruned and 0 < zeros < share * n + 64
+    shares = [z / math.prod(shape) for shape, z in rows.values()]
+    assert shares == pytest.approx([shown] * len(shares), abs=0.01) and bool(shares) == bool(shown)
+
+
+def test_files_beside_weights_without_zeros_make_no_pruned_model(tiny, tmp_path):
+    """As a dense fine-tuning leaves them, saved to the directory of the pruned model."""
+    folder = shutil.copytree(tiny("gpt2"), tmp_path / "model")
+    save_file({"x": torch.zeros(1)}, folder / mask_files.FILE)
+    assert count_zeros(folder, World("cpu"))[::2] == ({}, False)
+
+
+OUTSIDE = {
+    "alone": (0.5, {}, {"given"}),
+    "with few zeros": (0.001, {}, {"dense"}),
+    "with the dense model": (0.5, {"model.dense": "dense"}, {"given", "dense"}),
+    "a copy of the dense model": (0.0, {"model.dense": "dense"}, {"dense"}),
+    "without its scores": (0.5, {"model.dense": "dense", "score": False}, {"given"}),
+    "with a teacher": (0.5, {"teacher": "dense"}, {"given", "dense"}),
+    "with a larger teacher": (0.5, {"teacher": "larger"}, {"given"}),
+    "dense, with a teacher": (0.0, {"teacher": "other"}, {"dense"}),
+}
+
+
+@pytest.mark.parametrize("share, settings, folders", OUTSIDE.values(), ids=OUTSIDE)
+def test_what_a_run_scores_besides_its_own(tiny, tmp_path, share, settings, folders):
+    shutil.copytree(tiny("llama"), tmp_path / "dense")
+    source = zeroed(tmp_path / "dense", tmp_path / "model", share)
+    if "teacher" in settings and settings["teacher"] != "dense":
+        overrides = {"num_hidden_layers": 3} if settings["teacher"] == "larger" else {"seed": 1}
+        shutil.copytree(tiny("llama", **overrides), tmp_path / settings["teacher"])
+    dense, teacher = (
+        str(tmp_path / settings[k]) if k in settings else None for k in ("model.dense", "teacher")
+    )
+    config = Config(
+        model=ModelConfig(path=str(source), dense=dense),
+        stages=["recover", "evaluate"] if teacher else ["evaluate"],
+        recover=RecoverConfig(teacher=teacher),
+        evaluate=EvaluateConfig(dense=settings.get("score", True)),
+        output_dir=str(tmp_path / "run"),
+    )
+    run = Run(config.output_dir, World("cpu"), Console(False))
+    models = outside_models(source, config, run)
+    run.close()
+    assert set(models) == folders
+    assert models.get("given", source) == source
+    assert all((run.path / name / "sparsity.json").exists() for name in folders)
+
+
+def test_a_model_pruned_elsewhere_stands_beside_its_dense_one(
+    tiny, text_file, tmp_path, monkeypatch
+):
+    dense = shutil.copytree(tiny("llama"), tmp_path / "model")
+    pruned = zeroed(dense, tmp_path / "pruned", 0.5)
+    words = ["cap-llm", "--output_dir", tmp_path / "run", "--model.path", pruned]
+    words += ["--model.dense", dense, "--stages", "[evaluate]", "--runtime.device", "cpu"]
+    words += ["--evaluate.corpora", f"[{text_file}]", "--evaluate.window", 64]
+    words += ["--evaluate.max_windows", 5]
+    monkeypatch.setattr(sys, "argv", [str(w) for w in words])
+    assert main() == 0
+    labels, rows, _ = quality(tmp_path / "run")
+    assert list(rows) == ["dense", "given model"]
+    at = labels.index("sparsity")
+    assert (rows["dense"][at], rows["given model"][at]) == ("-", "50.00 %")
+    assert "-" not in (rows["dense"][0], rows["given model"][0])
+    assert rows["dense"][0] != rows["given model"][0]
+    scores = json.loads((tmp_path / "run" / "dense" / "perplexity.json").read_text())
+    assert scores["model"] == str(dense)
 
 
 def test_a_model_of_another_run_keeps_its_history(copy):

@@ -1,7 +1,9 @@
 """The report: where its figures come from, its pictures, odd and damaged runs, and the command."""
 
 import csv
+import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from made_runs import PERPLEXITY, STAGES, as_opt, named, other, quality, scored, seeded, zeroshot
+from rich.console import Console as RichConsole
 from support import ROOT
 
 import cap_llm
@@ -258,6 +261,73 @@ def test_without_matplotlib_the_report_has_no_pictures_and_says_so(real, tmp_pat
     assert not list((tmp_path / "out" / "figures").iterdir())
 
 
+# names that mean something elsewhere
+
+NAMES = [
+    *("$x$ $\\frac{", "_hidden", "[/] [bold]x[/bold]", ":x: **a** `b`", "a|b\n# c\n- d", "=1+1"),
+    *("<b>&lt;</b>", os.fsdecode(b"by\xfftes"), "\x1b[31mred", "a, b", "-", "\u540d\u524d"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_name_is_text_in_every_format(copy, tmp_path, capsys, name):
+    def score(content):
+        (entry,) = content["corpora"].values()
+        return {"corpora": {f"{name}@64": entry}}
+
+    tasks = {"oneshot/zeroshot.json": zeroshot(arc_easy=0.6)}
+    runs = [
+        copy("a", named(name) | {f"{s}/perplexity.json": score for s in STAGES} | tasks),
+        copy("b", named("second") | {PERPLEXITY: score, "oneshot/recipe.json": other}),
+    ]
+    results = [r for run in runs for r in collect(run)]
+    out = write_report(results, tmp_path / "out", name, Console()).parent
+    assert {p.name for p in (out / "figures").iterdir()} == {
+        *("layers.png", "cost.png", "zero-shot.png"),
+    }
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert "left out" not in text and not re.search(r"[\x00-\x08\x0b-\x1f]", page + text)
+    assert "<b>" not in page + text
+    table = text.partition("### Quality")[2].partition("###")[0]
+    rows = [re.split(r"(?<!\\)\|", line) for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and {len(row) for row in rows} == {len(rows[1])}
+    with open(out / "report.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert not any(value[:1] in "=+@-" for line in lines for value in line.values() if value[:1])
+    assert any(console.printable(name) in line["model"] for line in lines)
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and console.printable(name).split()[0] in said
+
+
+def test_the_bar_takes_names_as_text(monkeypatch):
+    screen = RichConsole(file=io.StringIO(), force_terminal=True, width=200)
+    speaker = Console()
+    monkeypatch.setattr(speaker, "_out", screen)
+    with speaker.bar("[/] on a[b]c", 2, "blocks") as bar:
+        bar.phase("[/] of [x]")
+        bar.advance()
+    assert "[/] on a[b]c" in re.sub(r"\x1b\[[0-9;]*m", "", screen.file.getvalue())
+
+
+def test_a_locale_that_cannot_write_a_name_ends_nothing():
+    code = "from cap_llm.runtime.console import Console; Console().say('\u540d')"
+    env = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False)
+    assert done.stdout == b"\\u540d\n", done.stderr
+
+
+def test_a_picture_that_fails_is_left_out_and_named(copy, report, monkeypatch):
+    def fails(section, figure):
+        raise ValueError("no\nluck")
+
+    monkeypatch.setattr(figures, "_layers", fails)
+    tasks = {"oneshot/zeroshot.json": zeroshot(arc_easy=0.6)}
+    out = report(copy("a", named("first") | tasks))
+    assert [p.name for p in (out / "figures").iterdir()] == ["zero-shot.png"]
+    for name in ("report.md", "report.html"):
+        assert "layers.png is left out (ValueError: no luck)." in (out / name).read_text()
+
+
 # runs that are not as they should be
 
 
@@ -315,6 +385,63 @@ def test_a_foreign_run_is_shown_as_such_and_the_others_beside_it(copy, report, f
     text = (report(good, foreign) / "report.md").read_text()
     assert "foreign (not as this version writes it)" in text
     assert re.search(r"\| good \(1\) +\| \d", text)
+
+
+def infinite(content):
+    content["seconds"] = float("inf")
+
+
+def folder_for_file(run):
+    (run / PERPLEXITY).unlink()
+    (run / PERPLEXITY).mkdir()
+
+
+def pipe_for_file(run):
+    (run / PERPLEXITY).unlink()
+    os.mkfifo(run / PERPLEXITY)
+
+
+def weights_elsewhere(run):
+    (run / "oneshot" / "model-gone.safetensors").symlink_to(run / "nowhere")
+
+
+def deep(run):
+    (run / "oneshot" / "recipe.json").write_text("[" * 100_000)
+
+
+def empty_shape(run):
+    path = run / "oneshot" / "sparsity.json"
+    content = json.loads(path.read_text())
+    content["rows"][0]["shape"] = [0, 0]
+    path.write_text(json.dumps(content))
+
+
+DAMAGE = [folder_for_file, pipe_for_file, weights_elsewhere, deep, empty_shape]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
+def test_one_damaged_run_ends_no_comparison_and_is_named(copy, report, damage):
+    good, bad = copy("good", named("good") | {"oneshot/recipe.json": other}), copy("bad")
+    damage(bad)
+    text = (report(good, bad) / "report.md").read_text()
+    assert re.search(r"\| good \(1\) +\| \d", text)
+    assert re.search(r"\((.*; )?(\S+ cannot be read|(\S+ is )?not as this version writes it)", text)
+
+
+def test_a_run_whose_figures_cannot_be_shown_is_skipped_with_one_line(copy, tmp_path, capsys):
+    good, bad = copy("good", named("good")), copy("bad", {"oneshot/done.json": infinite})
+    results = [r for run in (bad, good) for r in collect(run)]
+    out = write_report(results, tmp_path / "out", "A title", Console()).parent
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "skipped" in x]
+    assert line.startswith(f"{bad} is skipped")
+    text = (out / "report.md").read_text()
+    assert re.search(r"\| good \(1\) +\| \d", text) and "/bad" not in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_a_figure_is_not_shown_as_one(copy, report, value):
+    text = (report(copy("a", {PERPLEXITY: scored(ppl_token=value)})) / "report.md").read_text()
+    assert "perplexity.json is not as this version writes it" in text
 
 
 def test_a_fact_that_cannot_be_compared_is_not_as_this_version_writes_it(copy, report):
@@ -493,6 +620,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, real):
         ([real, tmp_path / "missing"], ["missing", "does not exist"]),
         ([tmp_path], [str(tmp_path), "holds no run", "environment.json"]),
         ([tmp_path / "file"], ["file is a file", "environment.json"]),
+        ([tmp_path / ("a" * 300)], ["does not exist"]),
         ([real, "-o", tmp_path / "file" / "out"], ["cannot be written", "file"]),
     ):
         result = script("compare.py", *args)

@@ -184,7 +184,7 @@ def _rows(results: list[Result], runs: list[Path]) -> list[Row]:
     names = [row.name for row in rows]
     for row in rows:
         if names.count(row.name) > 1:
-            row.name += f" ({row.results[0].run.name})"
+            row.name += f" ({row.results[0].run.resolve().name})"
     return sorted(rows, key=lambda row: row.group)
 
 
@@ -270,13 +270,13 @@ def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
     for column in columns:
         target = dense.value(column)
         for result in everything:
-            if result.stage in ("dense", "oneshot", "start") or target is None:
+            if result.stage in ("dense", "oneshot", "given") or target is None:
                 continue
             first = result.before
             while first and first.stage != "oneshot" and first.before:
                 first = first.before
             # of a model that came pruned nobody says by what
-            came = (r for r in everything if (r.run, r.stage) == (result.run, "start"))
+            came = (r for r in everything if (r.run, r.stage) == (result.run, "given"))
             first = first or next(came, None)
             shares = [r.sparsity and round(100 * r.sparsity[0]) for r in (first, result) if r]
             if None not in shares and len(set(shares)) > 1:

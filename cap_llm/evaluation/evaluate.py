@@ -1,8 +1,9 @@
 """The stage `evaluate`: perplexity and zero-shot scores of the dense model and of each stage's.
 
 The results lie beside the model they score: `<run>/<stage>/perplexity.json` and `zeroshot.json`,
-for the dense model in `<run>/dense/`. What is scored already, on the same windows or rows, is not
-scored again; what was scored of other weights, a model that has changed since, does not count.
+for the dense model in `<run>/dense/`, for one that came pruned in `<run>/given/`. What is scored
+already, on the same windows or rows, is not scored again; what was scored of other weights, a model
+that has changed since, does not count.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import streamed_nll
+from cap_llm.blockwise.prune import Row
+from cap_llm.blockwise.stage import write_sparsity
 from cap_llm.config import Config
 from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.results import earlier, facts_of, job
 from cap_llm.evaluation.tasks import Task
-from cap_llm.models.blocks import BlockModel
+from cap_llm.models.blocks import BlockModel, skeleton
+from cap_llm.models.checkpoint import fingerprint
+from cap_llm.models.masks import count_zeros
+from cap_llm.models.source import found_here, further_model
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
@@ -29,13 +37,71 @@ from cap_llm.text.reading import ScoredText, Texts
 FILE = "perplexity.json"
 
 
+def outside_models(source: Path, config: Config, run: Run) -> dict[str, Path]:
+    """The models that a run scores and did not make, by the folders of their scores.
+
+    `dense` is the dense model, where it is known; `given` is the run's model where that is pruned
+    or `model.dense` names another. Their weights tell, and are counted in their `sparsity.json`.
+
+    Args:
+        source: the directory of the run's model.
+        config: the run's settings.
+        run: the run directory.
+
+    Raises:
+        UserError: a model cannot be read.
+    """
+    world = run.world
+    counts = {"dense": count_zeros(source, world)}
+    models = {"dense": source}
+    dense = _known_dense(source, counts["dense"][-1], config, run)
+    if dense or counts["dense"][-1]:
+        models, counts = {"given": source}, {"given": counts["dense"]}
+    if dense:
+        models["dense"], counts["dense"] = dense, count_zeros(dense, world)
+    for name, folder in models.items():
+        place, _ = run.stage(name, config.recipe(name))
+        run.bind(place, config.recipe(name))
+        if world.first:
+            found, whole, _ = counts[name]
+            rows = [
+                Row(n, shape, "as found", zeros, zeros, None, None, 0.0)
+                for n, (shape, zeros) in found.items()
+            ]
+            write_sparsity(place, folder.resolve().name, rows, whole)
+    return models
+
+
+def _known_dense(source: Path, pruned: bool, config: Config, run: Run) -> Path | None:
+    """The dense model of the run's model, where it is another one and the settings name it.
+
+    The teacher of a model that came pruned is its dense model if all shapes are the same.
+    """
+    if not config.evaluate.dense:
+        return None
+    dense = None
+    if config.model.dense:
+        dense = further_model("model.dense", config.model.dense, run)
+    elif pruned and not config.start("recover") and "recover" in config.stages:
+        teacher = found_here(config.recover.teacher, "recover.teacher")
+        if teacher and _shapes(teacher) == _shapes(source):
+            dense = further_model("recover.teacher", config.recover.teacher, run)
+    other = bool(dense) and fingerprint(dense) != fingerprint(source)
+    return dense if run.world.gather(other)[0] else None
+
+
+def _shapes(folder: Path) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in skeleton(folder).named_parameters()}
+
+
 def evaluate(
     models: dict[str, Path], texts: Texts, tasks: list[Task], config: Config, run: Run
 ) -> None:
     """Scores model directories.
 
     Args:
-        models: by the name of the folder of the run that takes the result (`dense`, `oneshot`).
+        models: by the name of the folder of the run that takes the result (`dense`, `given`,
+            `oneshot`).
         texts: the windows to score.
         tasks: the zero-shot tasks to score.
         config: the run's settings.
@@ -48,6 +114,8 @@ def evaluate(
         place, _ = run.stage(stage, config.recipe(stage))
         run.bind(place, config.recipe(stage))
         facts = facts_of(folder, config, run.world) | {"stage": stage}
+        if stage == "dense" and "given" in models:
+            facts["model"] = str(folder)
         if texts.scored:
             path = place / FILE
             corpora = score_corpora(

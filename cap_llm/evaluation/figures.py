@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import statistics
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from cap_llm.evaluation.comparison import Column, Row, Section, show
+from cap_llm.runtime.console import printable
 from cap_llm.runtime.files import atomic
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; black is the dense model's.
@@ -32,7 +34,7 @@ def draw(sections: list[Section], folder: Path) -> tuple[dict[str, list[Picture]
     """Writes the pictures of each section to `folder`, and removes those of an earlier report.
 
     Returns:
-        The pictures by the section's title, and a line that says why there are none.
+        The pictures by the section's title, and what to say of those that are left out.
     """
     for name in _NAMES:
         for path in (*folder.glob(f"{name}.png"), *folder.glob(f"*-{name}.png")):
@@ -40,24 +42,35 @@ def draw(sections: list[Section], folder: Path) -> tuple[dict[str, list[Picture]
                 path.unlink()
     pictures: dict[str, list[Picture]] = {section.title: [] for section in sections}
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return pictures, "matplotlib is not installed, so the report has no pictures."
+    missing = []
     for n, section in enumerate(sections, 1):
         # the number, as two models may share the rest
-        model = re.sub(r"[^\w.-]+", "-", Path(section.title).name)
+        model = re.sub(r"[^\w.-]+", "-", Path(section.title).name)[:60]
         prefix = f"{n}-{model}-" if len(sections) > 1 else ""
         painters = (_over_sparsity, _layers, _training, _zero_shot, _cost)
         for name, painter in zip(_NAMES, painters, strict=True):
+            path = folder / f"{prefix}{name}.png"
             canvas = FigureCanvasAgg(Figure(figsize=_SIZE, layout="constrained"))
-            caption = painter(section, canvas.figure)
-            if caption:
-                path = folder / f"{prefix}{name}.png"
-                with atomic(path) as temporary:
-                    canvas.figure.savefig(temporary, dpi=_DPI, format="png")
-                pictures[section.title].append(Picture(path, caption))
-    return pictures, ""
+            try:
+                # a dollar in a name is no formula; the font may lack a letter
+                with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    caption = painter(section, canvas.figure)
+                    if not caption:
+                        continue
+                    with atomic(path) as temporary:
+                        canvas.figure.savefig(temporary, dpi=_DPI, format="png")
+            except Exception as error:  # a report without it is better than none
+                why = " ".join(f"{type(error).__name__}: {error}".split())
+                missing.append(f"{path.name} is left out ({why}).")
+                continue
+            pictures[section.title].append(Picture(path, caption))
+    return pictures, " ".join(missing)
 
 
 def _styles(section: Section) -> dict[str, dict]:
@@ -117,7 +130,13 @@ def _few(value: float, _) -> str:
 
 
 def _heading(column: Column) -> str:
-    return " ".join(column.label)
+    return _text(" ".join(column.label))
+
+
+def _text(name: str) -> str:
+    """A name as a picture shows it: matplotlib leaves labels that begin with `_` out of legends."""
+    name = printable(" ".join(name.split()))
+    return f" {name}" if name.startswith("_") else name
 
 
 def _tidy(axes) -> None:
@@ -156,7 +175,7 @@ def _over_sparsity(section: Section, figure) -> str:
     for name, points in lines.items():
         x, y = zip(*sorted(points), strict=True)
         style = colours[name] | {"marker": "s" if ":" in name else "o", "markersize": 4}
-        axes.plot(x, y, label=name, **style)
+        axes.plot(x, y, label=_text(name), **style)
     _scale(axes, [y for points in lines.values() for _, y in points])
     _mark_dense(axes, _dense_value(section, column), "right")
     shares = sorted({round(x, 1) for points in lines.values() for x, _ in points})
@@ -196,7 +215,7 @@ def _layers(section: Section, figure) -> str:
         figure.set_size_inches(_SIZE[0], 1.5 * _SIZE[1])
     for row, blocks in shown:
         places = range(1, len(blocks) + 1)
-        style = styles[row.name] | {"label": row.name, "linewidth": 1.4, "marker": None}
+        style = styles[row.name] | {"label": _text(row.name), "linewidth": 1.4, "marker": None}
         if uneven:
             panels[0].plot(places, [100 * s for s, _ in blocks], **style)
         if errors and any(e for _, e in blocks):
@@ -262,7 +281,7 @@ def _training(section: Section, figure) -> str:
         for i, result in enumerate(row.results):
             for j, points in enumerate(result.curve):
                 x, y = zip(*points, strict=True)
-                label = None if i or j else row.name
+                label = None if i or j else _text(row.name)
                 style = styles[row.name] | {"label": label, "alpha": 0.5 if i else 1, "marker": "."}
                 axes.plot(x, y, **style)
                 values += y
@@ -308,7 +327,7 @@ def _zero_shot(section: Section, figure) -> str:
             hatch="///" if styles[row.name]["linestyle"] != "-" else None,
             edgecolor="white",
             linewidth=0.3,
-            label=row.name,
+            label=_text(row.name),
             error_kw={"linewidth": 0.7, "ecolor": "#444444"},
         )
     axes.set_yticks(range(len(columns)), [_heading(c) for c in columns], fontsize=8)
@@ -338,7 +357,7 @@ def _cost(section: Section, figure) -> str:
     axes, styles = figure.add_subplot(), _styles(section)
     for row, minutes, ppl in points:
         style = styles[row.name] | {"linestyle": "none", "markersize": 6}
-        axes.plot([minutes], [ppl], label=row.name, **style)
+        axes.plot([minutes], [ppl], label=_text(row.name), **style)
     _scale(axes, [ppl for *_, ppl in points])
     _mark_dense(axes, _dense_value(section, column), "left")
     axes.set_xlabel("minutes, all stages")

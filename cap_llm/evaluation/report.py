@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import base64
+import copy
 import csv
 import io
+import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from rich.markup import escape
 
 from cap_llm.evaluation.comparison import COST, PUBLISHED, Cell, Section, Table, compare
 from cap_llm.evaluation.figures import Picture, draw
 from cap_llm.evaluation.runs import Figure, Result
-from cap_llm.runtime.console import Console
+from cap_llm.runtime.console import Console, printable
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 
@@ -41,6 +42,9 @@ def write_report(results: list[Result], folder: Path, title: str, console: Conso
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the report cannot be written to {folder}: {error.strerror}") from None
+    runs = list(dict.fromkeys(r.run for r in results))
+    damaged = [run for run in runs if not _compares([r for r in results if r.run == run], console)]
+    results = [r for r in results if r.run not in damaged]
     sections = compare(results)
     pictures, missing = draw(sections, folder / "figures")
     for section in sections:
@@ -55,14 +59,24 @@ def write_report(results: list[Result], folder: Path, title: str, console: Conso
             console.say(note)
     if missing:
         console.say(missing)
-    runs = [_provenance(run, results) for run in dict.fromkeys(r.run for r in results)]
-    common = _common(runs)
-    page = Page(title, sections, pictures, runs, common, missing)
+    told = [_provenance(run, results) for run in runs if run not in damaged]
+    page = Page(title, sections, pictures, told, _common(told), missing)
     text = {"report.md": _markdown(page), "report.html": _html(page), "report.csv": _csv(results)}
     for name, content in text.items():
         with atomic(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(printable(content), encoding="utf-8")
     return folder / "report.html"
+
+
+def _compares(results: list[Result], console: Console) -> bool:
+    """Whether the models of one run can be shown; says so if what they hold is too odd for it."""
+    try:
+        compare(copy.deepcopy(results))
+    except Exception as error:  # of any kind: the files are not as any version writes them
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        console.say(f"{results[0].run} is skipped: it is not as this version writes it ({why})")
+        return False
+    return True
 
 
 # where it comes from
@@ -133,7 +147,7 @@ class Page:
 
 def _print(title: str, table: Table, console: Console) -> None:
     """Prints a table: its texts wrapped, and as many columns as there is room for."""
-    longest = console.width // 4  # so that a name and a source leave the figures their half
+    longest = max(8, console.width // 4)  # so that a name and a source leave the figures their half
     rows = [
         ["\n".join(textwrap.wrap(_named(c) + " *" * c.best, longest)) for c in row]
         for row in table.rows
@@ -143,7 +157,7 @@ def _print(title: str, table: Table, console: Console) -> None:
         for label, *texts in zip(table.columns, *rows, strict=True)
     ]
     n = sum(1 for i in range(len(widths)) if sum(widths[: i + 1]) + 1 <= console.width)
-    console.table(title, table.columns[:n], [[escape(text) for text in row[:n]] for row in rows])
+    console.table(title, table.columns[:n], [row[:n] for row in rows])
     if n < len(widths):
         more = len(widths) - n
         console.say(f"{more} more column{'s' * (more > 1)} in report.html")
@@ -167,15 +181,15 @@ def _named(cell: Cell) -> str:
 
 
 def _markdown(page: Page) -> str:
-    lines = [f"# {page.title}", ""]
+    lines = [f"# {_plain(page.title)}", ""]
     for section in page.sections:
-        lines += [f"## {section.title}", ""] * (len(page.sections) > 1)
+        lines += [f"## {_plain(section.title)}", ""] * (len(page.sections) > 1)
         for table in section.tables:
-            columns = [" ".join(c.split()) for c in table.columns]
+            columns = [_plain(c) for c in table.columns]
             lines += [f"### {table.title}", "", _line(columns)]
             lines.append(_line(["---"] + ["---:"] * (len(columns) - 1)))
             for row in table.rows:
-                cells = [_named(c).replace("|", "\\|") for c in row]
+                cells = [_plain(_named(c)) for c in row]
                 cells = [f"**{t}**" if c.best else t for t, c in zip(cells, row, strict=True)]
                 cells[0] = f"*{cells[0]}*" if row[0].baseline else cells[0]
                 cells[0] += "".join(f" ({n})" for n in row[0].runs)
@@ -183,19 +197,37 @@ def _markdown(page: Page) -> str:
             legend = _legend(section) if table is section.tables[0] else []
             signs = {"best": "**bold**", "baseline": "*italics*"}
             marks = [f"{signs[kind]}: {meaning}" for kind, _, meaning in legend]
-            lines += ["", *(f"- {note}" for note in (*marks, *table.notes)), ""]
+            lines += ["", *(f"- {note}" for note in (*marks, *map(_plain, table.notes))), ""]
         for picture in page.pictures[section.title]:
-            lines += [f"![{picture.caption}](figures/{picture.path.name})", "", picture.caption, ""]
-    lines += [page.missing, ""] * bool(page.missing)
+            caption = _plain(picture.caption)
+            lines += [f"![{caption}](figures/{picture.path.name})", "", caption, ""]
+    lines += [_plain(page.missing), ""] * bool(page.missing)
     lines += ["## Where the figures come from", "", "By the numbers behind the models' names.", ""]
-    lines += [f"- all: {name}: {value}" for name, value in page.common] + [""] * bool(page.common)
+    facts = [_fact(name, value) for name, value in page.common]
+    lines += [f"- all: {fact}" for fact in facts] + [""] * bool(facts)
     for n, run in enumerate(page.runs, 1):
-        lines.append(f"{n}. `{run.run}`")
-        lines += [
-            f"   - {k}: `{v}`" if k.startswith("command") else f"   - {k}: {v}"
-            for k, v in run.facts
-        ]
+        lines.append(f"{n}. {_code(run.run)}")
+        lines += [f"   - {_fact(name, value)}" for name, value in run.facts]
     return "\n".join([*lines, ""])
+
+
+def _plain(text: str) -> str:
+    """Any text as Markdown that shows it on one line; `_` inside a word is no sign."""
+    special = r"[\\`*\[\]<>|$~&]|(?<!\w)_|_(?!\w)"
+    return re.sub(special, lambda sign: "\\" + sign.group(), " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Any text as Markdown's code, within more backticks than it has."""
+    text, fence = " ".join(text.split()), "`"
+    while fence in text:
+        fence += "`"
+    space = " " * (text[:1] == "`" or text[-1:] == "`")
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _fact(name: str, value: str) -> str:
+    return f"{_plain(name)}: {(_code if name.startswith('command') else _plain)(value)}"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -225,5 +257,11 @@ def _csv(results: list[Result]) -> str:
             told = "; ".join(f"{k}={v}" for k, v in f.facts.items() if v is not None)
             job = f.environment or r.environment
             where = [r.run, job.get("command"), job.get("machine")]
-            writer.writerow([*about, f.kind, f.name, f.value, f.stderr, told, *where])
+            row = [*about, f.kind, f.name, f.value, f.stderr, told, *where]
+            writer.writerow([_no_formula(x) if isinstance(x, str | Path) else x for x in row])
     return out.getvalue()
+
+
+def _no_formula(text: str | Path) -> str:
+    """A text that a spreadsheet takes for one, whatever it begins with."""
+    return re.sub(r"^(?=[=+@\t\r-])", "'", str(text))

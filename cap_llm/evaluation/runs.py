@@ -7,8 +7,11 @@ unfinished and damaged ones are read as far as they go; what is wrong with them 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,20 +22,20 @@ import yaml
 import cap_llm
 from cap_llm.config import MODELS
 from cap_llm.models.checkpoint import weight_files
+from cap_llm.models.masks import PRUNED
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, read_metrics
 from cap_llm.runtime.rundir import CONTENTS
 from cap_llm.text.corpora import NAMES
 
-ORDER = ("dense", *MODELS)  # stages of another version come behind
+ORDER = ("dense", "given", *MODELS)  # stages of another version come behind
 _METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 _METHODS |= {"admm_grad": "ADMM-grad", "alps": "ALPS"}
 _ADDED = {"sds": "SDS", "reconstruct": "reconstruction", "recover": "recovery"}
 _METRICS = {"task": "acc", "norm": "acc_norm", "word": "word_perplexity"}  # lm-eval's names
 LIBRARIES = ("torch", "transformers", "lm_eval")  # that compute a zero-shot score
 SCORES = ("ppl", "word", "task")  # what makes a model a scored one
-_FOREIGN = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # as other files cause
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -65,7 +68,8 @@ class Result:
 
     Attributes:
         name: what a table calls it.
-        stage: the stage that made it; `dense` for the model that the run started from.
+        stage: the stage that made it; `dense` for the dense model, `given` for a pruned one that
+            the run started from and no run made.
         run: the run directory.
         dense: which dense model it comes from: path or hub name, with the revision.
         before: the pruned model that its stage started from, perhaps of another run.
@@ -123,16 +127,18 @@ def run_directories(paths: list[Path], console: Console) -> list[Path]:
     found, others = [], []
     for path in paths:
         inside = [path] if _is_run(path) else []
-        if not inside and path.is_dir():
-            inside = sorted(p for p in path.iterdir() if _is_run(p))
+        if not inside and os.path.isdir(path):
+            with contextlib.suppress(OSError):  # one that may not be looked at holds none
+                inside = sorted(p for p in path.iterdir() if _is_run(p))
         known = {p.resolve() for p in found}
         found += [p for p in inside if p.resolve() not in known]
         others += [] if inside else [path]
-    if missing := [path for path in others if not path.exists()] or (not found and others):
+    if missing := [path for path in others if not os.path.exists(path)] or (not found and others):
         path = missing[0]
-        what = "holds no run" if path.is_dir() else "is a file" if path.exists() else None
+        what = "holds no run" if os.path.isdir(path) else "is a file"
+        what = what if os.path.exists(path) else "does not exist"
         raise UserError(
-            f"{path} {what or 'does not exist'}: give the output_dir of a run (it has an "
+            f"{path} {what}: give the output_dir of a run (it has an "
             "environment.json), or a folder of such directories"
         )
     if others:
@@ -150,9 +156,9 @@ def collect(folder: Path) -> list[Result]:
         raise UserError(f"{folder} is no run directory: it has no environment.json")
     try:
         return _read(folder)
-    except _FOREIGN:
+    except Exception:  # of any kind: the files may be anything
         status = ["not as this version writes it"]
-        return [Result(folder.name, "none", folder, "unknown model", status=status)]
+        return [Result(folder.resolve().name, "none", folder, "unknown model", status=status)]
 
 
 def _read(folder: Path) -> list[Result]:
@@ -160,7 +166,10 @@ def _read(folder: Path) -> list[Result]:
     facts = _part(folder / "environment.json", dict, troubles) or {}
     settings = _settings(folder / "config.yaml")
     made = _models(folder, facts, settings)
-    title, dense = str(facts.get("run") or folder.name), _dense(folder, {}, settings, facts)
+    title, dense = (
+        str(facts.get("run") or folder.resolve().name),
+        _dense(folder, {}, settings, facts),
+    )
     nothing = Result(title, "none", folder, dense, environment=_job(facts))
     results = list(made.values()) or [nothing]
     if made and not results[-1].figures_of(*SCORES):
@@ -184,30 +193,42 @@ def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
     stages = [s for s in stages if s != "source" and not s.endswith("-source")]
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
     given = _given(settings, facts, folder)
+    start = "given" if "given" in stages else "dense"
     made: dict[str, Result] = {}
     for stage in stages:
-        made[stage] = result = _result(folder, stage, made, given, facts, settings)
-        if stage == "dense" and given:
+        before = None if stage == "dense" != start else given
+        made[stage] = result = _result(folder, stage, made, before, facts, settings)
+        if stage == start and given:
             for name in ("name", "stage", "method", "amount", "recipe", "seeds"):
                 setattr(result, name, getattr(given, name))
-        elif stage == "dense" and (result.sparsity or _came_pruned(folder, settings)):
-            # A model that came pruned is where this run started, and not the dense one.
-            result.name, result.stage, result.method = "given model", "start", "given model"
+            continue
+        if stage == "dense" and (folder / stage / "sparsity.json").exists():
+            pruned = any(zeros >= PRUNED for _, zeros, _ in result.layers)
+        elif stage == "dense" == start:  # of a version that did not count the zeros
+            pruned = bool(result.sparsity) or _came_pruned(folder, settings)
+        else:
+            pruned = stage == "given"
+        if pruned:
+            result.name = result.method = "given model" if stage == start else "model.dense"
+            result.stage = "given"
             result.dense = _dense(folder, settings, settings, facts)
-        elif stage != "dense" and stage == stages[-1] and facts.get("run"):
+        if result.stage != "dense" and stage == stages[-1] and facts.get("run"):
             result.name = str(facts["run"])  # one that nobody named is called by what was done
     return made
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "environment.json").is_file()
+    return os.path.isfile(path / "environment.json")  # also where it may not be looked at
 
 
 def _came_pruned(folder: Path, settings: dict) -> bool:
     """Whether a run names the dense model of the one that it was given.
 
-    A teacher is that model only where recover has found it so: else it may be a larger one.
+    A teacher is that model only where recover has found it so: else it may be a larger one. Where
+    the weights were counted, they tell.
     """
+    if (folder / "dense" / "sparsity.json").exists():
+        return (folder / "given").exists()
     inputs = folder / "recover" / "inputs.json"
     taught = inputs.exists() and (_part(inputs, dict, []) or {}).get("teacher_is_dense")
     return bool((settings.get("model") or {}).get("dense") or taught)
@@ -227,7 +248,9 @@ def _given(settings: dict, facts: dict, folder: Path) -> Result | None:
     if not place or place.parent == folder.resolve() or not _is_run(place.parent):
         return None
     facts = _part(place.parent / "environment.json", dict, []) or {}
-    made = _models(place.parent, facts, _settings(place.parent / "config.yaml"))
+    made: dict[str, Result] = {}
+    with contextlib.suppress(Exception):  # damage there is not this run's
+        made = _models(place.parent, facts, _settings(place.parent / "config.yaml"))
     return made.get(place.name) if place.name != "dense" else None
 
 
@@ -267,13 +290,16 @@ def _result(
     if recover := recipe.get("recover"):
         corpus = (done or {}).get("recovery") or Path(str(recover.get("corpus"))).name
         result.training = f"{corpus} in sequences of {recover.get('length')} tokens"
-    if stage != "dense":
+    if stage not in ("dense", "given"):
         _describe(result, recipe, before)
         if done is None:
             blocks = len(list((place / "blocks").glob("*.json")))
             status.append("unfinished" + (f" after {blocks} blocks" if blocks else ""))
-    given_path = recipe.get("model", {}).get("path")
-    weights = _located(given_path, environment) if stage == "dense" and given_path else place
+    weights = place
+    if stage in ("dense", "given"):
+        came = stage == "given" or not (place / "sparsity.json").exists()
+        path = recipe.get("model", {}).get("path") if came else dense
+        weights = _located(path, environment) if path else place
     scores = (("perplexity.json", _perplexities), ("zeroshot.json", _tasks))
     # the scripts that score a dense model leave their results beside it
     for folder, (file, parse) in itertools.product(dict.fromkeys((place, weights)), scores):
@@ -284,8 +310,9 @@ def _result(
     for figure in result.figures:
         figure.facts["calibration"] = result.calibration
     counts = None
-    if (weights / "sparsity.json").exists():
-        counts = _part(weights / "sparsity.json", lambda c: _sparsity(c, result), status)
+    for path in dict.fromkeys((weights / "sparsity.json", place / "sparsity.json")):
+        if path.exists():
+            counts = _part(path, lambda c: _sparsity(c, result), status)
     config = _part(weights / "config.json", dict, []) or {}
     result.stored_as = str(config.get("dtype") or config.get("torch_dtype") or "")
     result.figures += _sizes(weights, result.stored_as, counts)
@@ -299,10 +326,12 @@ def _result(
 def _part(path: Path, parse: Callable, troubles: list[str]):
     """What `parse` makes of a JSON file; None, and a line in `troubles`, if it cannot."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep its reader waiting
+            raise UserError(f"{path} is not a file")
         return parse(read_json(path))
     except UserError:
         troubles.append(f"{path.name} cannot be read")
-    except _FOREIGN:
+    except Exception:
         troubles.append(f"{path.name} is not as this version writes it")
     return None
 
@@ -310,7 +339,7 @@ def _part(path: Path, parse: Callable, troubles: list[str]):
 def _settings(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+    except Exception:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -321,8 +350,9 @@ def _dense(run: Path, recipe: dict, settings: dict, environment: dict) -> str:
     teacher = (recipe.get("recover") or {}).get("teacher") if _came_pruned(run, settings) else None
     path = model.get("dense") or teacher or model.get("path") or "unknown model"
     here = _located(path, environment)
+    is_model = path == model.get("path")  # which alone may have a revision
     path = str(here if here.is_dir() else Path(path))
-    return f"{path}@{model['revision']}" if model.get("revision") else path
+    return f"{path}@{model['revision']}" if is_model and model.get("revision") else path
 
 
 def _by_content(recipe: dict) -> dict:
@@ -392,7 +422,7 @@ def _perplexities(content: dict) -> list[Figure]:
         hash(tuple(facts.values()))  # a list or a dict is no fact
         # a file that is called as a known corpus is not that corpus
         name = corpus if Path(corpus).stem in NAMES else Path(corpus).stem
-        ppl = float(entry["ppl_token"])
+        ppl = _number(entry["ppl_token"])
         figures.append(Figure("ppl", name, ppl, facts, environment=_job(entry)))
     return figures
 
@@ -416,11 +446,17 @@ def _tasks(content: dict) -> list[Figure]:
         for kind, metric in _METRICS.items():
             if entry.get(metric) is not None:
                 error = entry.get(f"{metric}_stderr")
-                error = None if error is None else float(error)
-                figure = Figure(kind, task, float(entry[metric]), dict(facts), error)
+                error = None if error is None else _number(error)
+                figure = Figure(kind, task, _number(entry[metric]), dict(facts), error)
                 figure.environment = _job(entry)
                 figures.append(figure)
     return figures
+
+
+def _number(value) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is not a figure")
+    return number
 
 
 def _versions(entry: dict, names: tuple[str, ...]) -> dict:
@@ -470,14 +506,21 @@ def _machine(hardware: dict) -> str:
 
 
 def _sparsity(content: dict, result: Result) -> dict:
-    """Fills in sparsity and layers; returns the number of bytes that packing needs to know."""
+    """Fills in sparsity and layers; returns the number of bytes that packing needs to know.
+
+    A second count, of the weights as they are, keeps the errors of those that have not changed.
+    """
     pruned, whole = content["pruned_matrices"], content["whole_model"]
-    result.sparsity = (float(pruned["sparsity"]), float(whole["sparsity"]))
+    known = {layer[:2]: layer[2] for layer in result.layers}
+    result.sparsity, result.layers = None, []
+    if content["rows"] or result.stage != "dense":
+        result.sparsity = (_number(pruned["sparsity"]), _number(whole["sparsity"]))
     mask_bytes = 0
     for row in content["rows"]:
         n_rows, columns = row["shape"]
-        error = None if row.get("error") is None else float(row["error"])
-        result.layers.append((str(row["name"]), row["zeros"] / (n_rows * columns), error))
+        layer = (str(row["name"]), row["zeros"] / (n_rows * columns))
+        error = known.get(layer) if row.get("error") is None else float(row["error"])
+        result.layers.append((*layer, error))
         mask_bytes += n_rows * -(-columns // 8)
     return {"zeros": pruned["zeros"], "mask_bytes": mask_bytes}
 
@@ -531,7 +574,7 @@ def _curves(run: Path, recover: dict, done: dict, result: Result) -> None:
                 for step in [s for s in points if s >= entry["step"]]:
                     del points[step]
                 points[entry["step"]] = float(entry["value"])
-    except (OSError, *_FOREIGN):
+    except Exception:
         result.status.append("metrics.jsonl cannot be read")
     start = 0
     for points in rungs.values():

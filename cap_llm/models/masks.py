@@ -34,12 +34,7 @@ class Masks(Mapping[str, torch.Tensor]):
         self.folder, self._world, self._checkpoint = folder, world, Checkpoint(folder)
         model = skeleton(folder)
         self._keys = match_names(model, self._checkpoint)
-        prefix, _ = find_blocks(model)
-        self._transposed = {
-            f"{name}.weight": isinstance(module, Conv1D)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(prefix + ".")
-        }
+        self._transposed = _matrices(model)
         file = mask_files.path_of(folder)
         self._file = mask_files.MaskFile(file) if file.exists() else None
         if self._file:
@@ -146,6 +141,47 @@ class Masks(Mapping[str, torch.Tensor]):
         if self.from_zeros:
             return self._found
         return {name: int((~mask).sum()) for name, mask in self.items()}
+
+
+def count_zeros(
+    folder: Path, world: World
+) -> tuple[dict[str, tuple[list[int], int]], tuple[int, int], bool]:
+    """Counts zeros in the weights, whatever files lie beside them.
+
+    Returns:
+        Shape [R, C] and zeros of each matrix that counts as pruned, or else of each that has more
+        zeros than chance gives; zeros and number of all parameters; whether the model is pruned.
+    """
+    checkpoint, model = Checkpoint(folder), skeleton(folder)
+    keys, transposed = match_names(model, checkpoint), _matrices(model)
+    names = [name for name, _ in model.named_parameters() if name in keys]  # tied ones once
+    mine = {
+        n: int((checkpoint.read([keys[n]], finite=False)[keys[n]] == 0).sum())
+        for n in names[world.rank :: world.size]
+    }
+    zeros = {name: n for part in world.gather(mine) for name, n in part.items()}
+    shapes = {name: checkpoint.shape(keys[name]) for name in names}
+    shares = {n: zeros[n] / math.prod(shapes[n]) for n in transposed if n in zeros}
+    # with a file of masks, few zeros are masks too
+    least = NOTED if (folder / mask_files.FILE).exists() else PRUNED
+    pruned = max(shares.values(), default=0.0) >= least
+    least = least if pruned else NOTED
+    found = {
+        n: (shapes[n][:: -1 if transposed[n] else 1], zeros[n])
+        for n, share in shares.items()
+        if share >= least
+    }
+    return found, (sum(zeros.values()), sum(map(math.prod, shapes.values()))), pruned
+
+
+def _matrices(model: torch.nn.Module) -> dict[str, bool]:
+    """The weights of the linears in the blocks, and whether they are stored transposed."""
+    prefix, _ = find_blocks(model)
+    return {
+        f"{name}.weight": isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(prefix + ".")
+    }
 
 
 def patterns(folder: Path) -> dict[str, str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 PLAIN_WIDTH = 120  # columns of a log file
+# users' names are text: neither `[/]` nor `:x:` in them means anything
+_PLAIN = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
 
 
 class Bar:
@@ -41,16 +45,19 @@ class Console:
 
     def __init__(self, speaks: bool = True):
         self._speaks = speaks
-        self._out = RichConsole(highlight=False, soft_wrap=True)
+        with contextlib.suppress(AttributeError):  # what a locale cannot write ends no run
+            sys.stdout.reconfigure(errors="backslashreplace")
+        self._out = RichConsole(**_PLAIN)
         if not self._out.is_terminal:
-            self._out = RichConsole(highlight=False, soft_wrap=True, width=PLAIN_WIDTH)
+            self._out = RichConsole(**_PLAIN, width=PLAIN_WIDTH)
         self._log: RichConsole | None = None
 
     def log_to(self, path: Path) -> None:
         """Also writes everything that is said from now on to `path`, without colours."""
         if self._speaks:
-            file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the process)
-            self._log = RichConsole(file=file, width=PLAIN_WIDTH, highlight=False, soft_wrap=True)
+            # open as long as the process
+            file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+            self._log = RichConsole(**_PLAIN, file=file, width=PLAIN_WIDTH)
 
     @property
     def width(self) -> int:
@@ -59,15 +66,16 @@ class Console:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prints a line of plain text."""
-        self._print(text, style=style, markup=False)
+        self._print(printable(text), style=style)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table; the first column is text, the others are figures."""
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=printable(title), title_justify="left", title_style="bold")
         for i, name in enumerate(columns):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+            justify = "left" if i == 0 else "right"
+            table.add_column(printable(name), justify=justify, no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         self._print(table)
 
     @contextlib.contextmanager
@@ -77,16 +85,18 @@ class Console:
             yield _LoggedBar(self, title, total, unit) if self._speaks else Bar(None, None)
             return
         columns = (
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn(unit),
             TimeRemainingColumn(compact=True),
             # cut short where a line is full, so that the count and the time stay whole
-            TextColumn("{task.fields[phase]}", table_column=Column(ratio=1, no_wrap=True)),
+            TextColumn(
+                "{task.fields[phase]}", markup=False, table_column=Column(ratio=1, no_wrap=True)
+            ),
         )
         with Progress(*columns, console=self._out, transient=True, expand=True) as progress:
-            yield Bar(progress, progress.add_task(title, total=total, phase=""))
+            yield Bar(progress, progress.add_task(printable(title), total=total, phase=""))
 
     def _print(self, *args, **options) -> None:
         if not self._speaks:
@@ -119,6 +129,14 @@ class _LoggedBar(Bar):
                 f"{self._title}: {self._done} of {self._total} {self._unit}, "
                 f"about {duration(left)} left"
             )
+
+
+def printable(text: str) -> str:
+    """`text` with backslashes in place of control characters, which a terminal would obey, and of
+    bytes of file names that are not text, which no file takes."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c.group())[1:-1], text
+    )
 
 
 def duration(seconds: float) -> str:

@@ -103,10 +103,11 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically; bytes of file names that are not text as JSON's
+    own escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with atomic(path) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
