@@ -7,7 +7,10 @@ a terminal (a SLURM log) there is no bar and no control character, only the rows
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +18,8 @@ from pathlib import Path
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+
+from cap_llm.runtime.interrupt import Stopped
 
 PLAIN_WIDTH = 120  # columns of a log file
 
@@ -36,21 +41,36 @@ class Bar:
             self._progress.advance(self._task, n)
 
 
+class _Plain(RichConsole):
+    """Prints names and paths as they are: what looks like markup in them is none."""
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Ends the run, as the tools do whose reader has gone (`| head`)."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Stopped(signal.SIGPIPE)
+
+
 class Console:
     """Prints on the first rank, keeps quiet on the others."""
 
     def __init__(self, speaks: bool = True):
         self._speaks = speaks
-        self._out = RichConsole(highlight=False, soft_wrap=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold what is no text
+            sys.stdout.reconfigure(errors="backslashreplace")
+        self._out = _Plain()
         if not self._out.is_terminal:
-            self._out = RichConsole(highlight=False, soft_wrap=True, width=PLAIN_WIDTH)
+            self._out = _Plain(width=PLAIN_WIDTH)
         self._log: RichConsole | None = None
 
     def log_to(self, path: Path) -> None:
         """Also writes everything that is said from now on to `path`, without colours."""
         if self._speaks:
-            file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the process)
-            self._log = RichConsole(file=file, width=PLAIN_WIDTH, highlight=False, soft_wrap=True)
+            # open as long as the process
+            file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            self._log = _Plain(file=file, width=PLAIN_WIDTH)
 
     @property
     def width(self) -> int:
@@ -59,7 +79,7 @@ class Console:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prints a line of plain text."""
-        self._print(text, style=style, markup=False)
+        self._print(text, style=style)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table; the first column is text, the others are figures."""
@@ -77,13 +97,15 @@ class Console:
             yield _LoggedBar(self, title, total, unit) if self._speaks else Bar(None, None)
             return
         columns = (
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn(unit),
             TimeRemainingColumn(compact=True),
             # cut short where a line is full, so that the count and the time stay whole
-            TextColumn("{task.fields[phase]}", table_column=Column(ratio=1, no_wrap=True)),
+            TextColumn(
+                "{task.fields[phase]}", markup=False, table_column=Column(ratio=1, no_wrap=True)
+            ),
         )
         with Progress(*columns, console=self._out, transient=True, expand=True) as progress:
             yield Bar(progress, progress.add_task(title, total=total, phase=""))
@@ -91,10 +113,9 @@ class Console:
     def _print(self, *args, **options) -> None:
         if not self._speaks:
             return
-        self._out.print(*args, **options)
-        if self._log:
+        for out in filter(None, (self._out, self._log)):
             with contextlib.suppress(OSError):  # a full disk is reported where results are written
-                self._log.print(*args, **options)
+                out.print(*args, **options)
 
 
 class _LoggedBar(Bar):
@@ -139,9 +160,14 @@ def size(n_bytes: float) -> str:
 
 
 def quiet_libraries() -> None:
-    """Turns off the chatter of the libraries; call before they are imported."""
+    """Turns off the chatter of the libraries and makes their threads good neighbors; call before
+    they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
+
+    # OpenMP's threads would spin at barriers: with another busy process on one of their cores, two
+    # threads are then many times slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
