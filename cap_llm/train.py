@@ -55,13 +55,14 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.checkpoint import has_weights
     from cap_llm.models.source import locate, prepare
-    from cap_llm.runtime.rundir import Run
+    from cap_llm.runtime.rundir import Run, refuse_strangers
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     run = None
     try:
+        refuse_strangers(Path(config.output_dir))
         located = locate(config.model)
         check(located, config, console, world)
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
