@@ -35,11 +35,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="The run directory.")
     parser.add_argument("--json", action="store_true", help="For programs.")
     args = parser.parse_args(argv)
-    found = status(args.run)
+    found, console = status(args.run), Console()
     if args.json:
-        print(json.dumps(found, indent=2))
+        console.say(json.dumps(found, indent=2))
         return
-    console = Console()
     console.say(f"{args.run}: {found['job']}")
     rows = [[stage, state, found["progress"][stage]] for stage, state in found["stages"].items()]
     console.table("", ["stage", "state", "how far"], rows)
