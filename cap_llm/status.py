@@ -35,11 +35,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="The run directory.")
     parser.add_argument("--json", action="store_true", help="For programs.")
     args = parser.parse_args(argv)
-    found = status(args.run)
+    found, console = status(args.run), Console()
     if args.json:
-        print(json.dumps(found, indent=2))
+        console.say(json.dumps(found, indent=2))
         return
-    console = Console()
     console.say(f"{args.run}: {found['job']}")
     rows = [[stage, state, found["progress"][stage]] for stage, state in found["stages"].items()]
     console.table("", ["stage", "state", "how far"], rows)
@@ -53,21 +52,27 @@ def status(folder: Path) -> dict:
         UserError: `folder` is no run directory.
     """
     if not (folder / FILE).exists():
-        raise UserError(f"{folder} is no run directory: there is no {FILE} in it")
+        raise UserError(f"{folder} is not a run directory: there is no {FILE} in it")
     state, job = _job(folder)
-    config = yaml.safe_load(_text(folder / "config.yaml")) or {}
-    names = [
-        stage
-        for stage in STAGES
-        if stage in config.get("stages", []) or (folder / stage / "recipe.json").exists()
-    ]
+    try:
+        config = yaml.safe_load(_text(folder / "config.yaml"))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        config = None
+    config = config if isinstance(config, dict) else {}
+    asked = config.get("stages") if isinstance(config.get("stages"), list) else []
+    names = [s for s in STAGES if s in asked or (folder / s / "recipe.json").exists()]
     metrics = read_metrics(folder)
-    found = {stage: _PROGRESS[stage](folder, config, metrics) for stage in names}
+    found = {}
+    for stage in names:
+        try:
+            found[stage] = _PROGRESS[stage](folder, config, metrics)
+        except (UserError, LookupError, TypeError, ValueError, AttributeError):
+            found[stage] = False, "its files are damaged"
     stages = {
         stage: "done" if done else "stopped" if text else "waiting"
         for stage, (done, text) in found.items()
     }
-    if at_work := [s for s in names if stages[s] != "done" and s in config.get("stages", [])]:
+    if at_work := [s for s in names if stages[s] != "done" and s in asked]:
         stages[at_work[0]] = state or stages[at_work[0]]
     progress = {stage: text for stage, (_, text) in found.items()}
     return {"run": str(folder), "job": job, "stages": stages, "progress": progress}
@@ -79,12 +84,12 @@ def _job(folder: Path) -> tuple[str | None, str]:
     if ended.exists():
         try:
             end = read_json(ended)
-        except UserError:  # the disk was full
+            failed = 0 < end["code"] < 128
+            rank = f" (rank {end['rank']}, exit code {end['code']})" if failed else ""
+            ago = duration(time.time() - end["time"])
+        except (UserError, LookupError, TypeError):  # the disk was full
             return "failed", "the last job ended, and could not write down why"
-        failed = 0 < end["code"] < 128
-        rank = f" (rank {end['rank']}, exit code {end['code']})" if failed else ""
-        ago = duration(time.time() - end["time"])
-        return "failed" if failed else None, f"the last job ended {ago} ago: {end['why']}{rank}"
+        return "failed" if failed else None, f"the last job ended {ago} ago: {end.get('why')}{rank}"
     if not who:
         return None, "no job has worked here yet"
     name = f"job {who['job']}" if who["job"] else f"process {who['pid']}"

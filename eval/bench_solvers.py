@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
 
 from bench_oneshot import GIB, IDLE, alone, say, truncate  # noqa: E402
+from shapes import BELOW  # noqa: E402
 
 from cap_llm.runtime.files import read_json, write_json  # noqa: E402
 
@@ -85,7 +86,7 @@ def parse() -> argparse.Namespace:
     add("--repeats", type=int, default=1, help="rounds; the fastest undisturbed run counts")
     add("--blocks", type=int, help="keep only the model's first blocks (to try the script)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every row")
-    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "cap_llm_bench", help="scratch")
+    add("--work", type=Path, default=BELOW, help="scratch")
     add("--out", type=Path, metavar="FILE.json", help="also write all figures here")
     args = parser.parse_args()
     if args.out and not args.out.absolute().parent.is_dir():

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from assets import cache
 
 SHAPES = {  # width, heads, blocks of OPT (Zhang et al. 2022, table 1)
     "opt-125m": (768, 12, 12),
@@ -16,7 +17,7 @@ SHAPES = {  # width, heads, blocks of OPT (Zhang et al. 2022, table 1)
     "opt-30b": (7168, 56, 48),
     "opt-66b": (9216, 72, 64),
 }
-BELOW = Path(tempfile.gettempdir()) / "cap_llm_bench"
+BELOW = cache() / "bench"
 
 
 def random_model(name: str, blocks: int | None = None, below: Path = BELOW) -> Path:

@@ -9,8 +9,10 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 FETCHED=${FETCHED:-$PWD/fetched}
 if [ -d "$FETCHED" ]; then export HF_HOME=$FETCHED CAP_LLM_DATA=${CAP_LLM_DATA:-$FETCHED/data}; fi
 
-# Compilation caches are private: one that a killed job left locked would hang the next one.
-CACHE=${TMPDIR:-/tmp}/cap_llm-$SLURM_JOB_ID-${SLURM_NODEID:-0}
+# Compilation caches are this job's on this node, for all its ranks: one that a killed job left locked
+# would hang the next one, and another user could put a library where its name can be guessed.
+[ -d "${TMPDIR:-/tmp}" ] || unset TMPDIR # a login node's
+CACHE=$(mktemp -d "${TMPDIR:-/tmp}/cap_llm-XXXXXXXXXX") || exit 1
 export TORCH_EXTENSIONS_DIR=$CACHE/extensions TRITON_CACHE_DIR=$CACHE/triton
 trap 'rm -rf "$CACHE"' EXIT
 

@@ -6,9 +6,8 @@
 #   bash slurm/pipeline.sh RECIPE RUN [--option value ...]
 #   bash slurm/pipeline.sh opt-6.7b-50 runs/opt-6.7b --stages "[oneshot, reconstruct, recover, evaluate]"
 #
-# Watch it with `squeue --me` and `cap-llm status RUN`. To give sbatch options of your own, put them
-# into SBATCH_PARTITION, SBATCH_ACCOUNT and so on (`man sbatch`, input environment variables), or edit
-# the files. RECOVER=slurm/recover_multinode.sbatch trains on several nodes.
+# Watch it with `squeue --me` and `cap-llm status RUN`. Options for sbatch: SBATCH_PARTITION and so on
+# (`man sbatch`), or edit the files. RECOVER=slurm/recover_multinode.sbatch trains on several nodes.
 
 set -euo pipefail
 recipe=${1:?usage: bash slurm/pipeline.sh RECIPE RUN [--option value ...]}
@@ -33,8 +32,9 @@ except UserError as error:
     raise SystemExit(f"pipeline.sh: {error}") from None
 print(*config.stages)' --config "$recipe" --output_dir "$folder" "$@")
 
-states=$(python cap_llm/train.py status "$folder" --json 2>/dev/null) || true # of a new RUN: none
-place=$(realpath -m "$folder")
+states=$(python cap_llm/train.py status --json -- "$folder" 2>/dev/null) || true # of a new RUN: none
+# The run directory is the job's comment: so a job of ours is known again. One line, whatever it holds.
+LC_ALL=C printf -v place %q "$(realpath -m -- "$folder")"
 before=
 for stage in $stages; do
   # What is done stays done only as long as no stage before it is made anew; the scores that are asked
@@ -43,8 +43,8 @@ for stage in $stages; do
     echo "$stage: done"
     continue
   fi
-  # The run directory is the job's comment: so a job of ours is known again.
-  job=$(squeue -h --me -o "%A %j %k" | awk -v job="cap-$stage $place" '$2 " " $3 == job {print $1}')
+  job=$(squeue -h --me -o "%A %j %k" | job="cap-$stage $place" awk '{id = $1; sub(/^[^ ]* /, "")}
+    $0 == ENVIRON["job"] {found = id} END {print found}')
   if [ -n "$job" ]; then
     echo "$stage: job $job is in the queue already"
   else
@@ -57,5 +57,5 @@ for stage in $stages; do
       ${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes} "$file" "$recipe" "$folder" "$@")
     echo "$stage: job $job"
   fi
-  before=$job
+  before=${job%%;*} # where clusters are joined, the cluster's name follows
 done

@@ -449,7 +449,7 @@ def test_a_requeued_job_waits_for_what_it_left_behind(tmp_path, monkeypatch):
 def test_status_of_what_is_no_run(command, tmp_path):
     done = command("status", tmp_path)
     assert done.returncode == 2
-    assert f"error: {tmp_path} is no run directory" in done.stderr
+    assert f"error: {tmp_path} is not a run directory" in done.stderr
 
 
 def test_evaluate_as_a_job_of_its_own_scores_what_earlier_jobs_made(command, recipe, tmp_path):

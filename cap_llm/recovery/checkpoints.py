@@ -11,7 +11,6 @@ seed and the step.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from cap_llm.recovery.zeros import ZeroKeeper
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import digests, flush_folder, holding, read_json, verify, write_json
+from cap_llm.runtime.launcher import number
 from cap_llm.runtime.rundir import difference
 from cap_llm.runtime.world import World
 
@@ -119,7 +119,7 @@ def find(
     Raises:
         UserError: there is none where one must be, or it belongs to another recipe or ZeRO stage.
     """
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0  # the same job, which goes on
+    requeued = number("SLURM_RESTART_COUNT", 0) > 0  # the same job, which goes on
     if world.first and config.resume is False and not requeued:
         shutil.rmtree(folder, ignore_errors=True)
     if world.first and folder.exists():

@@ -13,12 +13,12 @@ import gc
 import json
 import logging
 import os
-import socket
 import sys
 import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from cap_llm.blockwise.cache import drop_pinned
 from cap_llm.config import RecoverConfig
@@ -44,15 +44,12 @@ def start(world: World) -> None:
     if world.device.type == "cpu":
         # it would be compiled for a minute, and only inference uses it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if world.size == 1 and "RANK" not in os.environ:  # else a launcher started this rank
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
+    ours = {"RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.size}
+    os.environ |= {name: str(value) for name, value in ours.items()}  # it reads them everywhere
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if not dist.is_initialized():  # one rank: it meets nobody, whatever launchers have left
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 

@@ -7,8 +7,10 @@ a terminal (a SLURM log) there is no bar and no control character, only the rows
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,9 +20,9 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from cap_llm.runtime.interrupt import Stopped
+
 PLAIN_WIDTH = 120  # columns of a log file
-# users' names are text: neither `[/]` nor `:x:` in them means anything
-_PLAIN = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
 
 
 class Bar:
@@ -40,24 +42,36 @@ class Bar:
             self._progress.advance(self._task, n)
 
 
+class _Plain(RichConsole):
+    """Prints names and paths as they are: what looks like markup in them is none."""
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Ends the run, as the tools do whose reader has gone (`| head`)."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Stopped(signal.SIGPIPE)
+
+
 class Console:
     """Prints on the first rank, keeps quiet on the others."""
 
     def __init__(self, speaks: bool = True):
         self._speaks = speaks
-        with contextlib.suppress(AttributeError):  # what a locale cannot write ends no run
+        if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold what is no text
             sys.stdout.reconfigure(errors="backslashreplace")
-        self._out = RichConsole(**_PLAIN)
+        self._out = _Plain()
         if not self._out.is_terminal:
-            self._out = RichConsole(**_PLAIN, width=PLAIN_WIDTH)
+            self._out = _Plain(width=PLAIN_WIDTH)
         self._log: RichConsole | None = None
 
     def log_to(self, path: Path) -> None:
         """Also writes everything that is said from now on to `path`, without colours."""
         if self._speaks:
             # open as long as the process
-            file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-            self._log = RichConsole(**_PLAIN, file=file, width=PLAIN_WIDTH)
+            file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            self._log = _Plain(file=file, width=PLAIN_WIDTH)
 
     @property
     def width(self) -> int:
@@ -101,10 +115,9 @@ class Console:
     def _print(self, *args, **options) -> None:
         if not self._speaks:
             return
-        self._out.print(*args, **options)
-        if self._log:
+        for out in filter(None, (self._out, self._log)):
             with contextlib.suppress(OSError):  # a full disk is reported where results are written
-                self._log.print(*args, **options)
+                out.print(*args, **options)
 
 
 class _LoggedBar(Bar):
@@ -157,9 +170,14 @@ def size(n_bytes: float) -> str:
 
 
 def quiet_libraries() -> None:
-    """Turns off the chatter of the libraries; call before they are imported."""
+    """Turns off the chatter of the libraries and makes their threads good neighbors; call before
+    they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
+
+    # OpenMP's threads would spin at barriers: with another busy process on one of their cores, two
+    # threads are then many times slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

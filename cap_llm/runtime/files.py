@@ -175,8 +175,12 @@ def holding(**fields: type) -> Callable[[dict], dict]:
 def read_metrics(run: Path) -> list[dict]:
     """The lines of a run's `metrics.jsonl`: `stage`, `step`, `name`, `value`, `time`."""
     path, lines = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    kinds = {"stage": str, "step": int, "name": str, "value": int | float, "time": int | float}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         # one may be being written, or was when its writer was killed
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(line)
+            if isinstance(line, dict) and all(isinstance(line.get(k), t) for k, t in kinds.items()):
+                lines.append(line)
     return lines

@@ -4,8 +4,8 @@ They end a run by the exception `Stopped`, which is no `Exception`, so that noth
 it for an error. Training, which has a safe point every few seconds, holds them back (`held_back`)
 until all ranks have written a checkpoint together.
 
-SIGTERM and SIGINT are a person's or the cluster's; SIGUSR2 is what a batch file sends when its time
-is nearly up (not SIGUSR1, which NCCL uses), and SIGALRM is this process's own clock
+SIGTERM, SIGINT and SIGHUP are a person's or the cluster's; SIGUSR2 is what a batch file sends when
+its time is nearly up (not SIGUSR1, which NCCL uses), and SIGALRM is this process's own clock
 (`stop_before_limit`). After the last two the job is meant to go on by itself.
 """
 
@@ -15,20 +15,27 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from cap_llm.runtime.errors import RankLost
+from cap_llm.runtime.errors import RankLost, UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGALRM)
 GOES_ON = (signal.SIGUSR2, signal.SIGALRM)
+# `nohup` has SIGHUP ignored: then it stays so
+_HANGUP = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ()
+ENDS = (signal.SIGTERM, signal.SIGINT, *_HANGUP)
+SIGNALS = (*ENDS, *GOES_ON)
 
 
 class Stopped(BaseException):
-    """A signal has come; `args[0]` is its number."""
+    """A signal has come; `args[0]` is its number. SIGPIPE: nobody reads the output any more."""
 
 
 def stop_at_once() -> None:
-    """Makes the signals raise `Stopped`. SIGINT too: a shell's background job ignores it else."""
+    """Makes the signals raise `Stopped`. SIGINT too: a shell's background job ignores it else.
+
+    Raises:
+        UserError: SLURM's time limit is not a time.
+    """
     _raised.clear()
     for number in SIGNALS:
         signal.signal(number, _raise)
@@ -39,8 +46,15 @@ def stop_before_limit(seconds: float, share: float = 1.0) -> None:
     """Sets the clock: SIGALRM comes `seconds` before the job's time limit, where it has one, and
     leaves at most `share` of the time from now on unused."""
     if end := os.environ.get("SLURM_JOB_END_TIME"):
-        left = float(end) - time.time()
-        signal.setitimer(signal.ITIMER_REAL, max(1.0, left - min(seconds, share * left)))
+        try:
+            left = float(end) - time.time()
+            after = max(1.0, left - min(seconds, share * left))
+            if left > 0:  # else it is an earlier job's
+                signal.setitimer(signal.ITIMER_REAL, after)
+        except (ValueError, OverflowError, OSError):
+            raise UserError(
+                f"SLURM_JOB_END_TIME is {end!r}; it must be in seconds since 1970. Unset it."
+            ) from None
 
 
 def stop_no_more() -> None:
@@ -82,9 +96,21 @@ class Request:
 def held_back() -> Iterator[Request]:
     """For the body of the `with`, signals are noted instead of raised."""
     request = Request()
-    before = [signal.signal(number, request._note) for number in SIGNALS]
-    try:
+    with _handled(SIGNALS, request._note):
         yield request
+
+
+def deadly() -> contextlib.AbstractContextManager:
+    """For the body of the `with`, the signals that end a run end the process here and now: it waits
+    in compiled code, where Python's handlers are not heard."""
+    return _handled(ENDS, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _handled(numbers: tuple[int, ...], handler: Callable | int) -> Iterator[None]:
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
     finally:
-        for number, handler in zip(SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+        for number, earlier in zip(numbers, before, strict=True):
+            signal.signal(number, earlier)

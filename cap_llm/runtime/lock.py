@@ -14,6 +14,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 import threading
 import time
@@ -25,17 +27,22 @@ from cap_llm.runtime.errors import UserError
 FILE, ENDED = "run.lock", "ended.json"
 BEAT = 15.0  # seconds between two signs of life
 WATCH = 90.0  # seconds without one before a job of another node counts as dead
+# the stages' folders of spilled activations, and the files of `files.atomic`
+_HALF = re.compile(r"\.scratch-.*|\..+\.[0-9a-f]{8}\.tmp")
 
 
 class Lock:
-    """The right to write in `folder`, until `close`.
+    """The right to write in `folder`, until `close`. Whatever a killed job has half written there
+    is removed.
 
     Raises:
-        UserError: another job has it.
+        UserError: another job has it, or the lock is not a file.
     """
 
     def __init__(self, folder: Path, console: Console):
         path, job = folder / FILE, os.environ.get("SLURM_JOB_ID")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file. Remove it, or choose another output_dir.")
         self._file = open(path, "a+")  # noqa: SIM115 (held until the end)
         other = holder(folder)
         requeued = job and other and other["job"] == job
@@ -57,6 +64,7 @@ class Lock:
         self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job}))
         self._file.flush()
         (folder / ENDED).unlink(missing_ok=True)
+        _sweep(folder)
         self._over = threading.Event()
         threading.Thread(target=self._beat, args=[path], daemon=True).start()
 
@@ -84,9 +92,11 @@ class Lock:
 def holder(folder: Path) -> dict | None:
     """Who is named in the lock (`host`, `pid`, `job`): the job at work, or one that was killed."""
     try:
-        return json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
+        who = json.loads((folder / FILE).read_text())
+        sound = isinstance(who["host"], str) and 0 < who["pid"] < 2**31 and "job" in who
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
+    return who if sound else None
 
 
 def write_end(folder: Path, code: int, rank: int, why: str, goes_on: bool) -> None:
@@ -95,6 +105,19 @@ def write_end(folder: Path, code: int, rank: int, why: str, goes_on: bool) -> No
     content = {"code": code, "rank": rank, "why": why, "goes_on": goes_on, "time": time.time()}
     with contextlib.suppress(OSError), open(folder / ENDED, "x") as file:
         file.write(json.dumps(content) + "\n")
+
+
+def _sweep(folder: Path) -> None:
+    for place, folders, files in os.walk(folder):
+        left = [Path(place, name) for name in (*folders, *files) if _HALF.fullmatch(name)]
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        # a run inside of this one has a lock of its own
+        folders[:] = [name for name in folders if not Path(place, name, FILE).exists()]
 
 
 def _in_use(folder: Path, other: dict | None) -> UserError:

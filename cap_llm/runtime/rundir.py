@@ -67,7 +67,7 @@ class Run:
         except UserError as error:
             return error
         except OSError as error:
-            return UserError(f"output_dir {self.path} cannot be made: {error.strerror}")
+            return UserError(f"output_dir {self.path} cannot be used: {error.strerror}")
         try:
             self._lock = Lock(self.path, self.console)
             self.console.log_to(self.path / "log.txt")
@@ -75,7 +75,7 @@ class Run:
         except UserError as error:
             return error
         except OSError as error:
-            return disk_error(self.path, LOCK_FILE, error)
+            return disk_error(self.path, Path(error.filename or LOCK_FILE).name, error)
         return None
 
     def describe(self, name: str, config_yaml: str) -> None:
@@ -212,11 +212,23 @@ def refuse_strangers(path: Path) -> None:
     """Refuses to work in a directory that is no run directory, unless it is empty or not there.
 
     Raises:
-        UserError: it holds other files, or is a file.
+        UserError: it holds other files, is a file, or cannot be read or written.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output_dir {path} is a file; choose a new directory")
-    strangers = [inside.name for inside in path.iterdir()] if path.exists() else []
+    try:
+        strangers = os.listdir(path)
+    except FileNotFoundError:
+        strangers = []
+    except (OSError, ValueError) as error:  # no permission, too long a name, a null byte
+        if os.path.isfile(path):
+            raise UserError(f"output_dir {path} is a file; choose a new directory") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"output_dir {str(path)!r} cannot be used: {reason}") from None
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir {path} cannot be written: {place} is read-only for this user. Choose "
+            "another directory."
+        )
     if strangers and LOCK_FILE not in strangers:
         raise UserError(
             f"output_dir {path} holds other files ({strangers[0]}, ...); choose a new directory"

@@ -33,13 +33,12 @@ class Watch:
         gone: names the ranks whose processes have ended, as far as this one can see them.
     """
 
-    def __init__(self, rank: int, size: int):
+    def __init__(self, rank: int, size: int, address: tuple[str, int]):
         self.tell: Callable[[str], None] = lambda why: None
         self.gone: Callable[[], list[str]] = list
         self._rank, self._size = rank, size
         self._at, self._since = "", time.monotonic()
         self._over = threading.Event()
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(*address, is_master=False)
         self._names = [f"cap_llm/alive/{r}" for r in range(size)]
         self._store.set(self._names[rank], "0||0")

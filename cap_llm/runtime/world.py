@@ -1,6 +1,5 @@
 """The ranks of a job, on CPUs (gloo) or GPUs (nccl), started by any launcher.
 
-`deepspeed`, `torchrun` and plain `python` all describe a rank by the same environment variables.
 A world of one rank needs no process group: every call below is then free.
 """
 
@@ -11,6 +10,8 @@ import ctypes
 import datetime
 import os
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,12 @@ import torch
 import torch.distributed as dist
 
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.interrupt import deadly
+from cap_llm.runtime.launcher import Launch, launched
 from cap_llm.runtime.watch import Watch
+
+MEETING = 900.0  # seconds in which all ranks come to their store
+PATIENT = 30.0  # seconds without a word about those that are missing
 
 
 class World:
@@ -28,12 +34,15 @@ class World:
         rank: this process, 0 to `size` - 1.
         size: number of ranks.
         device: where this rank computes.
+
+    Raises:
+        UserError: the launcher's variables are odd, a rank does not come, or it has no GPU.
     """
 
     def __init__(self, device: str = "auto"):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        launch = launched()
+        self.rank, self.size, self.local_rank = launch.rank, launch.size, launch.local_rank
+        self.device = _device(device, self.local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("highest")  # no TF32 in Hessians and solvers
@@ -43,15 +52,27 @@ class World:
             # Ranks of one node share its cores; more threads than cores slow all of them down. On
             # GPUs too, where an offloaded optimizer steps on the cores.
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // ranks_on_node()))
-        self._owns_group = False
-        if self.size > 1 and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            # Ranks may wait for hours for one that converts a large checkpoint; the watch below
-            # tells that from a halt.
-            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-            self._owns_group = True
-        self._watch = Watch(self.rank, self.size) if self.size > 1 else None
+            torch.set_num_threads(max(1, cores // launch.near))
+        self._owns_group, self._watch = False, None
+        # Nothing is begun yet: a signal ends a rank at once that waits for the others.
+        with deadly() if self.size > 1 else contextlib.nullcontext():
+            self._join(launch)
+
+    def _join(self, launch: Launch) -> None:
+        if self.size > 1:
+            store = None if dist.is_initialized() else _meet(launch)
+            self._watch = Watch(self.rank, self.size, launch.address)
+            if store:
+                backend = "nccl" if self.device.type == "cuda" else "gloo"
+                # Ranks may wait for hours for one that converts a large checkpoint; the watch
+                # tells that from a halt.
+                days = datetime.timedelta(days=1)
+                store.set_timeout(days)
+                with self.bounded("the start"):
+                    dist.init_process_group(
+                        backend, store=store, rank=self.rank, world_size=self.size, timeout=days
+                    )
+                self._owns_group = True
         # who is where; and all watches have begun
         pid, here = os.getpid(), socket.gethostname()
         self._places = self.gather((here, pid, _start_of(pid)))
@@ -66,8 +87,8 @@ class World:
     def alone(cls, device: torch.device) -> World:
         """A world of this process only, whatever launched it; changes no global state."""
         world = cls.__new__(cls)
-        world.rank, world.size, world.device, world._owns_group = 0, 1, device, False
-        world._watch, world._places, world._seen = None, [], []
+        world.rank, world.size, world.local_rank, world.device = 0, 1, 0, device
+        world._owns_group, world._watch, world._places, world._seen = False, None, [], []
         return world
 
     @property
@@ -166,10 +187,48 @@ class World:
 
 def ranks_on_node() -> int:
     """Ranks that share this machine, from what the launchers say (torchrun, deepspeed)."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 1
+    return launched().near
+
+
+def _meet(launch: Launch) -> dist.TCPStore:
+    """The ranks' store, once all of them have come to it.
+
+    Raises:
+        UserError: names who is missing after `MEETING` seconds.
+    """
+    host, port = launch.address
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it
+    names = [f"cap_llm/here/{rank}" for rank in range(launch.size)]
+    start, said = time.monotonic(), False
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            is_master=launch.rank == 0 and not agent,
+            timeout=datetime.timedelta(seconds=MEETING),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        store.set(names[launch.rank], "")
+    except RuntimeError as error:
+        raise UserError(
+            f"The ranks cannot meet at MASTER_ADDR {host}, MASTER_PORT {port}: "
+            f"{str(error).strip().partition(chr(10))[0]}"
+        ) from None
+    while not store.check(names):
+        missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+        who = f"rank{'s' * (len(missing) > 1)} {', '.join(missing[:8])}"
+        who += f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        if (waited := time.monotonic() - start) > MEETING:
+            raise UserError(
+                f"Of {launch.size} ranks (WORLD_SIZE), {who} did not come to {host}:{port} in "
+                f"{MEETING / 60:g} minutes. Start all ranks, or unset RANK and WORLD_SIZE."
+            )
+        if waited > PATIENT and launch.rank == 0 and not said:
+            said = True
+            print(f"cap-llm: waiting for {who} at {host}:{port}", file=sys.stderr, flush=True)
+        time.sleep(0.1)
+    return store
 
 
 def _start_of(pid: int) -> str | None:
