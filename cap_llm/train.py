@@ -63,7 +63,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         located = locate(config.model)
         check(located, config, console, world)
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
-        texts = read_texts(config, located) if located.is_dir() else None
+        texts = read_texts(config, located, console) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
         for stage in ("dense", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
@@ -71,7 +71,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         source = prepare(located, config.model, run)
         if source != located:
             check(source, config, console, world)
-        texts = texts or read_texts(config, source)
+        texts = texts or read_texts(config, source, console)
         keep, models = config.runtime.keep_intermediate, {}
         for stage in [s for s in MODELS if s in config.stages]:
             folder = make(stage, source, texts, config, run)
@@ -166,7 +166,7 @@ def dry_run(config: Config, console: Console) -> None:
     if "evaluate" in config.stages:
         find_tasks(config.evaluate, console, fetch=False)
     if located and located.is_dir():
-        read_texts(config, located)
+        read_texts(config, located, console)
     console.say("dry run: nothing was written")
     world.close()
 

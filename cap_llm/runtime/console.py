@@ -97,6 +97,9 @@ class Console:
                 self._log.print(*args, **options)
 
 
+SILENT = Console(speaks=False)
+
+
 class _LoggedBar(Bar):
     """The bar of a log file: a line now and then instead of a moving picture."""
 
