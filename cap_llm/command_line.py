@@ -112,7 +112,7 @@ def _check_file(path: Path, parser: jsonargparse.ArgumentParser) -> bool:
         Whether it sets anything.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"--config {path} is not valid YAML: {' '.join(str(error).split())}"

@@ -196,6 +196,8 @@ def main() -> int:
 
 def guarded(work: Callable[[Console], None], program: str) -> int:
     """Does `work` and turns what ends it early into one line of `program` and an exit code."""
+    with contextlib.suppress(AttributeError):  # a notebook's stdout; stderr does so by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     rank = int(os.environ.get("RANK", 0))
     console = Console(speaks=rank == 0)
     stop_at_once()
@@ -239,7 +241,11 @@ def exit_code(error: BaseException) -> int:
 
 
 def script() -> None:
-    """The command `cap-llm`."""
+    """The command `cap-llm`, in Python's UTF-8 mode whatever the locale: tokenizers open no file
+    whose name is not UTF-8 to Python."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     leave(main())
 
 

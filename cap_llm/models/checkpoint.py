@@ -242,7 +242,7 @@ def config_dict(folder: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is no model directory: it has no config.json")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

@@ -49,7 +49,8 @@ class Console:
     def log_to(self, path: Path) -> None:
         """Also writes everything that is said from now on to `path`, without colours."""
         if self._speaks:
-            file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the process)
+            # open as long as the process; a file's name may be no Unicode text
+            file = open(path, "a", 1, "utf-8", "backslashreplace")  # noqa: SIM115
             self._log = RichConsole(file=file, width=PLAIN_WIDTH, highlight=False, soft_wrap=True)
 
     @property

@@ -69,7 +69,9 @@ def _umask() -> int:
 def write_json(path: Path, value) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        # a file's name may be no Unicode text; \udc80 is JSON's own way to write such
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path):
@@ -79,17 +81,17 @@ def read_json(path: Path):
         UserError: it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def read_metrics(run: Path) -> list[dict]:
     """The lines of a run's `metrics.jsonl`: `stage`, `step`, `name`, `value`, `time`."""
     path, lines = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         # one may be being written, or was when its writer was killed
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))

@@ -38,7 +38,7 @@ class Wandb:
         self._stages: set[str] = set()
         own_id = folder / "wandb_id"  # a repeated command goes on with its own curves
         if not own_id.exists():
-            own_id.write_text(uuid.uuid4().hex)
+            own_id.write_text(uuid.uuid4().hex, encoding="utf-8")
         self._run = wandb.init(
             project=project,
             name=title,
@@ -46,7 +46,7 @@ class Wandb:
             config=settings,
             resume="allow",
             settings=wandb.Settings(silent=True, console="off"),  # the run has a log of its own
-            id=own_id.read_text(),
+            id=own_id.read_text(encoding="utf-8"),
         )
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
