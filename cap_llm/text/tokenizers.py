@@ -73,7 +73,10 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
 
 def bos_rule(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that a text starts with, or `none`."""
-    ids = tokenizer("a").input_ids
+    try:
+        ids = tokenizer("a").input_ids
+    except Exception:  # a vocabulary of words may lack this one
+        ids = tokenizer("").input_ids
     if ids and ids[0] == tokenizer.bos_token_id:
         return tokenizer.bos_token
     return "none"
@@ -135,8 +138,10 @@ def token_pieces(
     if len(text) <= WHOLE:
         yield np.array(ids_of(text), np.int32)
         return
-    sample, inside = ids_of("a b"), plain("a b")
-    at = next((i for i in range(len(sample)) if sample[i : i + len(inside)] == inside), None)
+    at = None  # how many special tokens begin a text
+    with contextlib.suppress(UserError):  # a vocabulary of words may lack these
+        sample, inside = ids_of("a b"), plain("a b")
+        at = next((i for i in range(len(sample)) if sample[i : i + len(inside)] == inside), None)
     starts, skipped = [0], [0]  # of pieces: the first character, and the tokens of its context
     for target in range(PIECE, len(text), PIECE):
         if at is not None and target > starts[-1] and (cut := _cut(text, target, plain)):

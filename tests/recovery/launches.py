@@ -138,7 +138,9 @@ class Assets:
     def __init__(self, folder: Path, text: Path, tiny):
         self.folder, self.tiny = folder, tiny
         self.text = folder / "text.txt"
-        self.text.write_text("".join(text.read_text(encoding="utf-8").splitlines(keepends=True)[:400]))
+        self.text.write_text(
+            "".join(text.read_text(encoding="utf-8").splitlines(keepends=True)[:400])
+        )
         self.dense = tiny("llama", num_hidden_layers=3)
         self.half = folder / "half" / "oneshot"  # 50 % by SparseGPT
         settings = self.options(folder / "half", 1) | {"model.path": self.dense}
