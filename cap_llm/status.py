@@ -154,4 +154,4 @@ _PROGRESS |= {"recover": _recover, "evaluate": _evaluate}
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""

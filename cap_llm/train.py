@@ -66,7 +66,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         located = locate(config.model)
         check(located, config, console, world)
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
-        texts = read_texts(config, located) if located.is_dir() else None
+        texts = read_texts(config, located, console) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
         known = contents(config, located) if world.first else None
         run.contents = world.gather(known)[0]
@@ -76,7 +76,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         source = prepare(located, config.model, run)
         if source != located:
             check(source, config, console, world)
-        texts = texts or read_texts(config, source)
+        texts = texts or read_texts(config, source, console)
         keep, models = config.runtime.keep_intermediate, {}
         for stage in [s for s in MODELS if s in config.stages]:
             folder = make(stage, source, texts, config, run)
@@ -181,7 +181,7 @@ def dry_run(config: Config, console: Console) -> None:
     if "evaluate" in config.stages:
         find_tasks(config.evaluate, console, fetch=False)
     if located and located.is_dir():
-        read_texts(config, located)
+        read_texts(config, located, console)
     console.say("dry run: nothing was written")
     world.close()
 
@@ -269,7 +269,11 @@ def _is_of_a_file(error: BaseException) -> bool:
 
 
 def script() -> None:
-    """The command `cap-llm`."""
+    """The command `cap-llm`, in Python's UTF-8 mode whatever the locale: tokenizers open no file
+    whose name is not UTF-8 to Python."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     leave(main())
 
 

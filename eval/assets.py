@@ -55,7 +55,7 @@ def wikipedia(say: Callable[[str], None] = print) -> tuple[Path, Path]:
         for name, wanted in (("calibration", False), ("held-out", True)):
             chosen = [a for i, a in enumerate(articles) if (i % HELD_OUT_EVERY == 0) == wanted]
             lines = [json.dumps(a, ensure_ascii=False) + "\n" for a in chosen]
-            (folder / f"wikipedia-{name}.jsonl").write_text("".join(lines))
+            (folder / f"wikipedia-{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     folder = _once(cache() / "wikipedia", make)
     return folder / "wikipedia-calibration.jsonl", folder / "wikipedia-held-out.jsonl"
@@ -63,7 +63,7 @@ def wikipedia(say: Callable[[str], None] = print) -> tuple[Path, Path]:
 
 def provenance(run: Path) -> dict:
     """What a result of the demo's model has to say besides its figures, of a run directory."""
-    facts = json.loads((run / "environment.json").read_text())
+    facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     versions = {k: facts["versions"][k] for k in ("torch", "transformers", "deepspeed")}
     result = {"versions": versions, "commit": facts["commit"], "model": MODEL_NAME}
     return result | {"processor": facts["hardware"]["processor"]}  # 16-bit sums differ by it

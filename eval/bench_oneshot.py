@@ -58,7 +58,7 @@ def main() -> None:
     """Measures what the command line asks for, prints it, and writes `--out`."""
     args = parse()
     if args.child:
-        job = json.loads(args.child.read_text())
+        job = json.loads(args.child.read_text(encoding="utf-8"))
         run_ours(job)
         return
     torch.set_num_threads(args.threads)
@@ -71,7 +71,7 @@ def main() -> None:
         else:
             report = compare(args, Path(scratch))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -113,7 +113,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict:
     model = truncate(args.model, args.blocks, scratch) if args.blocks else args.model
     ids, windows = texts(args)
     save_file({"ids": ids}, scratch / "ids.safetensors")
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     rates = [matrix_rates(config)]
     runs: dict[str, list[dict]] = collections.defaultdict(list)
     for _ in range(args.repeats):
@@ -157,7 +157,7 @@ def measure_shape(args: argparse.Namespace, scratch: Path) -> dict:
     from safetensors.torch import save_file
 
     model = random_model(args.random_shape, args.blocks, args.work)
-    shape = json.loads((model / "config.json").read_text())
+    shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
     draw = torch.Generator().manual_seed(args.seed)
     size = (args.sequences, args.length)
     ids = torch.randint(4, shape["vocab_size"], size, generator=draw)
@@ -192,7 +192,8 @@ def measure(name: str, model: Path, args: argparse.Namespace, scratch: Path) -> 
                 "sparsity": SPARSITY,
                 "activation_gib": gib,
             }
-        )
+        ),
+        encoding="utf-8",
     )
     if name == "peer":
         command = [args.peer_python, HERE / "peer_llmcompressor.py", job]
@@ -201,19 +202,19 @@ def measure(name: str, model: Path, args: argparse.Namespace, scratch: Path) -> 
     else:
         command = [sys.executable, Path(__file__).resolve(), "--child", job]
     others = alone(TITLES[name], command, args.work / f"{name}.log", args.threads)
-    return json.loads(result.read_text()) | {"others": others}
+    return json.loads(result.read_text(encoding="utf-8")) | {"others": others}
 
 
 def alone(title: str, command: list, log: Path, threads: int) -> float:
     """Runs a command; returns how many cores others than this process's family used meanwhile."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     before = busy_seconds()
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         ended = subprocess.run(
             map(str, command), env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         )
     if ended.returncode:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         sys.exit(f"{title} ended with code {ended.returncode} (all of it: {log}):\n{tail}")
     after = busy_seconds()
     return round(max(0.0, (after[0] - before[0]) / (after[1] - before[1])), 3)
@@ -224,7 +225,7 @@ def busy_seconds() -> tuple[float, float]:
 
     Time that the machine's host took away counts as spent by others.
     """
-    with open("/proc/stat") as lines:
+    with open("/proc/stat", encoding="utf-8") as lines:
         user, nice, system, _, _, irq, soft_irq, steal = map(int, next(lines).split()[1:9])
     ticks = user + nice + system + irq + soft_irq + steal
     used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -432,7 +433,7 @@ def write_result(job: dict, seconds: dict, imports: int, peak: int, **more) -> N
         "threads": torch.get_num_threads(),
         **more,
     }
-    Path(job["result"]).write_text(json.dumps(result))
+    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def make_peer(folder: Path) -> Path:
@@ -459,8 +460,9 @@ def truncate(model: Path, n_blocks: int, scratch: Path) -> Path:
     checkpoint = Checkpoint(model)
     keep = [n for n in checkpoint.names() if not _block_number(n) >= n_blocks]
     save_file(checkpoint.read(keep), folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": n_blocks}))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    fewer = json.dumps(config | {"num_hidden_layers": n_blocks})
+    (folder / "config.json").write_text(fewer, encoding="utf-8")
     return folder
 
 

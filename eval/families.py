@@ -181,7 +181,7 @@ def write_page(rows: list[tuple[str, str, str, str]]) -> None:
             page += [f"## {state} ({len(lines)})", ""]
             page += [*markdown(["class", "model types", ""], lines), ""]
     with atomic(PAGE) as temporary:
-        temporary.write_text("\n".join(page))
+        temporary.write_text("\n".join(page), encoding="utf-8")
 
 
 def _too_long(number, frame) -> None:

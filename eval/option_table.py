@@ -43,4 +43,4 @@ def _key(value):
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text()))
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")

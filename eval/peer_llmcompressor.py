@@ -70,7 +70,7 @@ def main(job: dict) -> None:
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(Path(job["model"]) / "config.json", out / "config.json")
-    Path(job["result"]).write_text(json.dumps(result))
+    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def watch(seconds: collections.Counter) -> None:
@@ -101,9 +101,9 @@ def watch(seconds: collections.Counter) -> None:
 
 def peak_memory() -> int:
     """Most bytes of main memory that this process has held at once."""
-    with open("/proc/self/status") as lines:
+    with open("/proc/self/status", encoding="utf-8") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

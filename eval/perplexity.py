@@ -59,7 +59,7 @@ def main() -> int:
                 f"{folder} holds no safetensors; give cap-llm --model.path {folder} "
                 "--stages [evaluate] --output_dir DIRECTORY, which rewrites them"
             )
-        scored = read_texts(config, folder).scored
+        scored = read_texts(config, folder, console).scored
         facts = facts_of(folder, config, world)
         score_corpora(folder, scored, config, facts, path, None, world, console)
         world.barrier()

@@ -231,7 +231,9 @@ def split(work: Path) -> dict[str, Path]:
     texts = {}
     for name, part in parts.items():
         texts[name] = work / f"{name}.jsonl"
-        texts[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        texts[name].write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8"
+        )
     return texts
 
 
@@ -453,7 +455,7 @@ def write_page(study: Study) -> None:
     page += ["  and training, other work may have run beside it.", ""]
     page += [*quality(study), "", *costs(study)]
     with atomic(RESULTS.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join(page) + "\n")
+        temporary.write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
 def _stage(cell: Cell) -> str:

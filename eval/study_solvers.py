@@ -415,7 +415,7 @@ def write_tables() -> None:
     drawn = figure(RESULTS.with_suffix(".png"))
     page += [f"![perplexity over sparsity]({RESULTS.stem}.png)"] if drawn else []
     with atomic(RESULTS.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join(page).rstrip() + "\n")
+        temporary.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
 
 
 NOTE = f"""\

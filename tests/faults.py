@@ -76,7 +76,7 @@ def fork_rank(rank: int, port: int, args: list[str], log: Path, victim: dict | N
     pid = os.fork()
     if pid:
         return pid
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

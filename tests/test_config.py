@@ -52,7 +52,7 @@ def fields(cls: type = Config, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def write(path: Path, text: str) -> str:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return str(path)
 
 

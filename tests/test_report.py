@@ -59,7 +59,7 @@ def test_the_entry_itself_leaves_the_report(real):
 
 def test_every_figure_is_in_the_csv_with_its_run_and_command(copy, report):
     a, b = copy("a", named("first")), copy("b", named("second") | {"oneshot/recipe.json": other})
-    with open(report(a, b) / "report.csv") as file:
+    with open(report(a, b) / "report.csv", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     for run in (a, b):
         mine = [line for line in lines if line["run"] == str(run)]

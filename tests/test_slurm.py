@@ -251,7 +251,7 @@ def long(settings, tmp_path_factory) -> list[str]:
 
 def test_a_job_near_its_limit_checkpoints_is_requeued_and_loses_nothing(stubs, long, tmp_path):
     folder, said = tmp_path / "run", tmp_path / "said"
-    with open(said, "w") as out:
+    with open(said, "w", encoding="utf-8") as out:
         shell = job(stubs, folder, out, *long)
         wait_for(lambda: reached(folder, 8) or shell.poll() is not None)
         shell.send_signal(signal.SIGUSR1)  # to the shell alone, as SLURM does
@@ -294,7 +294,7 @@ else:
 
 def test_bad_input_is_no_reason_to_requeue(stubs, long, tmp_path):
     folder = tmp_path / "run"
-    with open(tmp_path / "said", "w") as out:
+    with open(tmp_path / "said", "w", encoding="utf-8") as out:
         code = job(stubs, folder, out, *long, "--recover.lr", "-1").wait(timeout=PATIENCE)
     assert code == 2 and not (stubs / "asked").exists()
 
@@ -320,7 +320,7 @@ def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 def test_a_killed_rank_is_named_and_the_code_is_true(long, tmp_path):
     folder, said = tmp_path / "run", tmp_path / "said"
-    with open(said, "w") as out:
+    with open(said, "w", encoding="utf-8") as out:
         launcher = launch(2, out, *long, "--output_dir", str(folder))
         wait_for(lambda: reached(folder, 5) or launcher.poll() is not None)
         victim = ranks_of(launcher)[1]
@@ -369,7 +369,7 @@ def test_ranks_that_cannot_go_on_end_and_say_why(what, reason, tmp_path):
     script, said = tmp_path / "watched.py", tmp_path / "said"
     script.write_text(WATCHED)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    with open(said, "w") as out:
+    with open(said, "w", encoding="utf-8") as out:
         launcher = subprocess.Popen(
             [sys.executable, *command, str(script), what],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

@@ -3,18 +3,22 @@ windows the draws of SparseGPT. The references are written here, from the publis
 
 from __future__ import annotations
 
+import ast
 import copy
 import gzip
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import ROOT
 
 from cap_llm.command_line import read_config
 from cap_llm.runtime.errors import UserError
+from cap_llm.text import tokenizers as in_pieces
 from cap_llm.text.corpora import (
     C4_HELD_OUT,
     Corpus,
@@ -23,7 +27,7 @@ from cap_llm.text.corpora import (
     read_corpus,
 )
 from cap_llm.text.reading import read_texts
-from cap_llm.text.tokenizers import bos_rule, load_tokenizer
+from cap_llm.text.tokenizers import bos_rule, load_tokenizer, token_pieces, tokenize_rows
 from cap_llm.text.windows import calibration_windows, evaluation_windows
 
 
@@ -249,6 +253,100 @@ def test_wikitext2_can_calibrate_at_the_papers_length(data, llama):
     assert calibration_windows(llama, corpus, 2, 2048, seed=0).shape == (2, 2048)
 
 
+class Counting(Letters):
+    """Counts the documents that it is given."""
+
+    n = 0
+
+    def __call__(self, text: str, return_tensors: str | None = None):
+        self.n += 1
+        return super().__call__(text, return_tensors)
+
+
+def table(n: int, long: dict[int, int]) -> Corpus:
+    """`n` documents of one letter, but for `long`, which gives their lengths by their rows."""
+    return Corpus(["abcdefg" * (long[i] // 7 + 1) if i in long else "a" for i in range(n)], "table")
+
+
+@pytest.mark.parametrize("held_out", [0, 4])
+def test_each_of_many_short_documents_is_tokenized_once(held_out):
+    corpus, tokenizer = table(20_000, {i: 40 for i in range(50, 20_000, 1000)}), Counting()
+    n = 4
+    windows = calibration_windows(tokenizer, corpus, n, 20, 3, held_out)
+    assert tokenizer.n <= len(corpus.documents)
+    assert torch.equal(windows[:n], get_c4(corpus.documents, Letters(), n, 20, 3))
+
+
+@pytest.mark.parametrize("long", [{}, {70: 40}, {70: 40, 900: 50}])
+def test_many_short_documents_that_cannot_serve_are_refused_once_all_are_known(long):
+    tokenizer = Counting()
+    with pytest.raises(UserError, match="table"):
+        calibration_windows(tokenizer, table(2000, long), 16, 20, 0, held_out=2)
+    assert tokenizer.n == 2000
+
+
+# long texts
+
+
+ODD = (
+    "don't  1234567890 </s><s> é😀\u0301 今天天气。很好，\n\n\t= x = \r\n"
+    + "y" * 900
+    + " \u2028 a.\n"
+)
+
+
+@pytest.fixture(params=["opt", "llama", "smollm2", "bert"])
+def any_tokenizer(request, data):
+    if request.param == "bert":
+        from transformers import BertTokenizer
+
+        return BertTokenizer.from_pretrained(data / "tokenizers" / "bert-base-uncased")
+    fixture = request.getfixturevalue(request.param)
+    return load_tokenizer(str(fixture)) if request.param == "smollm2" else fixture
+
+
+def test_pieces_of_a_long_text_are_the_whole(any_tokenizer, monkeypatch):
+    text = evaluation_text("wikitext2")[0][:150_000]
+    text += "".join(random.Random(0).choices(ODD.split(" ") + [" ", "\n"], k=4000))
+    monkeypatch.setattr(in_pieces, "WHOLE", 5000)
+    monkeypatch.setattr(in_pieces, "PIECE", 9000)
+    pieces = [*token_pieces(any_tokenizer, text, "a text")]
+    assert len(pieces) > 0.9 * len(text) / 9000
+    assert np.concatenate(pieces).tolist() == any_tokenizer(text).input_ids
+    few = [text, "short", text[:6000]]
+    assert [ids.tolist() for ids in tokenize_rows(any_tokenizer, few, [2, 0, 1], "a text")] == [
+        any_tokenizer(few[i]).input_ids for i in (2, 0, 1)
+    ]
+
+
+def test_the_evaluation_texts_of_the_papers_are_tokenized_whole(data):
+    assert len(evaluation_text("wikitext2")[0]) <= in_pieces.WHOLE
+
+
+def test_a_text_without_a_place_to_cut_is_tokenized_whole(opt, monkeypatch):
+    monkeypatch.setattr(in_pieces, "WHOLE", 5000)
+    monkeypatch.setattr(in_pieces, "PIECE", 6000)
+    pieces = [*token_pieces(opt, "y" * 20_000, "a text")]
+    assert len(pieces) == 1 and pieces[0].tolist() == opt("y" * 20_000).input_ids
+
+
+def test_only_what_the_first_windows_need_is_tokenized(opt, monkeypatch):
+    monkeypatch.setattr(in_pieces, "WHOLE", 5000)
+    monkeypatch.setattr(in_pieces, "PIECE", 5000)
+    text = "some words and more of them " * 10_000
+    taken, encode = [], type(opt).__call__
+
+    def spy(self, texts, **options):
+        taken.append(len(texts) if isinstance(texts, str) else sum(map(len, texts)))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(type(opt), "__call__", spy)
+    windows = evaluation_windows(opt, text, "a text", 64, 10)
+    assert max(taken) < len(text) / 5
+    monkeypatch.setattr(in_pieces, "WHOLE", 10**9)
+    assert torch.equal(windows, evaluation_windows(opt, text, "a text", 64, 10))
+
+
 # evaluation windows
 
 
@@ -350,6 +448,52 @@ def test_a_text_file_is_one_document(tmp_path, kind):
 @pytest.mark.parametrize("kind", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"])
 def test_every_kind_of_file_is_scored_as_the_same_text(tmp_path, kind):
     assert evaluation_text(str(_write(tmp_path, kind)))[0] == "\n\n".join(DOCUMENTS)
+
+
+@pytest.mark.parametrize("kind", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_the_case_of_an_ending_does_not_matter(tmp_path, kind):
+    path = _write(tmp_path, kind)
+    assert evaluation_text(str(path.rename(tmp_path / f"TEXT{kind.upper()}")))[0] == "\n\n".join(
+        DOCUMENTS
+    )
+
+
+@pytest.mark.parametrize("kind", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz"])
+def test_a_byte_order_mark_is_not_text(tmp_path, kind):
+    path = _write(tmp_path, kind)
+    content = path.read_bytes()
+    marked = b"\xef\xbb\xbf" + (gzip.decompress(content) if kind.endswith(".gz") else content)
+    marked *= 2 if "jsonl" in kind else 1  # files that were put together have one inside
+    marked = marked.replace(b"}\xef", b"}\n\xef")
+    path.write_bytes(gzip.compress(marked) if kind.endswith(".gz") else marked)
+    documents = read_corpus(str(path), "train").documents
+    assert documents == (DOCUMENTS * 2 if "jsonl" in kind else ["\n\n".join(DOCUMENTS)])
+
+
+def test_a_row_may_hold_any_json_besides_its_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"id": {"9" * 5000}, "x": [NaN, -Infinity, 1e999], "text": "a\\ud83d"}}\n')
+    assert read_corpus(str(path), "train").documents == ["a\ufffd"]
+    path.write_text('{"text": "\\ud83d\\ude00 \\\\ud83d"}\n')  # a whole pair, and no escape
+    assert read_corpus(str(path), "train").documents == ["😀 \\ud83d"]
+
+
+@pytest.mark.parametrize("folder", ["cap_llm", "eval"])
+def test_files_are_opened_in_utf8_and_not_in_the_locales_encoding(folder):
+    missing = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            named = getattr(node.func, "attr", None)
+            opens = getattr(node.func, "id", None) == "open"
+            position = {"read_text": 0, "write_text": 1}.get(named, 3 if opens else None)
+            mode = ast.unparse(node.args[1]) if len(node.args) > 1 else "r"
+            if position is None or opens and "b" in mode or len(node.args) > position:
+                continue
+            if not any(keyword.arg == "encoding" for keyword in node.keywords):
+                missing.append(f"{path.name}:{node.lineno}")
+    assert not missing
 
 
 def test_text_and_json_are_read_as_utf8_in_any_locale(tmp_path, monkeypatch):

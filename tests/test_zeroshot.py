@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -115,7 +116,7 @@ metadata:
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -505,6 +506,36 @@ def test_a_damaged_file_is_named(own_rows):
     assert "holds no rows" in refused(own_rows, "piqa")
     path.write_bytes(b"\xff\xfe\xff")
     assert "cannot be read" in refused(own_rows, "piqa")
+
+
+def test_rows_may_have_a_mark_half_a_pair_a_large_number_and_a_name_in_capitals(own_rows, capsys):
+    rows = [LOCAL["piqa"](i) for i in range(3)]
+    rows[1]["goal"] += " \ud83d"
+    lines = "".join(json.dumps(row)[:-1] + f', "id": {"9" * 5000}}}\n' for row in rows)
+    path = own_rows / "PIQA_validation.JSONL.gz"
+    path.write_bytes(gzip.compress(("\ufeff" + lines).encode()))
+    (own_rows / FILES["piqa"]).unlink()
+    (task,) = find_tasks(EvaluateConfig(tasks=["piqa"], task_data=str(own_rows)), Console())
+    assert [row["goal"][-1] for row in task.rows] == [LOCAL["piqa"](0)["goal"][-1], "\ufffd"] + [
+        LOCAL["piqa"](2)["goal"][-1]
+    ]
+    said = capsys.readouterr().out
+    assert "1 characters" in said and "line 2" in said
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ("piqa", "[" * 100_000),
+        ("piqa", '{"goal": "a", "sol1": "b", "sol2": "c", "label": NaN}'),
+        ("hellaswag", '{"query": "a", "choices": ["b", "c"], "gold": "²"}'),
+        ("hellaswag", '{"query": "a", "choices": ["b", "c"], "gold": "' + "9" * 5000 + '"}'),
+    ],
+)
+def test_an_odd_value_of_a_row_is_refused_by_its_line(own_rows, task, line):
+    path = own_rows / FILES[task]
+    path.write_text(line + "\n", encoding="utf-8")
+    assert refused(own_rows, task).startswith(f"{path}, line 1: ")
 
 
 def test_an_encoder_is_refused(tiny, rows):

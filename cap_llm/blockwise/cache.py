@@ -35,8 +35,8 @@ def free_memory(device: torch.device) -> int:
     for group in _control_groups(Path("/proc/self/cgroup")):
         for limit, used, cache in _CGROUP_FILES:
             with contextlib.suppress(OSError, ValueError):
-                left = int((group / limit).read_text()) - int((group / used).read_text())
-                for line in (group / "memory.stat").read_text().splitlines():
+                left = int((group / limit).read_bytes()) - int((group / used).read_bytes())
+                for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines():
                     name, _, n_bytes = line.partition(" ")
                     left += int(n_bytes) if name == cache else 0
                 free = min(free, left)
@@ -54,7 +54,7 @@ def _control_groups(file: Path, root: Path = _CGROUPS) -> Iterator[Path]:
 
     In a container they may be called otherwise inside than outside; the outermost one is there.
     """
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers or "memory" in controllers.split(","):

@@ -34,7 +34,9 @@ class Published:
 @functools.cache
 def published() -> tuple[Published, ...]:
     """All figures that come with the package."""
-    content = yaml.safe_load((files("cap_llm.evaluation") / "published.yaml").read_text())
+    content = yaml.safe_load(
+        (files("cap_llm.evaluation") / "published.yaml").read_text(encoding="utf-8")
+    )
     figures = []
     for entry in content["figures"]:
         source = content["sources"][entry["source"]]

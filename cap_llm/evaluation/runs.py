@@ -338,7 +338,7 @@ def _part(path: Path, parse: Callable, troubles: list[str]):
 
 def _settings(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except Exception:
         return {}
     return content if isinstance(content, dict) else {}

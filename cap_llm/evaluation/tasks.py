@@ -25,7 +25,7 @@ from cap_llm.config import EvaluateConfig
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
-from cap_llm.text.corpora import offline
+from cap_llm.text.corpora import json_lines, kind_of, offline, text_lines
 
 # The zero-shot sets of two papers, whose means are over `acc`: Wanda (Sun et al. 2024) and
 # Sparse-Dense-Sparse (Li et al. 2024).
@@ -66,7 +66,8 @@ def _several(value, row: dict) -> bool:
 
 def _index_of(field: str) -> tuple[str, Check]:
     def check(value, row: dict) -> bool:
-        number = int(value) if isinstance(value, str) and value.isdigit() else value
+        digits = isinstance(value, str) and value.isdecimal() and len(value) < 10
+        number = int(value) if digits else value
         return type(number) is int and 0 <= number < len(row[field])
 
     return f"an index of {field}", check
@@ -180,7 +181,7 @@ class Task:
         """Writes the rows and the task file that names them; the latter's path."""
         split, _ = _ROWS[self.name]
         data = folder / f"{self.name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        data.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
         task = {
             "include": self.spec,
@@ -191,7 +192,7 @@ class Task:
         }
         task |= splits | {f"{split}_split": split} | (self.overrides or {})
         path = folder / f"{self.name}.yaml"
-        path.write_text(yaml.safe_dump(task))
+        path.write_text(yaml.safe_dump(task), encoding="utf-8")
         return path
 
 
@@ -233,7 +234,7 @@ def find_tasks(config: EvaluateConfig, console: Console, fetch: bool = True) -> 
     tasks, missing = {}, {}
     for name in dict.fromkeys(t for asked in config.tasks for t in SETS.get(asked, [asked])):
         try:
-            tasks[name] = _find(name, known, folder)
+            tasks[name] = _find(name, known, folder, console)
             if tasks[name].rows is None and (fetch or offline()):
                 tasks[name].build()
             elif tasks[name].rows is None:
@@ -263,11 +264,14 @@ class _Missing(UserError):
     """The rows of a task are neither here nor to be had from the hub."""
 
 
-def _find(name: str, known: dict[str, str], folder: Path | None) -> Task:
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
+def _find(name: str, known: dict[str, str], folder: Path | None, console: Console) -> Task:
+    if name.lower().endswith((".yaml", ".yml")):
+        if not os.path.isfile(name):
             raise UserError(f"task file {name} does not exist")
-        inside = dict(_NAME.findall(Path(name).read_bytes()))
+        try:
+            inside = dict(_NAME.findall("".join(text_lines(Path(name))).encode()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"task file {name} cannot be read: {error}") from None
         if b"group" in inside or b"task" not in inside:
             raise UserError(f"task file {name} names no task; it needs a line like `task: mine`")
         return Task(inside[b"task"].decode(), str(Path(name).resolve()), Path(name).name)
@@ -278,7 +282,7 @@ def _find(name: str, known: dict[str, str], folder: Path | None) -> Task:
     path = _local_file(name, folder) if folder and name in _ROWS else None
     if path is None:
         return Task(name, known[name])
-    rows, overrides = _read_rows(name, path)
+    rows, overrides = _read_rows(name, path, console)
     return Task(name, known[name], path.name, rows, overrides)
 
 
@@ -302,7 +306,7 @@ def _builtin_tasks() -> dict[str, str]:
 def _data_folder(config: EvaluateConfig) -> Path | None:
     if config.task_data is not None:
         folder = Path(config.task_data)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"evaluate.task_data {folder} is not a directory")
         return folder
     root = os.environ.get("CAP_LLM_DATA")
@@ -316,10 +320,9 @@ def _wanted(name: str, folder: Path | None) -> str:
 def _local_file(name: str, folder: Path) -> Path | None:
     """`<task>.jsonl` or `<task>_<split>*.jsonl`, the split whole or shortened (`val`), or parquet;
     for WikiText also the raw test set itself."""
-    split = _ROWS[name][0]
-    patterns = [name, f"{name}_{split}*", f"{name}_{split[:3]}*"]
-    found = {p for pattern in patterns for p in folder.glob(f"{pattern}.jsonl")}
-    found |= {p for pattern in patterns for p in folder.glob(f"{pattern}.parquet")}
+    pattern = rf"{name}(_{_ROWS[name][0][:3]}.*)?\.(jsonl|jsonl\.gz|parquet)"
+    named = [p for p in folder.glob("*") if re.fullmatch(pattern, p.name, re.IGNORECASE)]
+    found = {path for path in named if path.is_file()}  # to open a pipe would wait for its writer
     if len(found) > 1:
         names = ", ".join(sorted(p.name for p in found))
         raise UserError(f"task {name} has several files in {folder} ({names}); keep one")
@@ -329,12 +332,12 @@ def _local_file(name: str, folder: Path) -> Path | None:
     return min(found, default=None)
 
 
-def _read_rows(name: str, path: Path) -> tuple[list[dict], dict]:
+def _read_rows(name: str, path: Path, console: Console) -> tuple[list[dict], dict]:
     """The rows of a local file in the hub's fields, and what the task file sets for them."""
     _, fields = _ROWS[name]
     overrides = {}
     rows = []
-    for number, row in _raw_rows(path):
+    for number, row in _raw_rows(path, console):
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object")
         if name == "boolq" and isinstance(row.get("answer"), bool):
@@ -354,28 +357,22 @@ def _read_rows(name: str, path: Path) -> tuple[list[dict], dict]:
     return rows, overrides
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, object]]:
+def _raw_rows(path: Path, console: Console) -> Iterator[tuple[int, object]]:
     """The rows of a file with their line numbers (counted from 1)."""
+    kind, _ = kind_of(path)
     try:
-        if path.suffix == ".parquet":
+        if kind == ".parquet":
             import pyarrow.parquet
 
             yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-            return
-        text = path.read_text(encoding="utf-8")
+        elif kind == ".raw":
+            yield from enumerate(({"page": page} for page in _pages("".join(text_lines(path)))), 1)
+        else:
+            yield from json_lines(path, console)
     except Exception as error:  # of the file, of UTF-8 or of pyarrow
         raise UserError(
             f"{path} cannot be read: {type(error).__name__} {' '.join(str(error).split())[:160]}"
         ) from None
-    if path.suffix == ".raw":
-        yield from enumerate(({"page": page} for page in _pages(text)), 1)
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other line breaks
-        try:
-            if line.strip():
-                yield number, json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not a JSON object") from None
 
 
 def _pages(text: str) -> list[str]:

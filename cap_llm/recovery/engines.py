@@ -269,7 +269,7 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
             names = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
             raise UserError(f"{option} is {name!r}; give a .json file or one of {names}")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{option} {path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):

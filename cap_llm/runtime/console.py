@@ -120,6 +120,9 @@ class Console:
                 out.print(*args, **options)
 
 
+SILENT = Console(speaks=False)
+
+
 class _LoggedBar(Bar):
     """The bar of a log file: a line now and then instead of a moving picture."""
 

@@ -43,7 +43,7 @@ class Lock:
         path, job = folder / FILE, os.environ.get("SLURM_JOB_ID")
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file. Remove it, or choose another output_dir.")
-        self._file = open(path, "a+")  # noqa: SIM115 (held until the end)
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
         other = holder(folder)
         requeued = job and other and other["job"] == job
         patience = WATCH if requeued else 0.0  # what it left behind elsewhere goes by itself
@@ -92,7 +92,7 @@ class Lock:
 def holder(folder: Path) -> dict | None:
     """Who is named in the lock (`host`, `pid`, `job`): the job at work, or one that was killed."""
     try:
-        who = json.loads((folder / FILE).read_text())
+        who = json.loads((folder / FILE).read_text(encoding="utf-8"))
         sound = isinstance(who["host"], str) and 0 < who["pid"] < 2**31 and "job" in who
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
@@ -103,7 +103,7 @@ def write_end(folder: Path, code: int, rank: int, why: str, goes_on: bool) -> No
     """Says how a job ends, for the batch file and for `cap-llm status`. The first rank to end is
     the one with the reason; what others say later is dropped."""
     content = {"code": code, "rank": rank, "why": why, "goes_on": goes_on, "time": time.time()}
-    with contextlib.suppress(OSError), open(folder / ENDED, "x") as file:
+    with contextlib.suppress(OSError), open(folder / ENDED, "x", encoding="utf-8") as file:
         file.write(json.dumps(content) + "\n")
 
 

@@ -13,7 +13,7 @@ import torch
 def forget() -> None:
     """Lets the peaks start anew: what this process held before is not the next stage's."""
     with contextlib.suppress(OSError):  # a kernel without it goes on counting
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
@@ -43,7 +43,7 @@ def peak_memory() -> int:
     before this program was started in its place.
     """
     try:
-        with open("/proc/self/status") as lines:
+        with open("/proc/self/status", encoding="utf-8") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -71,7 +71,7 @@ class Run:
         try:
             self._lock = Lock(self.path, self.console)
             self.console.log_to(self.path / "log.txt")
-            self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._metrics = open(self.path / "metrics.jsonl", "a", 1, "utf-8")  # noqa: SIM115
         except UserError as error:
             return error
         except OSError as error:
@@ -82,7 +82,7 @@ class Run:
         """Records what runs, on what: `config.yaml` and `environment.json`."""
         if self.world.first:
             with atomic(self.path / "config.yaml") as temporary:
-                temporary.write_text(config_yaml)
+                temporary.write_text(config_yaml, encoding="utf-8")
             write_json(self.path / "environment.json", {"run": name} | environment(self.world))
 
     def metric(self, stage: str, step: int, values: dict[str, float]) -> None:
@@ -295,7 +295,7 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor()

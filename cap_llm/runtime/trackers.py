@@ -38,7 +38,7 @@ class Wandb:
         self._stages: set[str] = set()
         own_id = folder / "wandb_id"  # a repeated command goes on with its own curves
         if not own_id.exists():
-            own_id.write_text(uuid.uuid4().hex)
+            own_id.write_text(uuid.uuid4().hex, encoding="utf-8")
         try:
             self._run = wandb.init(
                 project=project,
@@ -47,7 +47,7 @@ class Wandb:
                 config=settings,
                 resume="allow",
                 settings=wandb.Settings(silent=True, console="off"),  # the run has its own log
-                id=own_id.read_text(),
+                id=own_id.read_text(encoding="utf-8"),
             )
         except Exception as error:  # no key, no network, no such project
             raise UserError(

@@ -234,7 +234,8 @@ def _meet(launch: Launch) -> dist.TCPStore:
 def _start_of(pid: int) -> str | None:
     """When a living process began, in the kernel's ticks: with its number, which process it is."""
     try:
-        state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+        state, *more = text.rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else more[18]

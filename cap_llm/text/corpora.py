@@ -3,7 +3,7 @@
 A name is looked for in the folder `CAP_LLM_DATA` first and on the Hugging Face hub second, so that
 the same recipe runs on clusters without internet. A file is `.txt`, `.raw` or `.tokens` (one
 document), `.jsonl` or `.json` (one document a line, field `text`) or `.parquet` (column `text`),
-each but the last also packed (`.gz`).
+each but the last also packed (`.gz`), whatever the case of its ending. Text is UTF-8.
 
 The evaluation text of a corpus is one string, joined as the papers do it.
 """
@@ -13,11 +13,15 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cap_llm.runtime.console import SILENT, Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 
@@ -51,6 +55,8 @@ _HUB = {
     ("ptb", "test"): ("parquet", {"data_files": f"{_PTB_PARQUET}/test/0000.parquet"}),
 }
 _PLAIN, _LINES = (".txt", ".raw", ".tokens"), (".jsonl", ".json")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a str may hold one, Unicode text may not
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _COLUMN = {"c4": "text", "wikitext2": "text", "ptb": "sentence"}
 
 
@@ -69,14 +75,18 @@ def corpus_file(name: str, split: Split) -> Path | None:
         UserError: `name` is neither a file nor a known corpus, or no hub may be asked for it.
     """
     if name not in NAMES:
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"corpus {name!r} is neither a file nor one of {', '.join(NAMES)}")
-        return path
+        try:
+            reason = None if stat.S_ISREG(os.stat(name).st_mode) else "It is not a regular file"
+        except (OSError, ValueError) as error:  # a null byte is a ValueError
+            reason = getattr(error, "strerror", None) or str(error)
+        if reason:
+            known = ", ".join(NAMES)
+            raise UserError(f"corpus {name!r} is neither a file nor one of {known}. {reason}.")
+        return Path(name)
     option = "calibration.corpus FILE" if split == "train" else "evaluate.corpora [FILE]"
     root = os.environ.get("CAP_LLM_DATA")
     for relative in _LOCAL[name, split]:
-        if root and (Path(root) / relative).is_file():
+        if root and os.path.isfile(Path(root) / relative):
             return Path(root) / relative
     if offline():
         where = f"{root or 'CAP_LLM_DATA (unset)'}/{_LOCAL[name, split][-1]}"
@@ -88,18 +98,19 @@ def corpus_file(name: str, split: Split) -> Path | None:
     return None
 
 
-def read_corpus(name: str, split: Split) -> Corpus:
+def read_corpus(name: str, split: Split, console: Console = SILENT) -> Corpus:
     """All documents of one split of a corpus.
 
     Args:
         name: c4, wikitext2, ptb, or a file (which has no splits).
         split: for C4, `train` is the papers' first training shard.
+        console: takes a warning where something that is not Unicode text has been replaced.
 
     Raises:
         UserError: the corpus cannot be had, or holds no text.
     """
     path = corpus_file(name, split)
-    documents, origin = _from_hub(name, split) if path is None else _from_file(path, name)
+    documents, origin = _from_hub(name, split) if path is None else _from_file(path, name, console)
     if path is not None and name == "c4" and path.name == Path(C4_SAMPLE).name:
         held_out = split == "validation"
         documents = documents[-C4_HELD_OUT:] if held_out else documents[:-C4_HELD_OUT]
@@ -109,25 +120,25 @@ def read_corpus(name: str, split: Split) -> Corpus:
     return Corpus(documents, origin)
 
 
-def calibration_corpus(name: str) -> Corpus:
+def calibration_corpus(name: str, console: Console = SILENT) -> Corpus:
     """The documents to draw calibration text from.
 
     The rows of WikiText-2 and PTB are joined by spaces into one document (sparsegpt, `datautils`).
     """
-    corpus = read_corpus(name, "train")
+    corpus = read_corpus(name, "train", console)
     if name in ("wikitext2", "ptb"):
         return Corpus([" ".join(corpus.documents)], corpus.origin)
     return corpus
 
 
-def evaluation_text(name: str) -> tuple[str, str]:
+def evaluation_text(name: str, console: Console = SILENT) -> tuple[str, str]:
     """The text that a corpus is scored on, and its origin.
 
     WikiText-2's and PTB's test rows are joined by two newlines and a space, C4's first 1100
     validation documents by a space (SparseGPT's protocol); documents of a file by two newlines.
     """
     split: Split = "validation" if name == "c4" else "test"
-    corpus = read_corpus(name, split)
+    corpus = read_corpus(name, split, console)
     if name == "c4":
         return " ".join(corpus.documents[:1100]), corpus.origin
     return (" " if name == "ptb" else "\n\n").join(corpus.documents), corpus.origin
@@ -166,9 +177,63 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _from_file(path: Path, name: str) -> tuple[list[str], str]:
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind not in (*_PLAIN, *_LINES, ".parquet"):
+def kind_of(path: Path) -> tuple[str, bool]:
+    """The ending of a file's name in small letters, without `.gz`, and whether that was there."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix, name.endswith(".gz")
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, packed or not, without its byte-order mark.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    opened = gzip.open if kind_of(path)[1] else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                byte = ord(line[error.start]) - 0xDC00  # see PEP 383
+                raise ValueError(
+                    f"line {number} is not UTF-8 (byte {byte:#x}). Convert the file to UTF-8"
+                ) from None
+            yield line
+
+
+def json_lines(path: Path, console: Console) -> Iterator[tuple[int, object]]:
+    """The values of a JSONL file and the numbers of their lines; None for what is not JSON.
+
+    Halves of surrogate pairs, which JSON can hold and Unicode text cannot, are replaced by U+FFFD.
+    """
+    replaced, first = 0, 0
+    for number, line in enumerate(text_lines(path), 1):
+        line = line.removeprefix("\ufeff")  # of files that were put together
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line, parse_int=_number)
+            if _ESCAPED.search(line):
+                text, n = _SURROGATE.subn("\ufffd", json.dumps(value, ensure_ascii=False))
+                value, replaced, first = json.loads(text), replaced + n, first or n and number
+        except (ValueError, RecursionError):
+            value = None
+        yield number, value
+    if replaced:
+        console.say(
+            f"{path}: {replaced} characters are not Unicode text (lone surrogates) and are "
+            f"replaced by U+FFFD, the first in line {first}"
+        )
+
+
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) < 1000 else float(digits)  # Python reads no longer integers
+
+
+def _from_file(path: Path, name: str, console: Console) -> tuple[list[str], str]:
+    kind, packed = kind_of(path)
+    if kind not in (*_PLAIN, *_LINES, ".parquet") or packed and kind == ".parquet":
         raise UserError(
             f"corpus {path} is of an unknown kind: give {', '.join(_PLAIN)} (one document), "
             f"{' or '.join(_LINES)} (a document a line, field `text`) or .parquet; all but the "
@@ -177,13 +242,10 @@ def _from_file(path: Path, name: str) -> tuple[list[str], str]:
     try:
         if kind == ".parquet":
             return _parquet(path), path.name
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            if kind in _LINES:
-                return [_text(line, n, path) for n, line in enumerate(file, 1) if line.strip()], (
-                    path.name
-                )
-            text = file.read()
+        if kind in _LINES:
+            rows = json_lines(path, console)
+            return [_text(row, number, path) for number, row in rows], path.name
+        text = "".join(text_lines(path))
     except UserError:
         raise
     except Exception as error:  # of the file, of gzip, of UTF-8 or of pyarrow
@@ -200,11 +262,8 @@ def _from_file(path: Path, name: str) -> tuple[list[str], str]:
     return [row.strip() for row in text.splitlines()] if name == "ptb" else [text], path.name
 
 
-def _text(line: str, number: int, path: Path) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
+def _text(row: object, number: int, path: Path) -> str:
+    text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(
             f'corpus {path}, line {number}: not a JSON object with a text, like {{"text": "..."}}'

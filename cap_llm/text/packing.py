@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from cap_llm.runtime.console import SILENT, Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.text.corpora import Corpus
+from cap_llm.text.tokenizers import tokenize, tokenize_rows
 
-AT_ONCE = 64  # documents that are tokenised at once
+AT_ONCE = 64  # documents that are tokenized at once
 
 
 @dataclass
@@ -74,6 +76,7 @@ def pack(
     n_held_out: int,
     length: int,
     seed: int,
+    console: Console = SILENT,
 ) -> PackedText:
     """Packs documents, in a seeded order, into at most `n` sequences after `n_held_out` others.
 
@@ -85,42 +88,43 @@ def pack(
         UserError: the corpus is too short for the held-out part and one sequence.
     """
     if len(corpus.documents) == 1:
-        ids = torch.tensor(tokenizer(corpus.documents[0]).input_ids)
+        ids = torch.from_numpy(tokenize(tokenizer, corpus.documents[0], corpus.origin, console))
         ids = ids[: len(ids) // length * length].view(-1, length)
         n = min(n, len(ids) - n_held_out)
         documents = torch.arange(max(0, n))[:, None].expand(-1, length)
         return _checked(
             ids[: max(0, n)], documents, ids[len(ids) - n_held_out :], n_held_out, corpus
         )
-    stream = enumerate(_tokenised(tokenizer, corpus.documents, seed))
+    stream = enumerate(_tokenized(tokenizer, corpus, seed))
     parts = []
-    for wanted in (n_held_out, n):
-        pieces, numbers, n_tokens = [np.empty(0, np.int32)], [0], 0
-        while n_tokens < wanted * length and (following := next(stream, None)):
-            numbers.append(following[0])
-            pieces.append(following[1])
-            n_tokens += len(pieces[-1])
-        whole = min(wanted, n_tokens // length)
-        ids = np.concatenate(pieces)[: whole * length]
-        documents = np.repeat(np.int32(numbers), [len(p) for p in pieces])[: whole * length]
-        parts.append([torch.from_numpy(x).view(whole, length) for x in (ids, documents)])
+    with console.bar(f"packing {corpus.origin}", (n_held_out + n) * length, "tokens") as bar:
+        for wanted in (n_held_out, n):
+            pieces, numbers, n_tokens = [np.empty(0, np.int32)], [0], 0
+            while n_tokens < wanted * length and (following := next(stream, None)):
+                numbers.append(following[0])
+                pieces.append(following[1])
+                n_tokens += len(pieces[-1])
+                bar.advance(len(pieces[-1]))
+            whole = min(wanted, n_tokens // length)
+            ids = np.concatenate(pieces)[: whole * length]
+            documents = np.repeat(np.int32(numbers), [len(p) for p in pieces])[: whole * length]
+            parts.append([torch.from_numpy(x).view(whole, length) for x in (ids, documents)])
     (held_out, _), (train, documents) = parts
     return _checked(train, documents, held_out, n_held_out, corpus)
 
 
-def _tokenised(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], seed: int
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seed: int
 ) -> Iterator[np.ndarray]:
-    """Each document's ids with its mark, in a seeded order; int32, as lists take 34 bytes a token.
-
-    They are tokenised many at once: the fast tokenizers have threads for that.
-    """
-    order = np.random.default_rng(seed).permutation(len(documents))
+    """Each document's ids with its mark, in a seeded order; int32, as lists take 34 bytes per
+    token."""
+    order = np.random.default_rng(seed).permutation(len(corpus.documents))
     begins = len(tokenizer("").input_ids) > 0 or tokenizer.eos_token_id is None
-    tail = [] if begins else [tokenizer.eos_token_id]
+    tail = np.array([] if begins else [tokenizer.eos_token_id], np.int32)
     for at in range(0, len(order), AT_ONCE):
-        for ids in tokenizer([documents[i] for i in order[at : at + AT_ONCE]]).input_ids:
-            yield np.array(ids + tail, dtype=np.int32)
+        rows = order[at : at + AT_ONCE]
+        for ids in tokenize_rows(tokenizer, corpus.documents, rows, corpus.origin):
+            yield np.concatenate([ids, tail])
 
 
 def _checked(train, documents, held_out, n_held_out: int, corpus: Corpus) -> PackedText:

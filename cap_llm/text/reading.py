@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cap_llm.config import Config, same_text
+from cap_llm.runtime.console import SILENT, Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
 from cap_llm.text.corpora import NAMES, calibration_corpus, corpus_file, evaluation_text
@@ -75,12 +76,13 @@ class Texts:
         return None if self.calibration is None else _digest(self.calibration)
 
 
-def read_texts(config: Config, model: Path) -> Texts:
-    """Reads and tokenises the calibration text and the texts to score.
+def read_texts(config: Config, model: Path, console: Console = SILENT) -> Texts:
+    """Reads and tokenizes the calibration text and the texts to score.
 
     Args:
         config: the run's settings.
         model: the directory of the dense model.
+        console: takes warnings and the bars of long texts.
 
     Raises:
         UserError: a corpus is missing, malformed or too short, or the tokenizer does not fit.
@@ -96,23 +98,27 @@ def read_texts(config: Config, model: Path) -> Texts:
         _refuse_scored_file(config)
         e = config.evaluate
         for name in e.corpora:
-            text, origin = evaluation_text(name)
+            text, origin = evaluation_text(name, console)
             most = min(e.max_windows or C4_WINDOWS, C4_WINDOWS) if name == "c4" else e.max_windows
-            windows = evaluation_windows(tokenizer, text, origin, e.window, most)
+            windows = evaluation_windows(tokenizer, text, origin, e.window, most, console)
             texts.scored.append(
                 ScoredText(name, windows, origin, bos_rule(tokenizer), e.max_windows)
             )
     if config.uses_calibration:
         c = config.calibration
-        corpus = calibration_corpus(c.corpus)
+        corpus = calibration_corpus(c.corpus, console)
         n_held_out = c.held_out if config.holds_out else 0
-        windows = calibration_windows(tokenizer, corpus, c.sequences, c.length, c.seed, n_held_out)
+        windows = calibration_windows(
+            tokenizer, corpus, c.sequences, c.length, c.seed, n_held_out, console
+        )
         texts.calibration, texts.held_out = windows.split([c.sequences, n_held_out])
         texts.origin = f"{c.sequences} x {c.length} tokens of {corpus.origin}, seed {c.seed}"
     if "recover" in config.stages:
         r = config.recover
-        corpus = calibration_corpus(r.corpus)
-        texts.recovery = pack(tokenizer, corpus, r.n_sequences, r.held_out, r.length, r.seed)
+        corpus = calibration_corpus(r.corpus, console)
+        texts.recovery = pack(
+            tokenizer, corpus, r.n_sequences, r.held_out, r.length, r.seed, console
+        )
     for ids in texts.ids:
         if vocab_size and len(ids) and (highest := int(ids.max())) >= vocab_size:
             raise UserError(

@@ -119,7 +119,7 @@ def test_a_directory_with_another_models_conversion_is_refused(
 
 def test_a_directory_in_use_is_refused(refuse, accept, out):
     accept()
-    with open(out / "run.lock", "a+") as lock:
+    with open(out / "run.lock", "a+", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         message = refuse(started=True)
     assert f"output_dir {out} is in use by another job" in message

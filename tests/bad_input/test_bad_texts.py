@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 
 import pytest
 from damage import finished_blocks
@@ -22,6 +24,11 @@ BAD_CORPORA = {
         ["a.jsonl, line 2", "JSON object"],
     ),
     "no field": ("a.jsonl", b'{"txt": "a"}\n', ["a.jsonl", "text"]),
+    "bytes": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ["a.jsonl", "line 2", "0xe9"]),
+    "deep": ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, ["a.jsonl, line 2"]),
+    "not a number": ("a.jsonl", b'{"text": NaN}\n', ["a.jsonl, line 1"]),
+    "large number": ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ["a.jsonl, line 1"]),
+    "cut gzip": ("a.txt.gz", gzip.compress(b"text " * 99)[:-9], ["a.txt.gz", "cannot be read"]),
     "no parquet": ("a.parquet", b"PAR1", ["a.parquet", "cannot be read as .parquet"]),
 }
 
@@ -136,3 +143,54 @@ def test_a_number_that_is_none_is_refused(refuse, value):
 )
 def test_a_sparsity_of_nothing_or_all_is_refused(refuse, share, which):
     assert f"removes {which} of" in refuse("--oneshot.sparsity", share)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "long", "null", "device"])
+def test_a_corpus_that_is_not_a_regular_file_is_refused_at_once(refuse, tmp_path, kind):
+    """By the name; to open a pipe would wait for its writer."""
+    path = tmp_path / "text.txt"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    names = {"long": "x" * 300 + ".txt", "null": "a\0.txt", "device": "/dev/null"}
+    name = names.get(kind, str(path))
+    assert repr(name) in refuse("--calibration.corpus", name)
+
+
+UNSPEAKABLE = "\ud83d"  # half of an emoji, as texts cut at a length have
+
+
+def test_what_is_not_unicode_text_is_replaced_and_counted_once(accept, text_file, tmp_path):
+    words = text_file.read_text(encoding="utf-8")
+    rows = [f"{words[:5000]} {UNSPEAKABLE}", words[5000:9000], UNSPEAKABLE * 2 + words[9000:20000]]
+    path = tmp_path / "tweets.JSONL"
+    path.write_text("\ufeff" + "".join(json.dumps({"text": t}) + "\n" for t in rows), "utf-8")
+    stages = ["--stages", "[oneshot, recover, evaluate]", "--dry-run", "--recover.length", "32"]
+    said = accept(*stages, "--evaluate.corpora", f"[{path}]")
+    (line,) = [line for line in said.splitlines() if "Unicode" in line]
+    assert str(path) in line and "3 characters" in line and "line 1" in line
+
+
+def test_a_text_that_the_tokenizer_refuses_is_named(refuse, broken, tmp_path):
+    """By file and row, from whichever stage reads it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="none"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(broken)
+    path = tmp_path / "rows.jsonl"
+    texts = ["w3 " * 400, "unknown " * 400]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    good = tmp_path / "good.txt"
+    good.write_text("w3 " * 4000, encoding="utf-8")
+    model = ["--model.path", broken, "--calibration.corpus", good, "--recover.length", "32"]
+    for options in (
+        ["--calibration.corpus", path],
+        ["--stages", "[recover]", "--recover.corpus", path],
+        ["--stages", "[evaluate]", "--evaluate.corpora", f"[{path}]"],
+    ):
+        message = refuse(*model, *options, "--dry-run")
+        assert "rows.jsonl" in message and "tokenizer" in message
+        assert "[evaluate]" in options or "document 2" in message

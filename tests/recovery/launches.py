@@ -77,7 +77,7 @@ class Cases:
         (self.folder / "cases.json").write_text(json.dumps(self.cases, indent=1))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         launcher = [*torchrun, str(self.ranks)] if self.ranks > 1 else []
-        with open(self.folder / "log.txt", "w") as log:
+        with open(self.folder / "log.txt", "w", encoding="utf-8") as log:
             self._job = subprocess.Popen(
                 [sys.executable, *launcher, str(WORKER), str(self.folder)],
                 env=environment(),
@@ -138,7 +138,9 @@ class Assets:
     def __init__(self, folder: Path, text: Path, tiny):
         self.folder, self.tiny = folder, tiny
         self.text = folder / "text.txt"
-        self.text.write_text("".join(text.read_text().splitlines(keepends=True)[:400]))
+        self.text.write_text(
+            "".join(text.read_text(encoding="utf-8").splitlines(keepends=True)[:400])
+        )
         self.dense = tiny("llama", num_hidden_layers=3)
         self.half = folder / "half" / "oneshot"  # 50 % by SparseGPT
         settings = self.options(folder / "half", 1) | {"model.path": self.dense}

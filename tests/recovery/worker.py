@@ -156,9 +156,9 @@ def remove(path: str) -> None:
 
 def replace(path: str, old: str, new: str) -> None:
     """Words of a text file."""
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     assert old in text, f"{path} holds no {old}"
-    Path(path).write_text(text.replace(old, new))
+    Path(path).write_text(text.replace(old, new), encoding="utf-8")
 
 
 def flip(path: str) -> None:
