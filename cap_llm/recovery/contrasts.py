@@ -52,6 +52,9 @@ class NoContrast:
         """No losses."""
         return {}
 
+    def refill(self, *_) -> None:
+        """Nothing to fill."""
+
 
 class ContrastiveObjective:
     """All contrasts of a training, with the candidates that they share.
@@ -158,6 +161,17 @@ class ContrastiveObjective:
         draw = np.random.default_rng([self.extractor.seed, place, micro])
         n = min(self.extra_negatives, len(among))
         return torch.from_numpy(draw.choice(among.numpy(), n, replace=False))
+
+    def refill(self, teacher: Callable, place: int, micro_batch: int, console: Console) -> None:
+        """Fills missing rows of online contrasts: those of the first `place` steps.
+
+        Args: see `fill`; `teacher` is the model whose forward gives their rows.
+        """
+        for term in self.terms:
+            if term.online:
+                title = f"{term.name}: rebuilding the bank"
+                ids = self.seen(place)
+                self.fill(term.banks[0], teacher, ids, micro_batch, title, console)
 
     def seen(self, place: int) -> torch.Tensor:
         """Ids of the examples of the first `place` steps."""

@@ -8,6 +8,7 @@ schedule continues in the data where the one before it ended.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -126,16 +127,9 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
         run.console.say(f"{job.title}: {where if first < config.steps else 'already trained'}")
     else:
         evaluate(0, {})
-    for term in job.contrasts.terms:
-        if term.online:  # rows of the steps before, where the bank has been removed
-            job.contrasts.fill(
-                term.banks[0],
-                lambda ids: task.states(job.teacher, ids),
-                job.contrasts.seen(job.before + first),
-                config.micro_batch,
-                f"{term.name}: rebuilding the bank",
-                run.console,
-            )
+    # rows of the steps before, where the bank has been removed
+    teacher_states = functools.partial(task.states, job.teacher)
+    job.contrasts.refill(teacher_states, job.before + first, config.micro_batch, run.console)
     seconds, units, overflows = 0.0, 0, 0
     longest = slowest = 0.0  # seconds of a step and of a checkpoint
     with held_back() as request, run.console.bar(job.title, config.steps, "steps") as bar:
@@ -209,7 +203,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, world: World) 
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     n_micro = config.accumulation(world.size)
-    total, norm = 0.0, None
+    total, norm, parts = torch.zeros(()), None, {}
     for micro in range(n_micro):
         everyone = batch[micro * each : (micro + 1) * each]
         at = world.rank * config.micro_batch

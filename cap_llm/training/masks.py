@@ -31,6 +31,7 @@ class MaskPolicy(Protocol):
 
     def detach(self) -> None:
         """Lets go of the engine."""
+        ...
 
 
 class Fixed:

@@ -25,7 +25,7 @@ class Losses:
 
     total: torch.Tensor
     parts: dict[str, torch.Tensor]
-    states: torch.Tensor | None
+    states: torch.Tensor
     teacher_states: torch.Tensor | None = None
 
 
@@ -49,20 +49,26 @@ class Task(Protocol):
     def draws(self, start: int, end: int) -> torch.Tensor:
         """Ids of the examples at places `start` to `end` of the training, in one global order that
         does not depend on the number of ranks."""
+        ...
 
     def student(self, model: PreTrainedModel) -> nn.Module:
         """Wraps the model to train, as its attribute `model`. One forward uses all parameters, as
         ZeRO-3 requires."""
+        ...
 
     def teacher(self, model: PreTrainedModel) -> nn.Module:
         """Wraps a frozen model, as its attribute `model`."""
+        ...
 
     def states(self, engine, ids: torch.Tensor) -> torch.Tensor:
         """States [B, T, H] of a frozen model for examples [B]."""
+        ...
 
     def losses(self, student, teacher, ids: torch.Tensor) -> Losses:
         """The losses of examples [B] from one forward each of the student's and the teacher's
         engine; `teacher` is None where no term needs it."""
+        ...
 
     def evaluate(self, student, micro_batch: int, world: World) -> float:
         """The metric on the held-out examples, over all ranks."""
+        ...
