@@ -124,7 +124,7 @@ def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str
     kept = sorted((folder / "recover" / "checkpoints" / (rung or "1")).glob("step-*/complete.json"))
     text += f", checkpoint at {int(kept[-1].parent.name[5:])}" if kept else ", no checkpoint yet"
     left = steps - now["step"]
-    speed = [m for m in metrics if m["stage"] == now["stage"] and m["name"] == "tokens_a_second"]
+    speed = [m for m in metrics if m["stage"] == now["stage"] and m["name"] == "tokens_per_second"]
     if left and speed and speed[-1]["value"]:
         seconds = left * recover["batch"] * recover["length"] / speed[-1]["value"]
         text += f", about {duration(seconds)} left" + (" of this rung" if rungs > 1 else "")

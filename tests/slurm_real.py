@@ -217,7 +217,7 @@ def test_the_array_and_its_comparison_give_one_report(cluster, recipe):
 
 
 def test_a_training_stopped_by_its_limit_and_pre_empted_thrice_loses_nothing(cluster, recipe):
-    rates = [m["value"] for m in metrics(cluster.project / PIPELINE, "tokens_a_second")]
+    rates = [m["value"] for m in metrics(cluster.project / PIPELINE, "tokens_per_second")]
     steps = max(60, round(100 * statistics.median(rates) / (BATCH * LENGTH)))  # about 100 seconds
     options = ["--recover.micro_batch", 2, "--recover.tokens", steps * BATCH * LENGTH]
     options += ["--recover.checkpoint_steps", 1000, "--recover.evaluate_steps", 1000]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from cap_llm.config import ContrastConfig
 from cap_llm.recovery.bank import Bank
-from cap_llm.recovery.contrasts import Contrast, Contrasts
-from cap_llm.recovery.units import Encoder
+from cap_llm.recovery.contrasts import ContrastiveObjective, ContrastTerm
+from cap_llm.recovery.decoder import TextUnits
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -63,9 +63,9 @@ def test_a_row_that_a_crash_has_left_without_a_unit_is_none(tmp_path):
 def test_a_row_that_was_written_but_cannot_be_seen_is_an_error(tmp_path):
     bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
     bank.write(torch.tensor([7, 2]), rows(2))
-    bank.demand(torch.tensor([2, 7]))
-    with pytest.raises(UserError, match="other ranks wrote cannot be seen on this node.*NFS"):
-        bank.demand(torch.tensor([2, 3]))
+    bank.require(torch.tensor([2, 7]))
+    with pytest.raises(UserError, match="NFS"):
+        bank.require(torch.tensor([2, 3]))
 
 
 def test_rows_are_rounded_to_bfloat16_and_read_as_fp32(tmp_path):
@@ -87,14 +87,14 @@ def test_what_was_read_is_not_the_bank_itself(tmp_path):
 
 def test_everything_survives_reopening(tmp_path):
     bank = Bank(tmp_path / "runs" / "prc", FACTS, SHAPE, ALONE)
-    assert bank.centre is None
+    assert bank.center is None
     bank.write(torch.tensor([5, 1]), rows(2))
-    bank.settle(torch.arange(4.0), 0.25, 3.5)
+    bank.set_center(torch.arange(4.0), 0.25, 3.5)
     bank.flush()
     again = Bank(tmp_path / "runs" / "prc", FACTS, SHAPE, ALONE)
     assert torch.equal(again.read(torch.tensor([1, 5])), stored(rows(2)).flip(0))
     assert again.has(torch.arange(10)).nonzero().flatten().tolist() == [1, 5]
-    assert torch.equal(again.centre, torch.arange(4.0))
+    assert torch.equal(again.center, torch.arange(4.0))
     assert (again.mean_cosine, again.effective_rank) == (0.25, 3.5)
 
 
@@ -115,12 +115,12 @@ def test_a_bank_of_other_facts_is_refused_by_their_name_and_left_as_it_is(tmp_pa
     assert torch.equal(again.read(torch.tensor([3])), stored(rows(1)))
 
 
-@pytest.mark.parametrize("name", ["rows.bin", "there.bin"])
+@pytest.mark.parametrize("name", ["rows.bin", "valid.bin"])
 @pytest.mark.parametrize("left", [None, 7])
 def test_a_bank_that_lacks_a_part_of_its_files_is_made_anew(tmp_path, name, left):
     bank = Bank(tmp_path, FACTS, SHAPE, ALONE)
     bank.write(torch.tensor([3]), rows(1))
-    bank.settle(torch.arange(4.0), 0.25, 3.5)
+    bank.set_center(torch.arange(4.0), 0.25, 3.5)
     bank.flush()
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).unlink()
@@ -128,7 +128,7 @@ def test_a_bank_that_lacks_a_part_of_its_files_is_made_anew(tmp_path, name, left
         (tmp_path / name).write_bytes(content[:left])
     again = Bank(tmp_path, FACTS, SHAPE, ALONE)
     assert not again.has(torch.arange(10)).any()
-    assert again.centre is None
+    assert again.center is None
 
 
 # Contrasts on banks.
@@ -173,18 +173,25 @@ def text() -> PackedText:
     return PackedText(ids, torch.arange(N)[:, None].expand(N, T).int(), ids[:0], "a test")
 
 
-def contrasts(**sizes) -> Contrasts:
+def of_examples(model):
+    """A model of tokens as one of examples."""
+    return lambda ids: model(text().ids[ids])
+
+
+def contrasts(**sizes) -> ContrastiveObjective:
     sizes = {"segments": 2, "token_positions": 5, "dim": 8, "extra_sequences": 6} | sizes
     sizes = ContrastConfig(**({"frequent_ids": 5} | sizes))
-    return Contrasts(Encoder(text(), sizes, WIDTH, 4, 0, ALONE.device), sizes, BATCH, ALONE)
+    units = TextUnits(text(), sizes, WIDTH, 4, 0, ALONE.device)
+    return ContrastiveObjective(units, sizes.extra_sequences, BATCH, ALONE)
 
 
-def bank_of(c: Contrasts, folder, model=None, ids=None) -> WatchedBank:
+def bank_of(c: ContrastiveObjective, folder, model=None, ids=None) -> WatchedBank:
     """A bank in `folder`, filled by `model` if there is one."""
-    e = c.encoder
+    e = c.extractor
     bank = WatchedBank(folder, {}, (len(e.text.ids), e.n_units, e.dim), ALONE)
     if model is not None:
-        c.fill(bank, model, torch.arange(N) if ids is None else ids, 3, "a bank", QUIET)
+        everyone = torch.arange(N) if ids is None else ids
+        c.fill(bank, of_examples(model), everyone, 3, "a bank", QUIET)
     return bank
 
 
@@ -193,15 +200,15 @@ def test_fill_writes_each_row_once_and_later_only_the_missing_ones(tmp_path):
     some = torch.tensor([9, 2, 17, 4])
     bank = bank_of(c, tmp_path, model, some)
     assert sorted(bank.written) == sorted(some.tolist())
-    centre = bank.centre
+    centre = bank.center
     bank.written, model.seen = [], []
-    c.fill(bank, model, torch.arange(N), 3, "a bank", QUIET)
+    c.fill(bank, of_examples(model), torch.arange(N), 3, "a bank", QUIET)
     missing = [i for i in range(N) if i not in some.tolist()]
     assert sorted(bank.written) == missing
-    assert model.seen == c.encoder.text.ids.tolist()  # in whole rounds: each has a gap
-    assert torch.equal(bank.centre, centre)
+    assert model.seen == c.extractor.text.ids.tolist()  # in whole rounds: each has a gap
+    assert torch.equal(bank.center, centre)
     bank.written, model.seen = [], []
-    c.fill(bank, model, torch.arange(N), 3, "a bank", QUIET)
+    c.fill(bank, of_examples(model), torch.arange(N), 3, "a bank", QUIET)
     again = bank_of(c, tmp_path, model)
     assert bank.written == again.written == model.seen == []
 
@@ -224,16 +231,16 @@ def test_a_rank_without_a_sequence_helps_to_measure_the_centre(tmp_path):
     c, model = contrasts(), Model()
     c.world = Last()
     bank = bank_of(c, tmp_path)
-    c.fill(bank, model, torch.arange(0), 1, "a bank", QUIET)
-    assert bank.centre is not None and len(model.seen) == 1
+    c.fill(bank, of_examples(model), torch.arange(0), 1, "a bank", QUIET)
+    assert bank.center is not None and len(model.seen) == 1
 
 
 def test_filled_rows_are_centred_projected_vectors_of_length_one(tmp_path):
     c, model = contrasts(), Model()
-    bank, e = bank_of(c, tmp_path, model), c.encoder
+    bank, e = bank_of(c, tmp_path, model), c.extractor
     raw = [e.raw(model(e.text.ids[i : i + 1]), torch.tensor([i]))[0] for i in range(N)]
     centre = sum(sum(r) for r in raw) / (N * e.n_units)
-    torch.testing.assert_close(bank.centre, centre, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bank.center, centre, rtol=1e-4, atol=1e-5)
     for i in (0, 11, N - 1):
         moved = raw[i] - centre
         expected = moved / moved.norm(dim=1, keepdim=True)
@@ -244,7 +251,7 @@ def test_the_micro_batch_does_not_change_a_bank(tmp_path):
     c = contrasts()
     one = bank_of(c, tmp_path / "a", Model())
     other = WatchedBank(tmp_path / "b", {}, one.shape, ALONE)
-    c.fill(other, Model(), torch.arange(N).flip(0), 7, "a bank", QUIET)
+    c.fill(other, of_examples(Model()), torch.arange(N).flip(0), 7, "a bank", QUIET)
     every = torch.arange(N)
     torch.testing.assert_close(one.read(every), other.read(every), rtol=2**-7, atol=1e-4)
 
@@ -259,19 +266,19 @@ CONSTANTS = {
 @pytest.mark.parametrize("constant", CONSTANTS)
 def test_a_model_that_gives_one_state_for_everything_is_refused(tmp_path, constant):
     c = contrasts()
-    with pytest.raises(UserError, match="prc.* has collapsed"):
+    with pytest.raises(UserError, match="prc is degenerate"):
         bank_of(c, tmp_path / "prc", lambda ids: CONSTANTS[constant].expand(*ids.shape, WIDTH))
 
 
 def test_a_model_whose_states_are_one_but_for_a_few_is_refused_and_stays_refused(tmp_path):
     def model(ids):
         states = CONSTANTS["any"].expand(*ids.shape, WIDTH).clone()
-        states[(ids == c.encoder.text.ids[0]).all(1)] = 100 * torch.arange(1.0, WIDTH + 1)
+        states[(ids == c.extractor.text.ids[0]).all(1)] = 100 * torch.arange(1.0, WIDTH + 1)
         return states
 
     c = contrasts()
     for _ in range(2):
-        with pytest.raises(UserError, match="prc.* has collapsed"):
+        with pytest.raises(UserError, match="prc is degenerate"):
             bank_of(c, tmp_path / "prc", model)
 
 
@@ -281,9 +288,9 @@ def test_a_model_that_gives_no_numbers_is_refused(tmp_path):
         bank_of(c, tmp_path / "prc", lambda ids: Model()(ids) * torch.nan)
 
 
-def step_losses(c: Contrasts, student: Model, teacher: Model | None, step: int) -> dict:
-    ids = c.encoder.text.batch(step, BATCH, c.encoder.seed)
-    tokens = c.encoder.text.ids[ids]
+def step_losses(c: ContrastiveObjective, student: Model, teacher: Model | None, step: int) -> dict:
+    ids = c.extractor.text.batch(step, BATCH, c.extractor.seed)
+    tokens = c.extractor.text.ids[ids]
     seen = teacher(tokens) if teacher else None
     return c.losses(student(tokens), seen, ids, ids, step, 0)
 
@@ -293,12 +300,12 @@ def test_the_further_rows_of_a_step_are_the_same_on_every_repeat(tmp_path):
     for _ in range(2):
         c = contrasts()
         bank = bank_of(c, tmp_path, Model())
-        c.terms = [Contrast("fic", 0.1, [bank])]
+        c.terms = [ContrastTerm("fic", 0.1, [bank])]
         for step in range(4):
             step_losses(c, Model(1), None, step)
         drawn.append(bank.asked)
     assert drawn[0] == drawn[1]
-    own = [c.encoder.text.batch(step, BATCH, 0).tolist() for step in range(4)]
+    own = [c.extractor.text.batch(step, BATCH, 0).tolist() for step in range(4)]
     further = [ids for ids in drawn[0] if ids not in own]
     assert len(further) == 4 and len(set(map(tuple, further))) == 4  # anew for each step
     assert all(len(set(ids)) == 6 for ids in further)
@@ -307,10 +314,10 @@ def test_the_further_rows_of_a_step_are_the_same_on_every_repeat(tmp_path):
 def test_a_row_of_the_step_itself_that_cannot_be_seen_is_an_error(tmp_path):
     c = contrasts(extra_sequences=0)
     bank = bank_of(c, tmp_path, Model())
-    c.terms = [Contrast("fic", 0.1, [bank])]
+    c.terms = [ContrastTerm("fic", 0.1, [bank])]
     step_losses(c, Model(1), None, 0)
-    bank.write(c.encoder.text.batch(1, BATCH, 0)[:1], torch.zeros(1, *bank.shape[1:]))
-    with pytest.raises(UserError, match="cannot be seen on this node"):
+    bank.write(c.extractor.text.batch(1, BATCH, 0)[:1], torch.zeros(1, *bank.shape[1:]))
+    with pytest.raises(UserError, match="not visible on this node"):
         step_losses(c, Model(1), None, 1)
 
 
@@ -326,16 +333,16 @@ def test_rows_that_are_missing_are_made_as_they_were(tmp_path):
     everyone = torch.arange(N)
     before, n = bank.read(everyone), len(passed)
     bank.write(torch.tensor([1, 2, 17]), torch.zeros(3, *bank.shape[1:]))
-    c.fill(bank, model, everyone, 3, "again", QUIET)
+    c.fill(bank, of_examples(model), everyone, 3, "again", QUIET)
     assert torch.equal(bank.read(everyone), before)
-    expected = torch.cat([c.encoder.text.ids[at : at + 3] for at in (0, 15)])
+    expected = torch.cat([c.extractor.text.ids[at : at + 3] for at in (0, 15)])
     assert torch.equal(torch.cat(passed[n:]), expected)
 
 
 def test_every_contrast_of_a_step_has_the_same_further_sequences(tmp_path):
     c = contrasts()
     first, second = (bank_of(c, tmp_path / n, Model(i)) for i, n in enumerate("ab"))
-    c.terms = [Contrast("snc", 0.1, [first, second]), Contrast("fic", 0.1, [first])]
+    c.terms = [ContrastTerm("snc", 0.1, [first, second]), ContrastTerm("fic", 0.1, [first])]
     step_losses(c, Model(2), None, 1)
     assert second.asked == first.asked[:2] == first.asked[2:]
 
@@ -343,21 +350,21 @@ def test_every_contrast_of_a_step_has_the_same_further_sequences(tmp_path):
 def test_rows_of_an_online_contrast_are_only_of_steps_before(tmp_path):
     c, teacher = contrasts(extra_sequences=N), Model()
     bank = bank_of(c, tmp_path, teacher, torch.arange(0))
-    c.terms = [Contrast("prc", 0.1, [bank], online=True)]
-    assert bank.centre is not None and not bank.has(torch.arange(N)).any()
+    c.terms = [ContrastTerm("prc", 0.1, [bank], online=True)]
+    assert bank.center is not None and not bank.has(torch.arange(N)).any()
     before: set[int] = set()
     for step in range(9):  # an epoch and a half
         bank.asked = []
         step_losses(c, Model(1), teacher, step)
         assert [set(ids) for ids in bank.asked] == [before]  # all of them, as N are asked for
-        before |= set(c.encoder.text.batch(step, BATCH, 0).tolist())
+        before |= set(c.extractor.text.batch(step, BATCH, 0).tolist())
     assert before == set(range(N))
 
 
 def test_an_online_contrast_draws_as_many_as_are_asked_for_once_they_are_there(tmp_path):
     c, teacher = contrasts(extra_sequences=6), Model()
     bank = bank_of(c, tmp_path, teacher, torch.arange(0))
-    c.terms = [Contrast("prc", 0.1, [bank], online=True)]
+    c.terms = [ContrastTerm("prc", 0.1, [bank], online=True)]
     for step in range(5):
         bank.asked = []
         step_losses(c, Model(1), teacher, step)
@@ -369,8 +376,8 @@ def test_a_bank_needs_only_the_share_of_its_training(tmp_path):
     c, share = contrasts(), torch.tensor([1, 4, 5, 7, 11, 12, 20, 23])
     c.share = share
     bank = bank_of(c, tmp_path, Model(), share)
-    c.terms = [Contrast("fic", 0.1, [bank])]
-    tokens = c.encoder.text.ids
+    c.terms = [ContrastTerm("fic", 0.1, [bank])]
+    tokens = c.extractor.text.ids
     for step in range(4):
         ids = share[4 * (step % 2) :][:4]
         c.losses(Model(1)(tokens[ids]), None, ids, ids, step, 0)
@@ -381,9 +388,9 @@ def test_a_bank_needs_only_the_share_of_its_training(tmp_path):
 def test_an_online_contrast_ends_up_as_one_from_a_bank_that_was_filled_before(tmp_path):
     teacher, student = Model(), Model(1)
     c, d = contrasts(), contrasts()
-    c.terms = [Contrast("prc", 0.1, [bank_of(c, tmp_path / "filled", teacher)])]
+    c.terms = [ContrastTerm("prc", 0.1, [bank_of(c, tmp_path / "filled", teacher)])]
     online = bank_of(d, tmp_path / "online", teacher, torch.arange(0))
-    d.terms = [Contrast("prc", 0.1, [online], online=True)]
+    d.terms = [ContrastTerm("prc", 0.1, [online], online=True)]
     for step in range(8):
         expected = step_losses(c, student, None, step)["prc"].item()
         got = step_losses(d, student, teacher, step)["prc"].item()
@@ -404,12 +411,12 @@ def test_a_resumed_online_contrast_does_as_one_that_was_never_interrupted(tmp_pa
     for folder, losses, stop in (("a", expected, None), ("b", got, 3)):
         c = contrasts()
         bank = bank_of(c, tmp_path / folder, teacher, torch.arange(0))
-        c.terms = [Contrast("prc", 0.1, [bank], online=True)]
+        c.terms = [ContrastTerm("prc", 0.1, [bank], online=True)]
         for step in range(6):
             if step == stop:  # two steps are done again, from the folder alone
                 c = contrasts()
                 bank = bank_of(c, tmp_path / folder, teacher, torch.arange(0))
-                c.terms = [Contrast("prc", 0.1, [bank], online=True)]
+                c.terms = [ContrastTerm("prc", 0.1, [bank], online=True)]
                 for again in (1, 2):
                     assert step_losses(c, student, teacher, again)["prc"].item() == losses[again]
             losses.append(step_losses(c, student, teacher, step)["prc"].item())
@@ -419,7 +426,7 @@ def test_a_resumed_online_contrast_does_as_one_that_was_never_interrupted(tmp_pa
 def test_a_contrast_changes_only_its_own_term(tmp_path):
     c = contrasts()
     terms = [
-        Contrast(name, 0.1, [bank_of(c, tmp_path / name, Model(seed))])
+        ContrastTerm(name, 0.1, [bank_of(c, tmp_path / name, Model(seed))])
         for seed, name in enumerate(("prc", "fic", "snc"))
     ]
     c.terms = terms
@@ -436,14 +443,14 @@ def test_segments_and_tokens_add_up_by_their_weights(tmp_path):
     losses = []
     for segments, tokens in ((1, 0), (0, 1), (2, 3)):
         c = contrasts(segment_weight=segments, token_weight=tokens)
-        c.terms = [Contrast("fic", 0.1, [bank_of(c, tmp_path, Model())])]
+        c.terms = [ContrastTerm("fic", 0.1, [bank_of(c, tmp_path, Model())])]
         losses.append(step_losses(c, Model(1), None, 0)["fic"].item())
     assert losses[2] == pytest.approx(2 * losses[0] + 3 * losses[1])
 
 
 def test_a_student_that_is_the_banks_model_has_the_lowest_loss_and_others_a_gradient(tmp_path):
     c = contrasts()
-    c.terms = [Contrast("fic", 0.1, [bank_of(c, tmp_path, Model())])]
+    c.terms = [ContrastTerm("fic", 0.1, [bank_of(c, tmp_path, Model())])]
     least = step_losses(c, Model(), None, 0)["fic"]
     student = Model(1)
     student.tokens.requires_grad_()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cap_llm.config import ContrastConfig, ObjectiveConfig, RecoverConfig
 from cap_llm.recovery.contrast import Units, cap_compat, contrastive_loss
-from cap_llm.recovery.units import Encoder, normalise, spread
+from cap_llm.recovery.decoder import TextUnits
+from cap_llm.recovery.units import anisotropy, normalize
 from cap_llm.runtime.errors import UserError
 from cap_llm.text.packing import PackedText
 
@@ -269,9 +270,9 @@ def text(seed: int = 0, n: int = N, length: int = T) -> PackedText:
 
 def encoder(
     packed: PackedText | None = None, width: int = WIDTH, seed: int = 0, **sizes
-) -> Encoder:
+) -> TextUnits:
     sizes = {"segments": 3, "token_positions": 7, "frequent_ids": 2, "dim": width} | sizes
-    return Encoder(packed or text(), ContrastConfig(**sizes), width, SKIP, seed, CPU)
+    return TextUnits(packed or text(), ContrastConfig(**sizes), width, SKIP, seed, CPU)
 
 
 def places(n: int = N, length: int = T, width: int = WIDTH) -> torch.Tensor:
@@ -283,7 +284,7 @@ def places(n: int = N, length: int = T, width: int = WIDTH) -> torch.Tensor:
     return states
 
 
-def seen_at(e: Encoder, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def seen_at(e: TextUnits, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The sequence and the (mean) position that each unit looks at, [B, S + m, 2]."""
     return (e.raw(states, ids) @ e.projection.T)[..., :2]  # width == dim: an inverse
 
@@ -403,7 +404,7 @@ def test_settings_that_are_accepted_give_every_unit_a_number(length, segments):
     except UserError as error:
         assert "segments" in str(error)
         return
-    e = Encoder(text(length=length), contrast, WIDTH, RecoverConfig.SKIP, 0, CPU)
+    e = TextUnits(text(length=length), contrast, WIDTH, RecoverConfig.SKIP, 0, CPU)
     assert e.raw(torch.randn(N, length, WIDTH), torch.arange(N)).isfinite().all()
 
 
@@ -415,7 +416,7 @@ def test_units_are_fp32_whatever_the_states_are():
 
 def test_normalised_units_have_length_one_around_the_centre():
     raw, centre = torch.randn(3, 5, 8) + 4, torch.full((8,), 4.0)
-    unit = normalise(raw, centre)
+    unit = normalize(raw, centre)
     for b in range(3):
         for k in range(5):
             moved = raw[b, k] - 4
@@ -428,7 +429,7 @@ def test_spread_is_the_mean_cosine_and_the_effective_rank(n, d, seed):
     v = vectors(n, d, seed) + 0.3
     v = F.normalize(v, dim=1)
     cosines = [float(v[i].double() @ v[j].double()) for i in range(n) for j in range(i)]
-    mean_cosine, rank = spread(v)
+    mean_cosine, rank = anisotropy(v)
     assert mean_cosine == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
     p = np.linalg.svd(v.double().numpy(), compute_uv=False) ** 2
     p = [x for x in p / p.sum() if x > 1e-12]
@@ -436,7 +437,7 @@ def test_spread_is_the_mean_cosine_and_the_effective_rank(n, d, seed):
 
 
 def test_spread_of_one_vector_and_of_an_orthonormal_set():
-    mean_cosine, rank = spread(vectors(1, 8).repeat(10, 1))
+    mean_cosine, rank = anisotropy(vectors(1, 8).repeat(10, 1))
     assert mean_cosine == pytest.approx(1) and rank == pytest.approx(1, rel=1e-4)
-    mean_cosine, rank = spread(torch.eye(8))
+    mean_cosine, rank = anisotropy(torch.eye(8))
     assert mean_cosine == pytest.approx(0, abs=1e-9) and rank == pytest.approx(8)

@@ -2,7 +2,7 @@
 
     bank.json   what the rows were made of and from: checked before they are used again
     rows.bin    [N, U, d] bfloat16, memory-mapped, row = id of the sequence
-    there.bin   [N] bytes: 1 where a row is written
+    valid.bin   [N] bytes: 1 where a row is written
 
 A mark may reach the disk before its row does, so that a machine that crashes leaves marked rows of
 zeros: a row counts if it is marked and none of its units, which have length 1, is zero.
@@ -46,7 +46,7 @@ class Bank:
         if problem:
             raise problem
         self._rows = np.memmap(folder / "rows.bin", np.uint16, "r+", shape=shape)
-        self._there = np.memmap(folder / "there.bin", np.uint8, "r+", shape=shape[:1])
+        self._valid = np.memmap(folder / "valid.bin", np.uint8, "r+", shape=shape[:1])
         self._describe(read_json(path))
 
     def _make(self, path: Path, facts: dict) -> UserError | None:
@@ -62,7 +62,7 @@ class Bank:
                 "folder to build it anew"
             )
         n, units, dim = self.shape
-        sizes = {self.folder / "there.bin": n, self.folder / "rows.bin": 2 * n * units * dim}
+        sizes = {self.folder / "valid.bin": n, self.folder / "rows.bin": 2 * n * units * dim}
         if not known or any(not f.exists() or f.stat().st_size != sizes[f] for f in sizes):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,16 +76,16 @@ class Bank:
         return None
 
     def _describe(self, content: dict) -> None:
-        centre = content.get("centre")
-        self.centre = torch.tensor(centre) if centre else None
+        center = content.get("center")
+        self.center = torch.tensor(center) if center else None
         self.mean_cosine = content.get("mean_cosine")
         self.effective_rank = content.get("effective_rank")
 
-    def settle(self, centre: torch.Tensor, mean_cosine: float, effective_rank: float) -> None:
-        """Fixes the centre [d] of the rows, once, with the spread of a sample around it."""
+    def set_center(self, center: torch.Tensor, mean_cosine: float, effective_rank: float) -> None:
+        """Fixes the center [d] of the rows, once, with the spread of a sample around it."""
         path = self.folder / "bank.json"
         measures = {"mean_cosine": mean_cosine, "effective_rank": effective_rank}
-        content = read_json(path) | measures | {"centre": centre.tolist()}
+        content = read_json(path) | measures | {"center": center.tolist()}
         if self.world.first:
             write_json(path, content)
         self.world.barrier()
@@ -94,7 +94,7 @@ class Bank:
     def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Keeps rows [B, U, d] of length-1 vectors for sequences [B]."""
         self._rows[ids.numpy()] = rows.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
-        self._there[ids.numpy()] = 1
+        self._valid[ids.numpy()] = 1
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows [B, U, d] of sequences [B], fp32."""
@@ -103,23 +103,25 @@ class Bank:
     def has(self, ids: torch.Tensor) -> torch.Tensor:
         """Which sequences [B] have a row, boolean."""
         rows = ids.numpy()
-        found = self._there[rows].astype(bool)
+        found = self._valid[rows].astype(bool)
         for i in np.flatnonzero(found):  # one at a time: all rows may be more than memory
             found[i] = self._rows[rows[i]].any(-1).all()
         return torch.from_numpy(found)
 
-    def demand(self, ids: torch.Tensor) -> None:
-        """Raises:
-        UserError: a row of sequences [B] is missing that some rank has written.
+    def require(self, ids: torch.Tensor) -> None:
+        """Verifies that the rows of examples [B], which some rank has written, are visible here.
+
+        Raises:
+            UserError: one is missing.
         """
         if not self.has(ids).all():
             raise UserError(
-                f"rows of the bank {self.folder} that other ranks wrote cannot be seen on this "
-                "node: its file system does not share memory mappings, as NFS; put output_dir on "
-                "one that does (Lustre, GPFS), or use one node"
+                f"Bank {self.folder}: rows written by other ranks are not visible on this node. "
+                "Memory-mapped files are not coherent on NFS: use Lustre or GPFS for output_dir, "
+                "or one node."
             )
 
     def flush(self) -> None:
         """Brings this rank's rows to the disk, before a checkpoint relies on them."""
         self._rows.flush()
-        self._there.flush()
+        self._valid.flush()

@@ -1,4 +1,4 @@
-"""A causal language model as recovery sees it: final states, block outputs, and the head.
+"""Language modeling as a task: packed text, cross-entropy and distillation, held-out perplexity.
 
 One forward gives everything the losses need. The head is kept out of it and applied to chunks of
 tokens by `head_loss`, so that no logits [B, T, V] stand in memory.
@@ -6,15 +6,102 @@ tokens by `head_loss`, so that no logits [B, T, V] stand in memory.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cap_llm.config import ContrastConfig, ObjectiveConfig
 from cap_llm.models.blocks import find_blocks, states_of
+from cap_llm.recovery.contrast import Units
+from cap_llm.recovery.engines import gathered
 from cap_llm.recovery.objectives import head_loss, square_head
+from cap_llm.recovery.units import Kind, UnitExtractor
+from cap_llm.runtime.world import World
+from cap_llm.text.packing import PackedText
+from cap_llm.training.task import Losses
 
 
-class Decoder(nn.Module):
+class LanguageModeling:
+    """Next-token prediction on packed text, with a teacher of the same vocabulary.
+
+    Args:
+        text: sequences to train on, and held-out ones. A sequence is an example.
+        objective: weights of the terms.
+        skip: first positions that block outputs are not compared at.
+        seed: of the data order.
+        device: where the models are.
+    """
+
+    unit, metric, metric_label = "tokens", "held_out_ppl", "held-out ppl"
+
+    def __init__(
+        self,
+        text: PackedText,
+        objective: ObjectiveConfig,
+        skip: int,
+        seed: int,
+        device: torch.device,
+    ):
+        self.text, self.objective, self.skip = text, objective, skip
+        self.seed, self.device, self.per_example = seed, device, text.ids.shape[1]
+
+    def draws(self, start: int, end: int) -> torch.Tensor:
+        """Ids of the sequences at places `start` to `end` of the training."""
+        return self.text.draws(start, end, self.seed)
+
+    def student(self, model: PreTrainedModel) -> nn.Module:
+        """The model to train, with its losses."""
+        return CausalLMWithLosses(model, self.objective, self.skip)
+
+    def teacher(self, model: PreTrainedModel) -> nn.Module:
+        """A frozen model."""
+        return CausalLM(model)
+
+    def states(self, engine, ids: torch.Tensor) -> torch.Tensor:
+        """Final states [B, T, H] of a frozen model for sequences [B]."""
+        return engine(self.text.ids[ids].to(self.device), False)[0]
+
+    def losses(self, student, teacher, ids: torch.Tensor) -> Losses:
+        """Cross-entropy, distillation and block outputs of sequences [B]."""
+        objective, tokens = self.objective, self.text.ids[ids].to(self.device)
+        teacher_out = head = None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_out = teacher(tokens, bool(objective.feature))
+            head = teacher.module.head if objective.kl else None
+        with gathered(head.parameters() if head is not None else ()):
+            weights = None
+            if head is not None:
+                bias = None if head.bias is None else head.bias.detach()
+                weights = head.weight.detach(), bias
+            total, ce, kl, feature, states = student(tokens, teacher_out, weights)
+        parts = {"ce": ce}
+        if objective.kl:
+            parts["kl"] = kl
+        if objective.feature:
+            parts["feature"] = feature
+        teacher_states = teacher_out[0] if teacher_out else None
+        return Losses(total + objective.feature * feature, parts, states, teacher_states)
+
+    @torch.no_grad()
+    def evaluate(self, student, micro_batch: int, world: World) -> float:
+        """Perplexity of the held-out sequences under a student, over all ranks."""
+        held_out, each = self.text.held_out, world.size * micro_batch
+        nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        student.eval()
+        for at in range(0, len(held_out), each):
+            rows = held_out[at : at + each][world.rank :: world.size]
+            ids = (rows if len(rows) else held_out[:1]).to(self.device)
+            _, ce, *_ = student(ids)
+            nll += ce.double() * len(rows)
+        student.train()
+        return math.exp(min(700.0, world.sum(nll).item() / len(held_out)))
+
+
+class CausalLM(nn.Module):
     """A frozen or trained model seen as states and head.
 
     Args:
@@ -48,46 +135,143 @@ class Decoder(nn.Module):
         return states, *outputs
 
 
-class Student(Decoder):
+class CausalLMWithLosses(CausalLM):
     """The trained model with the losses that need its head: all parameters are used inside one
-    forward, as ZeRO-3 wants it.
+    forward, as ZeRO-3 requires.
 
     Args:
         model: the model.
-        ce, kl, temperature: weights and temperature of the head's losses.
-        feature: whether block outputs are compared.
-        skip: first positions that the block outputs are not compared at.
+        objective: weights and temperature of the terms.
+        skip: first positions that block outputs are not compared at.
     """
 
-    def __init__(self, model, ce: float, kl: float, temperature: float, feature: bool, skip: int):
+    def __init__(self, model: PreTrainedModel, objective: ObjectiveConfig, skip: int):
         super().__init__(model)
-        self.factors, self.feature, self.skip = (ce, kl, temperature), feature, skip
-        # The head runs as a module, so that ZeRO-3 brings its weight, but gives losses.
-        self.head.forward = self._head_losses
+        self.objective, self.skip = objective, skip
+        self.loss_head = LossHead(self.head)
 
     def forward(self, ids: torch.Tensor, teacher=None, head=None):
         """Losses of ids [B, T].
 
         Args:
             ids: the batch.
-            teacher: the teacher's `Decoder.forward`, or None without distillation.
+            teacher: what the teacher's `CausalLM` returns, or None without distillation.
             head: the teacher's head (weight, bias).
 
         Returns:
             The weighted head loss with gradient, CE, KL, the feature loss, and the final states.
         """
-        states, *outputs = super().forward(ids, self.feature and teacher is not None)
+        objective = self.objective
+        states, *outputs = super().forward(ids, bool(objective.feature) and teacher is not None)
         flat = states[:, :-1].flatten(0, 1)
         target = ids[:, 1:].flatten()
         t = None
-        if teacher is not None and self.factors[1]:
+        if teacher is not None and objective.kl:
             t = (teacher[0][:, :-1].flatten(0, 1), *head)
-        total, ce, kl = self.head(flat, targets=target, teacher=t)
+        factors = objective.ce, objective.kl, objective.temperature
+        total, ce, kl = self.loss_head(flat, target, t, factors)
         feature = torch.zeros((), device=ids.device)
         if outputs:
             feature = square_head(outputs, list(teacher[1:]), self.skip)
         return total, ce, kl, feature, states
 
-    def _head_losses(self, states: torch.Tensor, targets: torch.Tensor, teacher: tuple | None):
-        head = self.head
-        return head_loss(states, head.weight, head.bias, targets, teacher, *self.factors)
+
+class LossHead(nn.Module):
+    """A model's head that gives losses instead of logits; its parameters are the head's own.
+
+    A module, so that ZeRO-3 gathers them for its forward.
+    """
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, states: torch.Tensor, targets: torch.Tensor, teacher, factors: tuple):
+        """See `head_loss`; `factors` are the weights of CE and KL, and the temperature."""
+        return head_loss(states, self.weight, self.bias, targets, teacher, *factors)
+
+
+class TextUnits(UnitExtractor):
+    """The units of a packed text: S segments and m token positions per sequence.
+
+    The first positions are left out, since their states are unlike all others.
+
+    Args:
+        text: the recovery text.
+        settings: sizes, weights and temperatures.
+        width: H, of the states.
+        skip: first positions left out.
+        seed: of positions, projection and data order.
+        device: where states are.
+    """
+
+    def __init__(
+        self,
+        text: PackedText,
+        settings: ContrastConfig,
+        width: int,
+        skip: int,
+        seed: int,
+        device: torch.device,
+    ):
+        self.n_segments, self.n_tokens = settings.segments, settings.token_positions
+        n_units = self.n_segments + self.n_tokens
+        super().__init__(len(text.ids), n_units, width, settings.dim, seed, device)
+        self.text, self.skip = text, skip
+        s = settings
+        self.kinds = [
+            Kind(slice(0, s.segments), s.segment_weight, s.segment_temperature),
+            Kind(slice(s.segments, None), s.token_weight, s.token_temperature, s.supervised),
+        ]
+        counts = (s.segments, s.token_positions)
+        self.kinds = [kind for kind, n in zip(self.kinds, counts, strict=True) if n and kind.weight]
+        self.facts = {
+            "text": text.digest,
+            "segments": self.n_segments,
+            "token_positions": self.n_tokens,
+            "skip": skip,
+            "seed": seed,
+        }
+        self._frequent = text.most_frequent(settings.frequent_ids)
+        self._cuts = np.linspace(0, text.ids.shape[1], self.n_segments + 1).astype(int)
+        self._cuts = self._cuts if self.n_segments else self._cuts[:0]
+        self._cuts[:1] = skip
+
+    def draws(self, start: int, end: int) -> torch.Tensor:
+        """Ids of the sequences at places `start` to `end` of the training."""
+        return self.text.draws(start, end, self.seed)
+
+    def pooled(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Means over segments and states of positions, [B, S + m, H], of states [B, T, H]."""
+        parts = [states[:, a:b].mean(1) for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
+        parts = [torch.stack(parts, 1)] if parts else []
+        if self.n_tokens:
+            at = self._at(ids).to(states.device)[..., None]
+            parts.append(states.gather(1, at.expand(-1, -1, states.shape[-1])))
+        return torch.cat(parts, 1)
+
+    def positions(self, sequence: int) -> np.ndarray:
+        """The token positions [m] of a sequence, sorted; the last one has no next token."""
+        draw = np.random.default_rng([self.seed, sequence])
+        most = self.text.ids.shape[1] - 1
+        return np.sort(draw.choice(np.arange(self.skip, most), self.n_tokens, replace=False))
+
+    def _at(self, ids: torch.Tensor) -> torch.Tensor:
+        """The token positions [B, m] of sequences [B]."""
+        places = [self.positions(i) for i in ids.tolist()]
+        return torch.from_numpy(np.array(places, dtype=np.int64).reshape(len(ids), self.n_tokens))
+
+    def units(self, ids: torch.Tensor) -> Units:
+        """What the units of sequences [B] are, [B, S + m]; a position's label is its next token."""
+        documents, tokens = self.text.documents[ids], self.text.ids[ids]
+        at = self._at(ids)
+        cuts = torch.from_numpy(self._cuts)
+        following = tokens.gather(1, at + 1)
+        label = following.masked_fill(torch.isin(following, self._frequent), -1)
+        parts = (
+            ids[:, None] * self.n_units + torch.arange(self.n_units),
+            torch.cat([documents[:, cuts[:-1]], documents.gather(1, at)], 1),
+            torch.cat([documents[:, cuts[1:] - 1], documents.gather(1, at)], 1),
+            torch.cat([torch.full((len(ids), self.n_segments), -1), label], 1),
+        )
+        return Units(*(p.long().to(self.device) for p in parts))

@@ -15,15 +15,17 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
 
 from cap_llm.blockwise.cache import drop_pinned
 from cap_llm.config import RecoverConfig
 from cap_llm.models.blocks import FROM_DIRECTORY, model_class, reading_options
-from cap_llm.recovery.decoder import Decoder, Student
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 
@@ -109,24 +111,29 @@ def stage_of(settings: dict) -> int:
     return settings["zero_optimization"]["stage"]
 
 
-def load_teacher(folder: Path, settings: dict | None, config: RecoverConfig, world: World):
-    """A frozen model as an engine whose module is a `Decoder`.
+Wrap = Callable[[PreTrainedModel], nn.Module]  # a task's, see `training.task`
+
+
+def load_teacher(
+    folder: Path, settings: dict | None, config: RecoverConfig, world: World, wrap: Wrap
+):
+    """A frozen model as an engine whose module `wrap` makes.
 
     Raises:
         UserError: transformers cannot read it.
     """
     model = _load(folder, settings, config, world)
-    decoder = Decoder(model.requires_grad_(False)).eval()
+    module = wrap(model.requires_grad_(False)).eval()
     if settings is None:
-        return _Plain(decoder)
+        return _Plain(module)
     option = f"recover.teacher_deepspeed {config.teacher_deepspeed}"
-    engine = _initialize(option, model=decoder, config=settings)
+    engine = _initialize(option, model=module, config=settings)
     engine.eval()
     return engine
 
 
-def load_student(folder: Path, settings: dict, config: RecoverConfig, world: World):
-    """The model to train as an engine whose module is a `Student`, with a fresh AdamW.
+def load_student(folder: Path, settings: dict, config: RecoverConfig, world: World, wrap: Wrap):
+    """The model to train as an engine whose module `wrap` makes, with a fresh AdamW.
 
     Raises:
         UserError: transformers cannot read it, or DeepSpeed refuses the settings.
@@ -134,8 +141,7 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
     model = _load(folder, settings, config, world)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    o = config.objective
-    student = Student(model, o.ce, o.kl, o.temperature, bool(o.feature), config.SKIP).train()
+    student = wrap(model).train()
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad],
         lr=0.0,  # set at each step; DeepSpeed may step once while it makes the moments
@@ -215,7 +221,7 @@ def _initialize(option: str, **arguments):
 class _Plain:
     """A replicated teacher: the module itself, called like an engine."""
 
-    def __init__(self, module: Decoder):
+    def __init__(self, module: nn.Module):
         self.module = module
 
     def __call__(self, *args):

@@ -29,7 +29,7 @@ from cap_llm.models.checkpoint import fingerprint, remove_weights
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import further_model
 from cap_llm.recovery import checkpoints, engines
-from cap_llm.recovery.bank import Bank
+from cap_llm.recovery.banks import Banks
 from cap_llm.recovery.check import (
     check_first_rung,
     check_models,
@@ -37,10 +37,10 @@ from cap_llm.recovery.check import (
     refuse_changed_logits,
     state_width,
 )
-from cap_llm.recovery.contrasts import Contrast, Contrasts
+from cap_llm.recovery.contrasts import ContrastiveObjective, NoContrast
+from cap_llm.recovery.decoder import LanguageModeling, TextUnits
 from cap_llm.recovery.export import export
-from cap_llm.recovery.training import Job, train
-from cap_llm.recovery.units import Encoder
+from cap_llm.recovery.training import Job, Trained, train
 from cap_llm.runtime.console import duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import holding, read_json, write_json
@@ -49,6 +49,7 @@ from cap_llm.runtime.rundir import Run, with_contents
 from cap_llm.runtime.trackers import TensorBoard, Wandb
 from cap_llm.text.packing import PackedText
 from cap_llm.text.reading import Texts
+from cap_llm.training.masks import Fixed
 
 STAGE = "recover"
 
@@ -149,7 +150,14 @@ class _Recovery:
         self.records: list[dict] = []
         self._students: dict[int, Path] = {}  # by rung, as it stood before: the snapshots
         self._teacher = None
-        self._encoder: Encoder | None = None
+        s = self.settings
+        self.task = LanguageModeling(text, s.objective, s.SKIP, s.seed, run.world.device)
+        self.banks = None
+        if s.contrasts:
+            units = TextUnits(
+                text, s.contrast, state_width(start), s.SKIP, s.seed, run.world.device
+            )
+            self.banks = Banks(folder / "banks", dense, self.task, units, s, self.teacher_ds, run)
         self._dense_ppl: float | None = None
         self._models = {"start": start, "teacher": teacher, "dense": dense}
         # by the first rank's view: a shared file system may show ranks different things
@@ -172,16 +180,8 @@ class _Recovery:
             )
         sparsity = self.masks.sparsity if self.masks else 0.0
         check_first_rung(self.settings.rungs, self.start, sparsity)
-        if self.settings.contrasts:
-            s, encoder = self.settings, self.encoder
-            gib = 2 * math.prod(self._bank_shape) / 2**30
-            if gib > s.contrast.bank_gib:
-                raise UserError(
-                    f"a bank of {len(self.text.ids)} sequences x {encoder.n_units} units x "
-                    f"{encoder.dim} takes {gib:.2g} GiB, more than recover.contrast.bank_gib "
-                    f"{s.contrast.bank_gib:g}; raise it, or lower recover.sequences, "
-                    "contrast.token_positions or contrast.dim"
-                )
+        if self.banks:
+            self.banks.check_size()
 
     def keep_inputs(self) -> None:
         """Writes what goes in: text and models, and to the run directory the DeepSpeed settings.
@@ -207,18 +207,6 @@ class _Recovery:
             write_json(self.run.path / "ds_config.json", self.student_ds)
             if self.teacher_ds:
                 write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
-
-    @property
-    def _bank_shape(self) -> tuple[int, int, int]:
-        return len(self.text.ids), self.encoder.n_units, self.encoder.dim
-
-    @property
-    def encoder(self) -> Encoder:
-        if self._encoder is None:
-            s = self.settings
-            width = state_width(self.start)
-            self._encoder = Encoder(self.text, s.contrast, width, s.SKIP, s.seed, self.world.device)
-        return self._encoder
 
     def climb(
         self, student: Path, rung: Rung | None, n: int, of: int, target: Path, texts: Texts
@@ -255,14 +243,16 @@ class _Recovery:
             self._dense_ppl = self._held_out_perplexity(self.dense)
             run.console.say(f"{title}: {self._measure}'s held-out ppl is {self._dense_ppl:.3f}")
         if self._online and self._teacher is None:
-            self._teacher = engines.load_teacher(self.teacher, self.teacher_ds, settings, run.world)
+            self._teacher = engines.load_teacher(
+                self.teacher, self.teacher_ds, settings, run.world, self.task.teacher
+            )
         contrasts = self._contrasts(n)
         job = Job(
             student=pruned,
-            masks=masks.in_parameter_shape(),
+            task=self.task,
+            masks=Fixed(masks.in_parameter_shape()),
             teacher=self._teacher,
             contrasts=contrasts,
-            text=self.text,
             folder=self._checkpoints(n),
             recipe=self._recipe(n, contrasts),
             title=title,
@@ -270,10 +260,9 @@ class _Recovery:
             before=(n - 1) * settings.steps,
             began=self.began,
         )
-        summary = self._train(
-            job, dataclasses.replace(settings, resume=self._resume(n)), target, masks
-        )
-        held_out = job.held_out
+        settings = dataclasses.replace(settings, resume=self._resume(n))
+        trained = self._train(job, settings, target, masks)
+        held_out = trained.held_out
         self._verify(target, held_out[settings.steps])
         record = {
             "rung": str(rung) if rung else None,
@@ -281,7 +270,7 @@ class _Recovery:
             "dense_held_out_ppl": self._dense_ppl,
             "stage_seconds": round(time.monotonic() - self.began, 2),
             **highest(self.world.gather(peaks())),
-        } | summary
+        } | trained.summary
         if self.world.first:
             write_json(record_file, record)
         self._remove_checkpoints(n)
@@ -313,14 +302,14 @@ class _Recovery:
             return asked
         return "auto"
 
-    def _train(self, job: Job, config: RecoverConfig, target: Path, masks: Mapping) -> dict:
-        """Trains a model and writes it, with its masks, to `target`; a summary."""
-        engine, summary = train(job, config, self.run)
-        self.began = job.began
+    def _train(self, job: Job, config: RecoverConfig, target: Path, masks: Mapping) -> Trained:
+        """Trains a model and writes it, with its masks, to `target`."""
+        trained = train(job, config, self.run)
+        self.began = trained.began
         dtype = engines.DTYPES.get(config.save_dtype)
-        export(engine, job.student, target, masks, self.world, dtype)
-        engines.release(engine)
-        return summary
+        export(trained.engine, job.student, target, masks, self.world, dtype)
+        engines.release(trained.engine)
+        return trained
 
     def _checkpoints(self, rung: int | str) -> Path:
         return self.folder / "checkpoints" / str(rung)
@@ -330,7 +319,7 @@ class _Recovery:
         if self.world.first:
             shutil.rmtree(self._checkpoints(rung), ignore_errors=True)
 
-    def _recipe(self, rung: int | str, contrasts: Contrasts) -> dict:
+    def _recipe(self, rung: int | str, contrasts: ContrastiveObjective | NoContrast) -> dict:
         """What a checkpoint must have been made with."""
         settings = self.config.recipe(STAGE)
         del settings["model"], settings["start"]  # fingerprints tell them, wherever they lie
@@ -366,82 +355,20 @@ class _Recovery:
             engines.release(self._teacher)
             self._teacher = None
 
-    def _contrasts(self, n: int) -> Contrasts:
-        """The contrasts of rung `n` that are on, their banks filled as far as it needs them."""
+    def _contrasts(self, n: int) -> ContrastiveObjective | NoContrast:
+        """The contrasts of rung `n` that are on."""
         settings, o = self.settings, self.settings.objective
         if o.fic and not settings.finetuned:
             self.run.console.say("FiC is off: recover.finetuned names no fine-tuned model")
         if o.snc and not self._students:
             self.run.console.say("SnC is off on this rung: there is no snapshot before it")
-        if not settings.contrasts:
-            return Contrasts(None, settings.contrast, settings.batch, self.world)
-        a_rung = settings.steps * settings.batch
-        share = self.text.draws((n - 1) * a_rung, n * a_rung, settings.seed).unique()
-        contrasts = Contrasts(self.encoder, settings.contrast, settings.batch, self.world, share)
-        if o.prc:
-            bank = self._bank("pretrained", self.dense)
-            online = self._online and self._teacher_is_dense  # its forward gives the rows
-            if online:  # its rows come with the steps; here only its centre
-                self._fill(contrasts, bank, self._teacher, "PrC", contrasts.share[:0])
-            else:
-                self._fill_from(contrasts, bank, self.dense, "PrC")
-            contrasts.terms.append(Contrast("prc", o.prc, [bank], online))
-        if o.fic and settings.finetuned:
-            path = self._finetuned()
-            bank = self._bank("finetuned", path)
-            self._fill_from(contrasts, bank, path, "FiC")
-            contrasts.terms.append(Contrast("fic", o.fic, [bank]))
-        if o.snc and self._students:
-            banks = self._snapshots(contrasts)
-            contrasts.terms.append(Contrast("snc", o.snc / len(banks), banks))
-        return contrasts
-
-    def _snapshots(self, contrasts: Contrasts) -> list[Bank]:
-        """The banks of the latest students, filled; those of earlier ones are removed."""
-        banks = []
-        kept = sorted(self._students)[-self.settings.contrast.snapshots :]
-        for n, student in self._students.items():
-            name = f"snapshot-{n}"
-            if n in kept:
-                banks.append(self._bank(name, student))
-                self._fill_from(contrasts, banks[-1], student, f"SnC, snapshot {n}")
-            elif self.world.first:
-                shutil.rmtree(self.folder / "banks" / name, ignore_errors=True)
-        return banks
-
-    def _bank(self, name: str, model: Path) -> Bank:
-        """A bank of the recovery text's units as the model of a directory sees them."""
-        s, encoder = self.settings, self.encoder
-        facts = {
-            "text": self.text.digest,
-            "model": fingerprint(model),
-            "segments": encoder.n_segments,
-            "token_positions": encoder.n_tokens,
-            "skip": encoder.skip,
-            "seed": encoder.seed,
-            "dtype": str(engines.compute_dtype(s, self.world)),
-        }
-        return Bank(self.folder / "banks" / name, facts, self._bank_shape, self.world)
-
-    def _fill(self, contrasts: Contrasts, bank: Bank, engine, title: str, ids) -> None:
-        """Fills the rows [ids] of a bank from an open engine."""
-        contrasts.fill(
-            bank,
-            lambda tokens: engine(tokens, False)[0],
-            ids,
-            self.settings.micro_batch,
-            f"{title}: banking",
-            self.run.console,
-        )
-
-    def _fill_from(self, contrasts: Contrasts, bank: Bank, model: Path, title: str) -> None:
-        """Fills a bank by a pass of the model of a directory."""
-        complete = bool(bank.has(contrasts.share).all())
-        if self.world.gather(complete)[0]:
-            return
-        engine = engines.load_teacher(model, self.teacher_ds, self.settings, self.world)
-        self._fill(contrasts, bank, engine, title, contrasts.share)
-        engines.release(engine)
+        if not self.banks:
+            return NoContrast()
+        per_rung = settings.steps * settings.batch
+        share = self.task.draws((n - 1) * per_rung, n * per_rung).unique()
+        online = self._teacher if self._online and self._teacher_is_dense else None
+        finetuned = self._finetuned if settings.finetuned else None
+        return self.banks.contrasts(share, online, finetuned, self._students)
 
     def _finetuned(self) -> Path:
         """The fine-tuned model: given, or the dense one trained on the recovery text."""
@@ -460,21 +387,24 @@ class _Recovery:
             ladder="",
             resume="auto" if settings.resume is not False else False,
         )
-        none = Contrasts(None, settings.contrast, settings.batch, self.world)
+        task = LanguageModeling(
+            self.text, only_ce.objective, settings.SKIP, settings.seed, self.world.device
+        )
+        none = NoContrast()
         job = Job(
             student=self.dense,
-            masks=(),
+            task=task,
+            masks=Fixed(()),
             teacher=None,
             contrasts=none,
-            text=self.text,
             folder=self._checkpoints("finetuned"),
             recipe=self._recipe("finetuned", none),
             title="fine-tuning",
             stage=f"{STAGE}/finetuned",
             began=self.began,
         )
-        self._train(job, only_ce, folder, {})
-        before, after = job.held_out[0], job.held_out[settings.steps]
+        held_out = self._train(job, only_ce, folder, {}).held_out
+        before, after = held_out[0], held_out[settings.steps]
         if after > before:
             run.console.say(
                 f"FiC: the fine-tuned model's held-out ppl is {after:.3f}, worse than the dense "

@@ -1,106 +1,97 @@
-"""Units of contrast: from a decoder's final states to short vectors of segments and tokens.
+"""Units of contrast: short vectors of a model's states, the same way for every model.
 
-States after the final norm are far from isotropic: a few channels and the first positions rule all
-cosines. So the first positions are left out, the vectors are centred by the mean over a sample of
-the text, projected to fewer dimensions by one fixed orthonormal matrix, and only then normalised.
+States after the final norm are far from isotropic: a few channels dominate all cosines. So vectors
+are projected to fewer dimensions by one fixed orthonormal matrix, centered by the mean over a
+sample of the data, and only then normalized.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
-from cap_llm.config import ContrastConfig
 from cap_llm.recovery.contrast import Units
-from cap_llm.text.packing import PackedText
 
 
-class Encoder:
-    """The units of a packed text: S segments and m token positions for each sequence.
+@dataclass(frozen=True)
+class Kind:
+    """Units that are contrasted with each other: which of an example's, and how.
 
-    A unit's place depends on its sequence's id and the seed alone, so that frozen models can be
-    banked before or beside the training.
-
-    Args:
-        text: the recovery text.
-        settings: sizes.
-        width: H, of the states.
-        skip: first positions left out of everything.
-        seed: of positions and projection.
-        device: where states are.
+    Attributes:
+        place: of the units among an example's.
+        weight: of their loss.
+        temperature: of their softmax.
+        supervised: weight of positives that share the anchor's label.
     """
 
+    place: slice
+    weight: float
+    temperature: float
+    supervised: float = 0.0
+
+
+class UnitExtractor(ABC):
+    """The units of a data set; a task says what they are.
+
+    What a unit is depends on its example's id and the seed alone, so that frozen models can be
+    banked before or during the training.
+
+    Args:
+        n_examples: in the data set.
+        n_units: U, per example.
+        width: H, of the states.
+        dim: d, of the units; at most the width.
+        seed: of the projection.
+        device: where states are.
+
+    Attributes:
+        kinds: of the units.
+        facts: what the units are made of, for the identity of a bank.
+    """
+
+    kinds: list[Kind]
+    facts: dict
+
     def __init__(
-        self,
-        text: PackedText,
-        settings: ContrastConfig,
-        width: int,
-        skip: int,
-        seed: int,
-        device: torch.device,
+        self, n_examples: int, n_units: int, width: int, dim: int, seed: int, device: torch.device
     ):
-        self.text, self.settings, self.skip, self.seed = text, settings, skip, seed
-        self.n_segments, self.n_tokens = settings.segments, settings.token_positions
-        self.n_units = self.n_segments + self.n_tokens
-        self.dim = min(settings.dim, width)
+        self.n_examples, self.n_units, self.dim = n_examples, n_units, min(dim, width)
+        self.seed, self.device = seed, device
         generator = torch.Generator().manual_seed(seed)
         square = torch.randn(width, self.dim, generator=generator, dtype=torch.float64)
         self.projection = torch.linalg.qr(square).Q.float().to(device)  # [H, d]
-        self.device = device
-        self._frequent = text.most_frequent(settings.frequent_ids)
-        self._cuts = np.linspace(0, text.ids.shape[1], self.n_segments + 1).astype(int)
-        self._cuts = self._cuts if self.n_segments else self._cuts[:0]
-        self._cuts[:1] = skip
+
+    @abstractmethod
+    def pooled(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The states that units are made of, [B, U, H], from states [B, T, H] of examples [B]."""
+
+    @abstractmethod
+    def units(self, ids: torch.Tensor) -> Units:
+        """What the units of examples [B] are, [B, U]."""
+
+    @abstractmethod
+    def draws(self, start: int, end: int) -> torch.Tensor:
+        """Ids of the examples at places `start` to `end` of the training."""
 
     def raw(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Projected units [B, S + m, d], not centred yet, fp32, of final states [B, T, H].
+        """Projected units [B, U, d] in fp32, not centered yet, from states [B, T, H].
 
         Args:
             states: with gradient or without.
-            ids: of the sequences, [B].
+            ids: of the examples, [B].
         """
-        states = states.float()
-        parts = [states[:, a:b].mean(1) for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
-        parts = [torch.stack(parts, 1)] if parts else []
-        if self.n_tokens:
-            at = self._at(ids).to(states.device)[..., None]
-            parts.append(states.gather(1, at.expand(-1, -1, states.shape[-1])))
-        return torch.cat(parts, 1) @ self.projection
-
-    def positions(self, sequence: int) -> np.ndarray:
-        """The token positions [m] of a sequence, sorted; the last one has no next token."""
-        draw = np.random.default_rng([self.seed, sequence])
-        most = self.text.ids.shape[1] - 1
-        return np.sort(draw.choice(np.arange(self.skip, most), self.n_tokens, replace=False))
-
-    def _at(self, ids: torch.Tensor) -> torch.Tensor:
-        """The token positions [B, m] of sequences [B]."""
-        places = [self.positions(i) for i in ids.tolist()]
-        return torch.from_numpy(np.array(places, dtype=np.int64).reshape(len(ids), self.n_tokens))
-
-    def units(self, ids: torch.Tensor) -> Units:
-        """What the units of sequences [B] are, [B, S + m]."""
-        documents, tokens = self.text.documents[ids], self.text.ids[ids]
-        at = self._at(ids)
-        cuts = torch.from_numpy(self._cuts)
-        following = tokens.gather(1, at + 1)
-        label = following.masked_fill(torch.isin(following, self._frequent), -1)
-        parts = (
-            ids[:, None] * self.n_units + torch.arange(self.n_units),
-            torch.cat([documents[:, cuts[:-1]], documents.gather(1, at)], 1),
-            torch.cat([documents[:, cuts[1:] - 1], documents.gather(1, at)], 1),
-            torch.cat([torch.full((len(ids), self.n_segments), -1), label], 1),
-        )
-        return Units(*(p.long().to(self.device) for p in parts))
+        return self.pooled(states.float(), ids) @ self.projection
 
 
-def normalise(raw: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """Units [..., d] moved by the bank's centre [d] and brought to length 1."""
-    return F.normalize(raw - centre, dim=-1)
+def normalize(raw: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    """Units [..., d] minus the bank's center [d], scaled to length 1."""
+    return F.normalize(raw - center, dim=-1)
 
 
-def spread(vectors: torch.Tensor) -> tuple[float, float]:
+def anisotropy(vectors: torch.Tensor) -> tuple[float, float]:
     """How well vectors [n, d] of length 1 fill their space.
 
     Returns:

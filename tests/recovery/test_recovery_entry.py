@@ -92,6 +92,6 @@ def test_a_real_signal_ends_a_training_with_143_and_a_checkpoint(assets, tmp_pat
     job = signalled(tmp_path / "run", "step    20/150", signal.SIGTERM, arguments(settings))
     assert job.returncode == 143, job.stderr
     assert "cap-llm: stopped; give the same command again to go on" in job.stderr
-    step = int(re.search(r"checkpoint at step (\d+) of 150", job.stdout).group(1))
+    step = int(re.search(r"checkpoint at step (\d+)/150", job.stdout).group(1))
     assert 20 <= step < 150
     assert checkpoints(tmp_path / "run") == [f"step-{step:06d}"]

@@ -17,12 +17,20 @@ from support import ROOT
 from cap_llm.config import ObjectiveConfig, RecoverConfig
 from cap_llm.recovery import checkpoints as checkpoints_module
 from cap_llm.recovery import engines
-from cap_llm.recovery.contrasts import Contrasts
-from cap_llm.recovery.training import MOST_OVERFLOWS, Job, learning_rate, step_once
+from cap_llm.recovery.contrasts import NoContrast
+from cap_llm.recovery.decoder import LanguageModeling
+from cap_llm.recovery.training import (
+    MAX_OVERFLOWS,
+    Job,
+    count_overflows,
+    learning_rate,
+    step_once,
+)
 from cap_llm.runtime import trackers
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 from cap_llm.text.packing import PackedText
+from cap_llm.training.masks import Fixed
 
 
 @pytest.mark.parametrize(
@@ -137,20 +145,24 @@ def half_steps(norms, n: int) -> list[dict]:
     config = RecoverConfig(batch=1, length=128, tokens=12800, dtype="float16")
     ids = torch.zeros(4, 128, dtype=torch.long)
     world = World.alone(CPU)
-    none = Contrasts(None, config.contrast, 1, world)
-    job = Job(Path(), (), None, none, PackedText(ids, ids, ids, ""), Path(), {}, "", "")
-    engine = HalfEngine(norms)
-    return [step_once(engine, job, i, config, SimpleNamespace(world=world)) for i in range(n)]
+    text = PackedText(ids, ids, ids, "")
+    task = LanguageModeling(text, ObjectiveConfig(), 4, 0, CPU)
+    job = Job(Path(), task, Fixed(()), None, NoContrast(), Path(), {}, "", "")
+    engine, overflows, steps = HalfEngine(norms), 0, []
+    for i in range(n):
+        steps.append(step_once(engine, job, i, config, world))
+        overflows = count_overflows(overflows, i, steps[-1])
+    return steps
 
 
 def test_float16_steps_that_overflow_are_left_out_until_there_are_too_many():
     inf = float("inf")
     steps = half_steps([inf, inf, 1.0, 2.0], 4)
     assert [step.get("grad_norm") for step in steps] == [None, None, 1.0, 2.0]
-    nearly = [inf] * (MOST_OVERFLOWS - 1) + [1.0]
-    half_steps(nearly + nearly, 2 * MOST_OVERFLOWS)
+    nearly = [inf] * (MAX_OVERFLOWS - 1) + [1.0]
+    half_steps(nearly + nearly, 2 * MAX_OVERFLOWS)
     with pytest.raises(UserError, match="overflows in float16 at every loss scale"):
-        half_steps([inf] * MOST_OVERFLOWS, MOST_OVERFLOWS)
+        half_steps([inf] * MAX_OVERFLOWS, MAX_OVERFLOWS)
 
 
 def test_float16_without_zero_is_refused(monkeypatch):

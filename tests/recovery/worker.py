@@ -57,10 +57,10 @@ LINEAR = torch.nn.functional.linear  # which DeepSpeed replaces
 def _before_step(stage: str, step: int, action):
     do = training.step_once
 
-    def patched(engine, job, at, config, run):
+    def patched(engine, job, at, config, world):
         if job.stage == stage and at + 1 == step:
             action()
-        return do(engine, job, at, config, run)
+        return do(engine, job, at, config, world)
 
     return mock.patch.object(training, "step_once", patched)
 

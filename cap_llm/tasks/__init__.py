@@ -1,0 +1,1 @@
+"""Tasks: data, head, losses and metric of a training."""

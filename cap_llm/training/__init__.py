@@ -1,0 +1,1 @@
+"""The training loop on DeepSpeed. Knows no language model."""
