@@ -36,6 +36,8 @@ def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
         UserError: an option is unknown, misspelt, or its value is of the wrong type or range.
     """
     file, argv = _resolve_recipe(list(sys.argv[1:] if argv is None else argv))
+    dry_run = "--dry-run" in argv  # not a setting: --print_config leaves it out
+    argv = [a for a in argv if a != "--dry-run"]
     parser = make_parser()
     try:
         content = parser.parse_object(_read_file(file)) if file else None
@@ -43,7 +45,7 @@ def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
         raise UserError(_explain(str(error), parser)) from None
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
-    return config, as_yaml(config), parsed.get("dry_run", False)
+    return config, as_yaml(config), dry_run
 
 
 def as_yaml(config: Config) -> str:
@@ -65,7 +67,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        default=argparse.SUPPRESS,  # not a setting: --print_config leaves it out
+        default=argparse.SUPPRESS,
         help="Check all that can be checked, predict memory, disk and hours, and stop.",
     )
     parser.add_class_arguments(Config)

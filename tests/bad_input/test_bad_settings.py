@@ -150,7 +150,7 @@ YAML = {
     "a layer twice": ("oneshot: {layers: {'a': 0.5, \"a\": 0.6}}\n", ["a is set twice"]),
     "nested deeply": ("oneshot: " + 5000 * "[" + 5000 * "]" + "\n", ["mine.yaml", "deep"]),
     "two documents": ("name: a\n---\nname: b\n", ["mine.yaml", "document"]),
-    "a null byte": ('model: {path: "a\\0b"}\n', ["model.path", "null byte"]),
+    "a null byte": ('model: {tokenizer: "a\\0b"}\n', ["model.tokenizer", "null byte"]),
     "a raw null byte": ("name: a\0b\n", ["mine.yaml"]),
     "the command's own option": ("config: mine.yaml\n", ["config, which is unknown"]),
     "code": ("oneshot: !!python/object/apply:os.abort []\n", ["mine.yaml", "python"]),
