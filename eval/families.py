@@ -27,7 +27,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from studies import markdown  # noqa: E402
+from matrix import markdown  # noqa: E402
 from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS,
 )
