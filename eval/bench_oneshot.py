@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import math
 import os
 import resource
@@ -117,8 +116,10 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict:
         for name in args.contenders:
             if name == "llmcompressor" and not args.peer_python:
                 continue
-            run = prune_ours(model, args.corpus, args, scratch) if name == "ours" else None
-            run = run or prune_other(name, model, args, scratch)
+            if name == "ours":
+                run = prune_ours(model, args.corpus, args, scratch)
+            else:
+                run = prune_other(name, model, args, scratch)
             runs[name].append(run)
             say(f"{TITLES[name]}: {run['seconds']:.1f} s, others used {run['others']:.2f} cores")
     rates.append(matrix_rates(config))
@@ -159,13 +160,11 @@ def measure_shape(args: argparse.Namespace, scratch: Path) -> dict:
     return {"shape": args.random_shape, "config": shape, "tokens": size, "ours": run}
 
 
-def prune_ours(model: Path, corpus, args: argparse.Namespace, scratch: Path) -> dict:
+def prune_ours(model: Path, corpus: str | Path, args: argparse.Namespace, scratch: Path) -> dict:
     """One run of cap_llm's entry; its model lies in `scratch`/ours/oneshot."""
-    calibration = {"corpus": corpus} | {
-        k: getattr(args, k) for k in ("sequences", "length", "seed")
-    }
-    common = {f"calibration.{name}": value for name, value in calibration.items()}
-    common |= {"runtime.activation_gib": args.activation_gib, "runtime.device": "cpu"}
+    common = {f"calibration.{k}": getattr(args, k) for k in ("sequences", "length", "seed")}
+    common |= {"calibration.corpus": corpus, "runtime.activation_gib": args.activation_gib}
+    common |= {"runtime.device": "cpu"}
     runs = Matrix(scratch, model.resolve(), common)
     shutil.rmtree(runs.folder(OURS), ignore_errors=True)
     others = alone(TITLES["ours"], runs.command(OURS), args.work / "ours.log", args.threads)
@@ -184,9 +183,8 @@ def prune_other(name: str, model: Path, args: argparse.Namespace, scratch: Path)
     paths = {"model": model, "ids": scratch / "ids.safetensors", "out": out, "result": result}
     write_json(job, {key: str(path) for key, path in paths.items()})
     python = args.peer_python if name == "llmcompressor" else sys.executable
-    others = alone(
-        TITLES[name], [python, PEERS, name, job], args.work / f"{name}.log", args.threads
-    )
+    command, log = [python, PEERS, name, job], args.work / f"{name}.log"
+    others = alone(TITLES[name], command, log, args.threads)
     return read_json(result) | {"others": others}
 
 
@@ -340,10 +338,9 @@ def show(report: dict) -> None:
             print(f"| {title} | not measured | | | | |")
             continue
         others = f"{run['others']:.2f}" + (" (disturbed)" if run["others"] > IDLE else "")
-        print(
-            f"| {title} | {run['seconds']:.1f} | {others} | {run['peak_bytes'] / GIB:.2f}", end=""
-        )
-        print(f" | {100 * run['zeros']:.2f} | {run['perplexity']:.4f} |")
+        cells = [title, f"{run['seconds']:.1f}", others, f"{run['peak_bytes'] / GIB:.2f}"]
+        cells += [f"{100 * run['zeros']:.2f}", f"{run['perplexity']:.4f}"]
+        print(f"| {' | '.join(cells)} |")
     bound = report["floor"]
     parts = ", ".join(f"{k} {v / bound['rate']:.1f}" for k, v in bound["flops"].items())
     print(

@@ -156,7 +156,7 @@ def call(command: list[str], ranks: int = 1) -> int:
 
 def _text(value) -> str:
     """An option's value as the command line spells it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str).strip('"')
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
 
 
 # Figures
