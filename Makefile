@@ -5,10 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slurm test-faults study acceptance lint clean
+.PHONY: demo demo-full test test-slurm test-faults study acceptance lint clean
 
-demo: $(INSTALLED)  ## prune a real pretrained model by six methods, reconstruct and recover, compare
+demo: $(INSTALLED)  ## prune a real pretrained model, reconstruct and recover it, compare: six minutes
 	$(BIN)/python eval/demo.py runs/demo
+
+demo-full: $(INSTALLED)  ## the demo with more methods, after `make demo` only those
+	$(BIN)/python eval/demo.py runs/demo --full
 
 test: $(INSTALLED)  ## the tests
 	$(BIN)/ruff check .

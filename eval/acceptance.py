@@ -1,92 +1,79 @@
 """Acceptance: OPT-125m against the published perplexities, each with its target range.
 
-    python eval/acceptance.py [OUTPUT_DIR] [--model DIRECTORY]         (`make acceptance` calls it)
+    python eval/acceptance.py [OUTPUT_DIR] [--model DIRECTORY]         (`make acceptance`)
 
 Each row is a run of the real entry with the recipe `opt-125m-acceptance`. The model, C4, WikiText-2
-and PTB come from the Hugging Face hub (or from `--model DIRECTORY` and CAP_LLM_DATA). Finished runs
-are not repeated, and one that was stopped goes on. Ends with measured, published, difference, and
-within or outside the range; the exit code is 0 if all are within, else 1. Beside SDS stand its
-controls from the same first prune, which have no range. The paper's perplexity of the re-densified
-model alone (27.94 from 2:4) is not held against anything: the stage keeps no such model.
+and PTB come from the Hugging Face hub (or from `--model DIRECTORY` and CAP_LLM_DATA). Finished rows
+are skipped and an interrupted row resumes. The last table gives the measured and the published
+perplexity, their difference, and whether it is within the range; the exit code is 0 if all are,
+else 1. The controls of SDS, from the same first prune, have no range. The paper's perplexity of the
+re-densified model alone (27.94 from 2:4) is not checked: the stage keeps no such model.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+from matrix import DENSE, Matrix, Row, arguments
 
-from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
+from cap_llm.evaluation.report import write_report
+from cap_llm.evaluation.runs import Result, collect
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
 
-quiet_libraries()
-
-from cap_llm.evaluation.report import write_report  # noqa: E402
-from cap_llm.evaluation.runs import Result, collect  # noqa: E402
-from cap_llm.runtime.errors import UserError  # noqa: E402
-
-TWO_OF_FOUR = ["--oneshot.pattern", "2:4", "--oneshot.sparsity", "null"]
-WANDA = ["--oneshot.method", "wanda"]
-SDS = [*TWO_OF_FOUR, "--stages", "[oneshot, sds, evaluate]"]
-RUNS = {
-    "dense": ["--stages", "[evaluate]", "--evaluate.dense", "true"],
-    "magnitude 50 %": ["--oneshot.method", "magnitude"],
-    "SparseGPT 50 %": [],
-    "Wanda 50 %": WANDA,
-    "ALPS 50 %": ["--oneshot.method", "alps"],
-    "Wanda + reconstruction 50 %": [  # inputs and epochs as published
-        *(*WANDA, "--stages", "[oneshot, reconstruct, evaluate]", "--reconstruct.epochs", "10"),
-        *("--reconstruct.inputs", "dense"),
-    ],
-    "SparseGPT 2:4": TWO_OF_FOUR,
-    "Wanda 2:4": [*WANDA, *TWO_OF_FOUR],
-    "SparseGPT + SDS 2:4": SDS,
-    "SparseGPT + refit 2:4": [*TWO_OF_FOUR, "--oneshot.refit", "true"],
-    "SparseGPT + adjustment 2:4": [*SDS, "--sds.redensify", "false"],
-}
+WANDA, TWO_OF_FOUR = (
+    {"oneshot.method": "wanda"},
+    {"oneshot.pattern": "2:4", "oneshot.sparsity": None},
+)
+WANDA_50, SPARSEGPT_2_4 = Row("Wanda 50%", WANDA), Row("SparseGPT 2:4", TWO_OF_FOUR)
+PAPER = {"reconstruct.epochs": 10, "reconstruct.inputs": "dense"}  # as published
+SDS = TWO_OF_FOUR | {"model.path": SPARSEGPT_2_4}
+ROWS = [
+    Row(DENSE, stage=DENSE),
+    Row("magnitude 50%", {"oneshot.method": "magnitude"}),
+    Row("SparseGPT 50%"),
+    WANDA_50,
+    Row("ALPS 50%", {"oneshot.method": "alps"}),
+    Row("Wanda + reconstruction 50%", PAPER | {"model.path": WANDA_50}, "reconstruct"),
+    SPARSEGPT_2_4,
+    Row("Wanda 2:4", WANDA | TWO_OF_FOUR),
+    Row("SparseGPT + SDS 2:4", SDS, "sds"),
+    Row("SparseGPT + refit 2:4", TWO_OF_FOUR | {"oneshot.refit": True}),
+    Row("SparseGPT + adjustment 2:4", SDS | {"sds.redensify": False}, "sds"),
+]
 CONTROLS = ("SparseGPT + refit 2:4", "SparseGPT + adjustment 2:4")  # of SDS
-BELOW = {"ALPS 50 %": "SparseGPT 50 %"}  # run -> the run that it must beat; no paper has its figure
+BELOW = {"ALPS 50%": "SparseGPT 50%"}  # run -> the run that it must beat; no paper has its figure
 # (run, corpus): published, lowest and highest that is accepted. Where papers disagree, or drew
 # another calibration sample, the range spans what they print. 0: only the highest counts.
 TARGETS = {
     ("dense", "wikitext2"): ("27.66", 27.64, 27.68),
     ("dense", "ptb"): ("38.99", 38.97, 39.01),
     ("dense", "c4"): ("26.56", 26.54, 26.58),
-    ("magnitude 50 %", "wikitext2"): ("193.4", 192.9, 193.9),
-    ("SparseGPT 50 %", "wikitext2"): ("36.85", 36.3, 37.2),
-    ("Wanda 50 %", "wikitext2"): ("39.00", 38.8, 39.4),
+    ("magnitude 50%", "wikitext2"): ("193.4", 192.9, 193.9),
+    ("SparseGPT 50%", "wikitext2"): ("36.85", 36.3, 37.2),
+    ("Wanda 50%", "wikitext2"): ("39.00", 38.8, 39.4),
     ("SparseGPT 2:4", "wikitext2"): ("60.43", 60.0, 61.0),
     ("Wanda 2:4", "wikitext2"): ("82.47", 81.0, 83.0),
-    ("Wanda + reconstruction 50 %", "wikitext2"): ("31.18", 31.0, 31.6),
+    ("Wanda + reconstruction 50%", "wikitext2"): ("31.18", 31.0, 31.6),
     ("SparseGPT + SDS 2:4", "wikitext2"): ("51.30", 0.0, 51.3),
 }
 
 
 def main() -> int:
-    """Runs all rows, writes the report and prints the verdicts; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs the rows, writes the report and prints the verdicts; returns the exit code."""
+    parser = arguments(__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/acceptance"))
     parser.add_argument("--model", default="facebook/opt-125m", help="OPT-125m: name or directory")
-    options = parser.parse_args()
+    args = parser.parse_args()
     console = Console()
-    results = {}
-    for n, (name, settings) in enumerate(RUNS.items(), 1):
-        console.say(f"\n[{n}/{len(RUNS)}] {name}", style="bold")
-        folder = name.lower().replace(" %", "").replace(" + ", "-").replace(":", "of")
-        folder = options.out / folder.replace(" ", "-")
-        command = [sys.executable, str(ROOT / "cap_llm/train.py"), "--output_dir", str(folder)]
-        command += ["--config", "opt-125m-acceptance", "--name", name]
-        command += ["--model.path", options.model, *settings]
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            return code
-        results[name] = collect(folder)[-1]
+    matrix = Matrix(args.out, args.model, {"config": "opt-125m-acceptance"})
+    if code := matrix.run_all(ROWS, lambda row: matrix.run(row, {}), console):
+        return code
+    results = {row.name: collect(matrix.folder(row))[-1] for row in ROWS}
     try:
-        page = write_report(list(results.values()), options.out, "OPT-125m: acceptance", console)
+        page = write_report(list(results.values()), args.out, "OPT-125m: acceptance", console)
     except UserError as error:
         print(f"acceptance.py: error: {error}", file=sys.stderr)
         return 2

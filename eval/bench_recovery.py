@@ -13,9 +13,9 @@ group. A ratio is the median over the rounds of the two steps next to each other
 all rounds. The last lines hold the memory of the head's losses against one set of logits. Leave the
 machine alone meanwhile.
 
-A random shape needs no weights and no text. A group that finds no room is named and left out: the
-largest shape whose student and teacher fit is found by trying one after the other. On a GPU there
-is a group that offloads parameters, moments and teacher to main memory as well.
+A random shape has random weights and random words. A group that does not fit in memory is named and
+left out, so trying one shape after the other finds the largest that fits with its teacher. On a GPU
+another group offloads parameters, moments and teacher to main memory.
 
 Given the peak of a GPU, each line also says which share of it the model's operations make up:
 6 N + 12 L H T a token of length T for N weights that are multiplied with, 2 N + 4 L H T more where
@@ -34,15 +34,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
+from matrix import arguments
+from shapes import SHAPES, TEXT, random_model
 
-from cap_llm.runtime.console import Console, quiet_libraries, size  # noqa: E402
-
-quiet_libraries()
-
-from shapes import SHAPES, random_model  # noqa: E402
+from cap_llm.runtime.console import Console, size
 
 KL = {"ce": 0.2, "kl": 0.8}
 CONTRASTS = {"prc": 0.1, "fic": 0.1, "snc": 0.1}
@@ -67,22 +64,23 @@ LATE = 1000  # the first step that is made: all rows of PrC's bank count as seen
 
 def main() -> int:
     """Measures every line and prints the tables; returns the exit code."""
-    options = parse()
-    if options.work:
-        return measure(json.loads(options.work))
+    args = parse()
+    if args.work:
+        return measure(json.loads(args.work))
     import assets
     import torch
 
     console = Console()
-    if options.random_shape:
-        model, text = str(random_model(options.random_shape, options.blocks)), None
+    if args.random_shape:
+        model = str(random_model(args.random_shape, args.blocks))
+        text = f"{model}/{TEXT}"
     else:
-        model = options.model or str(assets.smollm2(console.say))
+        model = args.model or str(assets.smollm2(console.say))
         text = str(assets.wikipedia(console.say)[0])
-    common = {"model": model, "text": text, "length": options.length}
-    common |= {"rounds": options.rounds, "micro_batch": options.micro_batch, "dtype": options.dtype}
-    common |= {"gradient_checkpointing": options.gradient_checkpointing}
-    n = options.ranks
+    common = {"model": model, "text": text, "length": args.length}
+    common |= {"rounds": args.rounds, "micro_batch": args.micro_batch, "dtype": args.dtype}
+    common |= {"gradient_checkpointing": args.gradient_checkpointing}
+    n = args.ranks
     if torch.cuda.is_available() and torch.cuda.device_count() < n:
         n = torch.cuda.device_count()
         console.say(f"{n} ranks at most: a rank needs a GPU of its own")
@@ -94,8 +92,8 @@ def main() -> int:
     seconds: dict[tuple, list[float]] = {}  # by ranks, stage and arm
     peaks: dict[tuple, int] = {}
     no_room: set[str] = set()
-    with console.bar("measuring", options.passes * len(groups), "groups") as bar:
-        for _ in range(options.passes):
+    with console.bar("measuring", args.passes * len(groups), "groups") as bar:
+        for _ in range(args.passes):
             for (ranks, zero), arms in groups.items():
                 bar.phase(f"{ranks} ranks, {zero}")
                 work = common | {"ranks": ranks, "deepspeed": zero, "arms": arms}
@@ -109,29 +107,29 @@ def main() -> int:
                 bar.advance()
 
     def speed(key: tuple) -> float:
-        return key[0] * options.micro_batch * options.length / statistics.median(seconds[key])
+        return key[0] * args.micro_batch * args.length / statistics.median(seconds[key])
 
     def used(key: tuple) -> list[str]:
         """The share of the GPUs' peak, if that is known."""
-        if not options.peak_tflops:
+        if not args.peak_tflops:
             return []
-        trained, taught = flops_a_token(Path(model), options.length)
+        trained, taught = flops_a_token(Path(model), args.length)
         made = taught if key[2] == PASS else trained + taught * (key[2] != "cross-entropy")
-        return [f"{100 * made * speed(key) / (key[0] * options.peak_tflops * 1e12):.1f} %"]
+        return [f"{100 * made * speed(key) / (key[0] * args.peak_tflops * 1e12):.1f}%"]
 
     def cost(ranks: int, zero: str, arms: tuple[str, str]) -> str:
         more, less = (seconds.get((ranks, zero, arm), []) for arm in arms)
         if not more:
             return ""
         shares = [100 * (a / b - 1) for a, b in zip(more, less, strict=True)]
-        return f"{statistics.median(shares):+.1f} % ({min(shares):+.1f} to {max(shares):+.1f})"
+        return f"{statistics.median(shares):+.1f}% ({min(shares):+.1f} to {max(shares):+.1f})"
 
     for group in sorted(no_room):
         console.say(f"no room for {group}", style="yellow")
     console.table(
         "a step",
-        ["ranks", "ZeRO", "objective", "tokens/s", "peak memory a rank"]
-        + ["of the GPU's peak"] * bool(options.peak_tflops),
+        ["ranks", "ZeRO", "objective", "tokens/s", "peak memory per rank"]
+        + ["of the GPU's peak"] * bool(args.peak_tflops),
         [
             [
                 str(key[0]),
@@ -144,7 +142,7 @@ def main() -> int:
             for key, peak in peaks.items()
         ],
     )
-    rounds = options.passes * options.rounds
+    rounds = args.passes * args.rounds
     whole = [group for group, arms in groups.items() if len(arms) > 1]
     console.table(
         f"what a term adds to the time of a step: median and range of {rounds} rounds",
@@ -167,7 +165,7 @@ def main() -> int:
             f"inputs and the head's gradient, {size(head['extra_bytes'])} with the backward; one "
             f"set of logits takes {size(head['logits_bytes'])}"
         )
-    if options.out:
+    if args.out:
         keys = ("ranks", "deepspeed", "arm")
         lines = [
             dict(zip(keys, key, strict=True))
@@ -176,32 +174,31 @@ def main() -> int:
             for key, peak in peaks.items()
         ]
         content = common | {"lines": lines, "heads": heads}
-        Path(options.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        Path(args.out).write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="model directory; default: SmolLM2-135M from its package")
-    parser.add_argument("--random-shape", choices=SHAPES, help="random weights and text instead")
-    parser.add_argument("--blocks", type=int, help="how many of the shape's; default: all")
-    parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
-    parser.add_argument("--micro-batch", type=int, default=2, help="sequences at once, a rank")
-    parser.add_argument("--rounds", type=int, default=4, help="timed steps of an arm, each pass")
-    parser.add_argument("--passes", type=int, default=2, help="times that every group is started")
-    parser.add_argument("--ranks", type=int, default=2, help="of the groups with several ranks")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument(
-        "--peak-tflops", type=float, help="of one GPU, in --dtype, without sparsity"
-    )
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-    parser.add_argument("--out", help="JSON file for all figures")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.blocks and not options.random_shape:
-        parser.error("--blocks is of a --random-shape")
-    return options
+    parser = arguments(__doc__)
+    add = parser.add_argument
+    add("--model", help="model directory; default: SmolLM2-135M from its package")
+    add("--random-shape", choices=SHAPES, help="random weights and random words instead")
+    add("--blocks", type=int, help="how many of the shape's; default: all")
+    add("--length", type=int, default=512, help="tokens per sequence")
+    add("--micro-batch", type=int, default=2, help="sequences at once, per rank")
+    add("--rounds", type=int, default=4, help="timed steps of an arm, per pass")
+    add("--passes", type=int, default=2, help="times that every group is started")
+    add("--ranks", type=int, default=2, help="of the groups with several ranks")
+    add("--gradient-checkpointing", action="store_true")
+    add("--peak-tflops", type=float, help="of one GPU, in --dtype, without sparsity")
+    add("--dtype", default="float32", help="float32 or bfloat16")
+    add("--out", help="JSON file for all figures")
+    add("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.blocks and not args.random_shape:
+        parser.error("--blocks needs --random-shape")
+    return args
 
 
 def launch(work: dict) -> dict | None:
@@ -219,7 +216,7 @@ def launch(work: dict) -> dict | None:
             return None
         if done.returncode:
             raise SystemExit(f"{work} failed:\n{done.stderr[-3000:]}")
-        return json.loads(out.read_text(encoding="utf-8"))
+        return json.loads(out.read_text())
 
 
 def measure(work: dict) -> int:
@@ -229,7 +226,7 @@ def measure(work: dict) -> int:
     world = World("auto")
     result = head_memory(work) if "head_tokens" in work else steps(work, world)
     if world.first:
-        Path(work["out"]).write_text(json.dumps(result), encoding="utf-8")
+        Path(work["out"]).write_text(json.dumps(result))
     world.barrier()
     sys.stdout.flush()
     os._exit(0)
@@ -244,9 +241,8 @@ def steps(work: dict, world) -> dict[str, dict]:
     from cap_llm.recovery.contrasts import Contrasts
     from cap_llm.recovery.zeros import keep_zeros
     from cap_llm.runtime.peaks import forget, highest, peaks
-    from cap_llm.runtime.rundir import Run
     from cap_llm.text.corpora import read_corpus
-    from cap_llm.text.packing import PackedText, pack
+    from cap_llm.text.packing import pack
     from cap_llm.text.tokenizers import load_tokenizer
 
     model, folder = Path(work["model"]), Path(work["folder"])
@@ -270,15 +266,8 @@ def steps(work: dict, world) -> dict[str, dict]:
     engines.start(world)
     student_ds = engines.student_settings(config, world)
     teacher_ds = engines.teacher_settings(config, world, student_ds)
-    if work["text"]:
-        corpus = read_corpus(work["text"], "train")
-        text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
-    else:
-        ids = torch.randint(
-            4, 50_000, (33, config.length), generator=torch.Generator().manual_seed(0)
-        )
-        documents = torch.arange(32)[:, None].expand(32, config.length)
-        text = PackedText(ids[1:], documents, ids[:1], "random")
+    corpus = read_corpus(work["text"], "train")
+    text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
     engine = engines.load_student(model, student_ds, config, world)
 
     def masks():
@@ -288,8 +277,7 @@ def steps(work: dict, world) -> dict[str, dict]:
                 yield name, torch.arange(shape.numel()).view(shape) % 2 == 0
 
     keep_zeros(engine, masks())
-    run = Run.__new__(Run)
-    run.world = world
+    run = SimpleNamespace(world=world)  # all that a step reads of a run
     teacher, jobs = None, {}
     lines: dict[str, dict] = {}
 
@@ -399,7 +387,7 @@ def head_memory(work: dict) -> dict:
     target = torch.randint(0, vocabulary, (n,))
 
     def memory(key: str) -> int:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        status = Path("/proc/self/status").read_text()
         return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
     forget()

@@ -3,7 +3,7 @@
     python eval/bench_sparse.py MODEL [--repeats 15] [--out FILE.json]
 
 MODEL is a pruned model directory, such as `runs/mine/oneshot`. Its pruned matrices are stored in
-turn dense, bit-packed (non-zero values and one bit a weight; expanded anew at each use), as CSR,
+turn dense, bit-packed (non-zero values and one bit per weight; expanded anew at each use), as CSR,
 and as 2:4 semi-structured where the pattern fits and the card has it. Timed are single products and
 a decoding step of the whole model, for 1 and 64 sequences of one token each. All formats take turns
 in each repetition; ratios are of medians of this one run. Leave the machine alone meanwhile.
@@ -12,7 +12,6 @@ Nothing here is tuned: it is what PyTorch's own kernels give.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -22,24 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+import torch
+from matrix import arguments
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
-from cap_llm.runtime.console import Console, quiet_libraries, size  # noqa: E402
+from cap_llm.models.blocks import find_blocks, match_names, model_class, skeleton
+from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.masks import PRUNED
+from cap_llm.runtime.console import Console, size
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import write_json
+from cap_llm.sparsity.masks import pack, unpack
 
-quiet_libraries()
 warnings.filterwarnings("ignore", message=".*([Ss]parse|prototype)")
-
-import torch  # noqa: E402
-from torch.nn.functional import linear  # noqa: E402
-from transformers.pytorch_utils import Conv1D  # noqa: E402
-
-from cap_llm.models.blocks import find_blocks, match_names, model_class, skeleton  # noqa: E402
-from cap_llm.models.checkpoint import Checkpoint  # noqa: E402
-from cap_llm.models.masks import PRUNED  # noqa: E402
-from cap_llm.runtime.errors import UserError  # noqa: E402
-from cap_llm.runtime.files import write_json  # noqa: E402
-from cap_llm.sparsity.masks import pack, unpack  # noqa: E402
 
 BATCHES = (1, 64)
 DENSE = "dense bf16"
@@ -98,22 +93,22 @@ def two_of_four(weight: torch.Tensor) -> Stored:
 
 def main() -> int:
     """Measures and prints the tables; returns the exit code: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("model", type=Path, help="a pruned model directory")
     parser.add_argument("--repeats", type=int, default=15, help="timed turns of each format")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
-    options = parser.parse_args()
+    args = parser.parse_args()
     console = Console()
     try:
-        if options.repeats < 1:
-            raise UserError(f"--repeats is {options.repeats}; it must be at least 1")
-        if out := options.out:
+        if args.repeats < 1:
+            raise UserError(f"--repeats is {args.repeats}; it must be at least 1")
+        if out := args.out:
             parent = out.absolute().parent
             if out.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise UserError(f"--out {out} is no file in a directory that can be written to")
-        result = bench(options.model, options.repeats, console)
-        if options.out:
-            write_json(options.out, result)
+                raise UserError(f"--out {out} is not a file in a writable directory")
+        result = bench(args.model, args.repeats, console)
+        if args.out:
+            write_json(args.out, result)
     except UserError as error:
         print(f"bench_sparse.py: error: {error}", file=sys.stderr)
         return 2
@@ -145,7 +140,7 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
         w.numel() for w in weights.values()
     )
     console.say(
-        f"{folder}: {len(modules)} pruned matrices, {100 * result['sparsity']:.1f} % zeros; "
+        f"{folder}: {len(modules)} pruned matrices, {100 * result['sparsity']:.1f}% zeros; "
         f"{result['machine']}; medians of {repeats}"
     )
     result["bytes"] = _bytes(folder, model, weights, made, console)

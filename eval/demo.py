@@ -1,86 +1,73 @@
-"""The demo: a real model pruned, reconstructed and recovered, from nothing but Python packages.
+"""The demo: a real pretrained model, pruned, reconstructed and recovered, on two CPU cores.
 
-    python eval/demo.py [OUTPUT_DIR]          (`make demo` calls it)
+    python eval/demo.py [OUTPUT_DIR] [--full]         (`make demo`, `make demo-full`)
 
-Each row of its table is a run of the real entry under the `deepspeed` launcher. Runs that are
-finished are not repeated, and one that was stopped goes on.
+Model and text come from Python packages. Finished rows are skipped and an interrupted row resumes,
+so `make demo-full` after `make demo` only adds its own rows.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
+import assets
+import torch
+from matrix import DENSE, Matrix, Row, arguments
 
-from cap_llm.runtime.console import Console, duration, quiet_libraries  # noqa: E402
+from cap_llm.evaluation.report import write_report
+from cap_llm.evaluation.runs import collect
+from cap_llm.runtime.console import Console, duration
 
-quiet_libraries()
+REFIT, ALPS = {"oneshot.refit": True}, {"oneshot.method": "alps"}
+PATTERN = {"oneshot.pattern": "2:4"}
+RANKS = 1 if torch.cuda.is_available() else 2  # of a recovery, which is data-parallel
 
-import assets  # noqa: E402
-import torch  # noqa: E402
 
-from cap_llm.evaluation.report import write_report  # noqa: E402
-from cap_llm.evaluation.runs import collect  # noqa: E402
+def after(base: Row, stage: str) -> Row:
+    """A row that starts from another row's model."""
+    ranks = RANKS if stage == "recover" else 1
+    return Row(f"{base.name} + {NAMES[stage]}", {"model.path": base}, stage, ranks)
 
-METHODS = {
-    "magnitude 50 %": ["--oneshot.method", "magnitude"],
-    "Wanda 50 %": ["--oneshot.method", "wanda"],
-    "SparseGPT 50 %": [],
-    "SparseGPT + refit 50 %": ["--oneshot.refit", "true"],
-    "ALPS 50 %": ["--oneshot.method", "alps"],
-    "SparseGPT + refit 2:4": ["--oneshot.refit", "true", "--oneshot.pattern", "2:4"],
-}
-LATER = {  # row -> the row in whose run directory it goes on, its stage
-    "SparseGPT 50 % + recovery": ("SparseGPT 50 %", "recover"),
-    "ALPS 50 % + reconstruction": ("ALPS 50 %", "reconstruct"),
-}
+
+NAMES = {"reconstruct": "reconstruction", "recover": "recovery"}
+SPARSEGPT, BEST = Row("SparseGPT 50%"), Row("ALPS 50%", ALPS)
+REBUILT = after(BEST, "reconstruct")
+ROWS = [
+    *(Row(DENSE, stage=DENSE), SPARSEGPT, BEST, REBUILT, after(REBUILT, "recover")),
+    Row("ALPS 2:4", ALPS | PATTERN),
+]
+MORE = [
+    Row("magnitude 50%", {"oneshot.method": "magnitude"}),
+    Row("Wanda 50%", {"oneshot.method": "wanda"}),
+    after(SPARSEGPT, "recover"),
+    Row("SparseGPT + refit 50%", REFIT),
+    Row("SparseGPT + refit 2:4", REFIT | PATTERN),
+]
 
 
 def main() -> int:
-    """Runs all rows and writes the report; returns the exit code."""
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    """Runs the rows and writes the report; returns the exit code."""
+    parser = arguments(__doc__)
+    parser.add_argument("out", nargs="?", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--full", action="store_true", help="also run the other methods")
+    args = parser.parse_args()
     console = Console()
     start = time.monotonic()
-    model = assets.smollm2(console.say)
     calibration, held_out = assets.wikipedia(console.say)
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns at every start
-    # Two ranks where there are only cores: recovery is data-parallel. One card is enough else.
-    cards = torch.cuda.is_available()
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
-    runs = {"dense": ["--stages", "[evaluate]"], **METHODS}
-    for row, (base, stage) in LATER.items():
-        runs[row] = [*METHODS[base], "--stages", f"[{stage}, evaluate]"]
-    folders = []
-    for n, (name, options) in enumerate(runs.items(), 1):
-        console.say(f"\n[{n}/{len(runs)}] {name}", style="bold")
-        place, stage = LATER.get(name, (name, "oneshot"))
-        folder = out / place.lower().replace(" %", "").replace(" + ", "-").replace(" ", "-")
-        command = [
-            *(launcher if stage == "recover" and not cards else [sys.executable]),
-            str(ROOT / "cap_llm/train.py"),
-            *("--config", "demo", "--output_dir", str(folder), "--name", name),
-            *("--model.path", str(model), "--calibration.corpus", str(calibration)),
-            *("--recover.corpus", str(calibration)),
-            *("--evaluate.corpora", f"[{held_out}]", *options),
-        ]
-        code = subprocess.run(command, env=environment, check=False).returncode
-        if code:
-            console.say(f"{name} ended with exit code {code}")
-            return code
-        folders.append(folder)
-    console.say("")
-    title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"
-    results = [r for folder in dict.fromkeys(folders) for r in collect(folder)]
-    page = write_report(results, out, title, console)
-    console.say(f"all of it in {duration(time.monotonic() - start)}; report: {page}")
-    return 0
+    common = {"config": "demo", "calibration.corpus": calibration, "recover.corpus": calibration}
+    matrix = Matrix(args.out, assets.smollm2(console.say), common)
+    rows = ROWS + MORE * args.full
+    scores = {"evaluate.corpora": [held_out]}
+    code = matrix.run_all(rows, lambda row: matrix.run(row, scores), console)
+    finished = [row for row in rows if (matrix.model_of(row) / "perplexity.json").exists()]
+    if finished:
+        results = [collect(matrix.folder(row))[-1] for row in finished]
+        title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"
+        page = write_report(results, args.out, title, console)
+        console.say(f"total time {duration(time.monotonic() - start)}; report: {page}")
+    return code
 
 
 if __name__ == "__main__":

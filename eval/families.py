@@ -4,7 +4,7 @@
 
 For each class of `AutoModelForCausalLM` a random model of a few small blocks is written to disk. It
 is streamed from there block by block, and its loss held against that of the model's own forward; in
-memory SparseGPT prunes it to 50 %. So a family works (all linear layers of its blocks are pruned,
+memory SparseGPT prunes it to 50%. So a family works (all linear layers of its blocks are pruned,
 and the loss is the model's own), or cap_llm refuses it by a message, or transformers makes no tiny
 one of it from plain settings, which says nothing. `eval/results/families.md` has the table. Takes
 about 5 minutes on one core; needs no data, no network and no other files.
@@ -12,37 +12,28 @@ about 5 minutes on one core; needs no data, no network and no other files.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
+import torch
+import transformers
+from matrix import RESULTS, arguments, markdown
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
+from transformers.utils.logging import disable_progress_bar
 
-from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
+from cap_llm.blockwise.cache import Memory
+from cap_llm.blockwise.perplexity import next_token_nll, streamed_nll
+from cap_llm.blockwise.prune import prune
+from cap_llm.config import OneshotConfig
+from cap_llm.models.blocks import BlockModel
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.files import atomic
+from cap_llm.runtime.world import World
 
-quiet_libraries()
-
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from studies import markdown  # noqa: E402
-from transformers.models.auto.modeling_auto import (  # noqa: E402
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS,
-)
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
-
-from cap_llm.blockwise.cache import Memory  # noqa: E402
-from cap_llm.blockwise.perplexity import next_token_nll, streamed_nll  # noqa: E402
-from cap_llm.blockwise.prune import prune  # noqa: E402
-from cap_llm.config import OneshotConfig  # noqa: E402
-from cap_llm.models.blocks import BlockModel  # noqa: E402
-from cap_llm.runtime.errors import UserError  # noqa: E402
-from cap_llm.runtime.files import atomic  # noqa: E402
-from cap_llm.runtime.world import World  # noqa: E402
-
-PAGE = ROOT / "eval" / "results" / "families.md"
+PAGE = RESULTS / "families.md"
 SECONDS, LARGEST = 60, 3 * 10**7  # of a family; parameters of what is still tiny
 CLOSE = 1e-5  # difference of two losses a token, in float32
 WORKS, REFUSED, WRONG, UNTRIED = "works", "refused", "wrong", "not tried"
@@ -66,7 +57,7 @@ OTHER |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # one of t
 
 def main() -> int:
     """Tries the families, prints and writes the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="as llama; default: all")
     asked = parser.parse_args().kinds
     if unknown := [kind for kind in asked if kind not in KINDS]:
@@ -127,7 +118,7 @@ def attempt(kind: type) -> tuple[str, str]:
     share = zeros / sum(mask.numel() for mask in masks.values())
     fine = abs(nll - own) < CLOSE and abs(share - 0.5) < 1e-3
     return (WORKS if fine else WRONG), (
-        f"{len(masks)} matrices of {blocks} blocks, {100 * share:.1f} % zeros, "
+        f"{len(masks)} matrices of {blocks} blocks, {100 * share:.1f}% zeros, "
         f"losses differ by {abs(nll - own):.0e}"
     )
 
@@ -174,7 +165,7 @@ def write_page(rows: list[tuple[str, str, str, str]]) -> None:
     page += [f"{counts[WORKS]} work, {counts[REFUSED]} are refused by a message, and of"]
     page += [f"{counts[UNTRIED]} transformers made no tiny model from plain settings.", ""]
     page += ["- **works**: streamed block by block the model has its own loss to 1e-5 a token, and"]
-    page += ["  SparseGPT prunes the linear layers of its blocks to 50 %.", ""]
+    page += ["  SparseGPT prunes the linear layers of its blocks to 50%.", ""]
     for state in (WRONG, WORKS, REFUSED, UNTRIED):
         lines = [[row[0], row[1], row[3].replace("|", "/")] for row in rows if row[2] == state]
         if lines:

@@ -21,27 +21,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+import torch
+from matrix import arguments
+from transformers import AutoModelForCausalLM
 
-from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
-
-quiet_libraries()
-
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from cap_llm.config import ContrastConfig, RecoverConfig  # noqa: E402
-from cap_llm.recovery.bank import Bank  # noqa: E402
-from cap_llm.recovery.contrasts import Contrast, Contrasts  # noqa: E402
-from cap_llm.recovery.decoder import Decoder  # noqa: E402
-from cap_llm.recovery.objectives import head_loss  # noqa: E402
-from cap_llm.recovery.units import Encoder  # noqa: E402
-from cap_llm.runtime.errors import UserError  # noqa: E402
-from cap_llm.runtime.world import World  # noqa: E402
-from cap_llm.text.corpora import calibration_corpus  # noqa: E402
-from cap_llm.text.packing import pack  # noqa: E402
-from cap_llm.text.tokenizers import load_tokenizer  # noqa: E402
+from cap_llm.config import ContrastConfig, RecoverConfig
+from cap_llm.recovery.bank import Bank
+from cap_llm.recovery.contrasts import Contrast, Contrasts
+from cap_llm.recovery.decoder import Decoder
+from cap_llm.recovery.objectives import head_loss
+from cap_llm.recovery.units import Encoder
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
+from cap_llm.text.corpora import calibration_corpus
+from cap_llm.text.packing import pack
+from cap_llm.text.tokenizers import load_tokenizer
 
 TOKENS, SEGMENTS = {"segments": 0}, {"token_positions": 0}
 ARMS = {
@@ -57,30 +52,30 @@ EXTRA = ContrastConfig().extra_sequences
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("pruned", type=Path, help="directory of the pruned model")
     parser.add_argument("--dense", type=Path, required=True, help="directory of the dense one")
     parser.add_argument("--corpus", required=True, help="text, as in recover.corpus")
     parser.add_argument("--sequences", type=int, default=8, help="of the batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
-    options = parser.parse_args()
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    args = parser.parse_args()
     console = Console()
     try:
-        show(options, console)
+        show(args, console)
     except UserError as error:
         console.say(f"error: {error}")
         return 2
     return 0
 
 
-def show(options: argparse.Namespace, console: Console) -> None:
+def show(args: argparse.Namespace, console: Console) -> None:
     """Computes and prints the table."""
     world = World("auto")
-    tokenizer = load_tokenizer(str(options.dense))
-    corpus, n = calibration_corpus(options.corpus), options.sequences
-    text = pack(tokenizer, corpus, n + EXTRA, 1, options.length, 0)
-    dense, head = states_and_head(options.dense, text.ids, world.device)
-    pruned, _ = states_and_head(options.pruned, text.ids[:n], world.device)
+    tokenizer = load_tokenizer(str(args.dense))
+    corpus, n = calibration_corpus(args.corpus), args.sequences
+    text = pack(tokenizer, corpus, n + EXTRA, 1, args.length, 0)
+    dense, head = states_and_head(args.dense, text.ids, world.device)
+    pruned, _ = states_and_head(args.pruned, text.ids[:n], world.device)
     way = dense[:n] - pruned
 
     def kl(states: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
 import torch
-from assets import cache
 
 SHAPES = {  # width, heads, blocks of OPT (Zhang et al. 2022, table 1)
     "opt-125m": (768, 12, 12),
@@ -17,7 +17,8 @@ SHAPES = {  # width, heads, blocks of OPT (Zhang et al. 2022, table 1)
     "opt-30b": (7168, 56, 48),
     "opt-66b": (9216, 72, 64),
 }
-BELOW = cache() / "bench"
+TEXT = "random-words.jsonl"  # beside the weights
+BELOW = Path(tempfile.gettempdir()) / "cap_llm_bench"
 
 
 def random_model(name: str, blocks: int | None = None, below: Path = BELOW) -> Path:
@@ -42,8 +43,25 @@ def random_model(name: str, blocks: int | None = None, below: Path = BELOW) -> P
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=below) as scratch:
             config.save_pretrained(scratch)
+            _write_text(folder, config.vocab_size)
             _write(folder, Path(scratch))
     return folder
+
+
+def _write_text(folder: Path, n_words: int) -> None:
+    """A tokenizer whose tokens are `w0`, `w1`, ..., and documents of random words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(n_words)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    draw = torch.Generator().manual_seed(0)
+    with open(folder / TEXT, "w") as file:
+        for _ in range(64):
+            ids = torch.randint(4, n_words, (2100,), generator=draw).tolist()
+            file.write(json.dumps({"text": " ".join(f"w{i}" for i in ids)}) + "\n")
 
 
 def _write(folder: Path, empty: Path) -> None:

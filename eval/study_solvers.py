@@ -1,83 +1,80 @@
-"""Training-free methods beside each other: one-shot solvers, SDS with its controls, reconstruction.
+"""Training-free methods side by side: one-shot solvers, SDS with its controls, reconstruction.
 
     CAP_LLM_DATA=... python eval/study_solvers.py [WORK_DIR] [--arms ALPS ...] [--patterns 2:4 ...]
 
-Each cell is a run of the real entry on SmolLM2-135M: calibration on 128 x 512 tokens of C4; scored
-on the first 32 windows (2048 tokens) of WikiText-2 and of held-out C4. At 50 % and 2:4 there are
-three seeds of the calibration text, and the first one is scored on the whole of WikiText-2 as well.
-What decides most comes first: the main arms at 2:4 and 50 %, first seed.
+Each cell is a run of the real entry on SmolLM2-135M, calibrated on 128 x 512 tokens of C4 and
+scored on the first 32 windows (2048 tokens) of WikiText-2 and of held-out C4. At 50% and 2:4 there
+are three seeds of the calibration text, and the first seed is scored on the whole of WikiText-2 as
+well. The most informative cells come first: the main arms at 2:4 and 50%, first seed.
 
-All of it is 110 cells. By the count of their operations at 200 Gflop/s, as two cores give, that is
-about 33 hours on a machine that does nothing else: 12 of scoring, 18 of pruning and 3 for SDS in
-mode `paper`, which comes last. `make study` stops at the one-shot arms of the first seed.
+There are 110 cells. By their operation counts at 200 Gflop/s, the rate of two cores, they take
+about 33 hours on an otherwise idle machine: 12 of scoring, 18 of pruning, and 3 for SDS in mode
+`paper`, which comes last. `make study` stops at the one-shot arms of the first seed.
 
-Finished scores are kept in `eval/results/study_solvers.json` and not repeated; a stopped cell goes
-on from its run in WORK_DIR. A cell that fails is named at the end (exit code 1), the others go on.
-Weights go once they are fully scored and no cell of this call starts from them, so that WORK_DIR
-holds at most seven models (4 GB); more where `--scores first` puts off the scores of the whole test
-set. The tables are written beside the results.
+Finished scores are kept in `eval/results/study_solvers.json` and not repeated; an interrupted cell
+resumes from its run in WORK_DIR. A cell that fails is named at the end (exit code 1). Weights are
+deleted when they are fully scored and no other cell of this call starts from them, so WORK_DIR
+holds at most seven models (4 GB), or more if `--scores first` postpones the whole test set. The
+tables are written beside the results.
 
 The controls of Sparse-Dense-Sparse (SDS): C1 is "+ refit", which refits each matrix as soon as it
-is pruned, so that later ones are pruned on refitted inputs: the same method, not the same masks; C2
-is the adjustment alone, from SDS' own first prune, without the dense step; C3 is the dense step
-without regularisers and without adjustment, which gives that prune again, but for what rounding
-errors make of it in a whole model. Reconstruction starts
-from ALPS and, as its control, from SparseGPT: what it gains may not be the solver's merit.
+is pruned, so later ones are pruned on refitted inputs: the same method, but different masks. C2 is
+the adjustment alone, from SDS' own first prune, without the dense step. C3 is the dense step
+without regularizers and without adjustment; it gives that prune again except for rounding errors
+in a whole model. Reconstruction starts from ALPS and, as its control, from SparseGPT, because its
+gain may not be the solver's merit.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
+import assets
+import matrix
+from matrix import DENSE, Matrix, Row, arguments, markdown, mean_and_spread
 
-from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
+from cap_llm.models.checkpoint import remove_weights
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.files import atomic, read_json
+from cap_llm.sparsity import masks
 
-quiet_libraries()
-
-import assets  # noqa: E402
-from studies import STOPS, entry, markdown, spread  # noqa: E402
-
-from cap_llm.models.checkpoint import INDEX, remove_weights  # noqa: E402
-from cap_llm.runtime.files import atomic, read_json, write_json  # noqa: E402
-from cap_llm.sparsity import masks  # noqa: E402
-
-RESULTS = ROOT / "eval" / "results" / "study_solvers.json"
+RESULTS = matrix.RESULTS / "study_solvers.json"
 SEEDS = range(3)
 Cell = tuple[str, str, int]  # arm, pattern, seed
 
-WANDA = ["--oneshot.method", "wanda"]
+WANDA, REFIT = {"oneshot.method": "wanda"}, {"oneshot.refit": True}
 # bfloat16 is what a GPU takes by default, five epochs are what the recipes have
-RECONSTRUCT = ["--reconstruct.dtype", "bfloat16", "--reconstruct.epochs", "5"]
-TWO = [*RECONSTRUCT, "--reconstruct.epochs", "2"]
-DENSE = [*TWO, "--reconstruct.inputs", "dense"]
-NOTHING = ["--sds.mu", "0", "--sds.l1", "0", "--sds.l2", "0", "--sds.adjust", "false"]
+RECONSTRUCT = {"reconstruct.dtype": "bfloat16", "reconstruct.epochs": 5}
+TWO = RECONSTRUCT | {"reconstruct.epochs": 2}
+ONLY = {"sds.redensify": False}  # the adjustment
+NOTHING = {"sds.mu": 0, "sds.l1": 0, "sds.l2": 0, "sds.adjust": False, "calibration.held_out": 0}
 ONESHOT = {  # arm -> options
-    "magnitude": ["--oneshot.method", "magnitude"],
+    "magnitude": {"oneshot.method": "magnitude"},
     "Wanda": WANDA,
-    "Wanda + refit": [*WANDA, "--oneshot.refit", "true"],
-    "SparseGPT": [],
-    "SparseGPT + refit": ["--oneshot.refit", "true"],
-    "ADMM-grad": ["--oneshot.method", "admm_grad"],
-    "ALPS": ["--oneshot.method", "alps"],
+    "Wanda + refit": WANDA | REFIT,
+    "SparseGPT": {},
+    "SparseGPT + refit": REFIT,
+    "ADMM-grad": {"oneshot.method": "admm_grad"},
+    "ALPS": {"oneshot.method": "alps"},
 }
 LATER = {  # arm -> the arm whose model it starts from, stage, options
     "SDS on Wanda": ("Wanda", "sds", WANDA),
-    "C2 on Wanda": ("Wanda", "sds", [*WANDA, "--sds.redensify", "false"]),
-    "SDS on SparseGPT": ("SparseGPT", "sds", []),
-    "C2 on SparseGPT": ("SparseGPT", "sds", ["--sds.redensify", "false"]),
-    "C3 on SparseGPT": ("SparseGPT", "sds", [*NOTHING, "--calibration.held_out", "0"]),
-    "SDS (paper) on SparseGPT": ("SparseGPT", "sds", ["--sds.mode", "paper"]),
+    "C2 on Wanda": ("Wanda", "sds", WANDA | ONLY),
+    "SDS on SparseGPT": ("SparseGPT", "sds", {}),
+    "C2 on SparseGPT": ("SparseGPT", "sds", ONLY),
+    "C3 on SparseGPT": ("SparseGPT", "sds", NOTHING),
+    "SDS (paper) on SparseGPT": ("SparseGPT", "sds", {"sds.mode": "paper"}),
     "SparseGPT + reconstruction": ("SparseGPT", "reconstruct", RECONSTRUCT),
     "ALPS + reconstruction": ("ALPS", "reconstruct", RECONSTRUCT),
     "ALPS + reconstruction, 2 epochs": ("ALPS", "reconstruct", TWO),
-    "ALPS + reconstruction, dense inputs, 2 epochs": ("ALPS", "reconstruct", DENSE),
+    "ALPS + reconstruction, dense inputs, 2 epochs": (
+        *("ALPS", "reconstruct"),
+        TWO | {"reconstruct.inputs": "dense"},
+    ),
 }
 ARMS = (*ONESHOT, *LATER)
 CONTROLS = {  # C1 and C2 of each SDS
@@ -95,57 +92,56 @@ ONCE = (
     *("ALPS + reconstruction, dense inputs, 2 epochs", "SDS (paper) on SparseGPT"),
 )
 PATTERNS = {
-    "2:4": ["--oneshot.pattern", "2:4"],
-    "50 %": ["--oneshot.sparsity", "0.5"],
-    "60 %": ["--oneshot.sparsity", "0.6"],
-    "70 %": ["--oneshot.sparsity", "0.7"],
-    "4:8": ["--oneshot.pattern", "4:8"],
+    "2:4": {"oneshot.pattern": "2:4"},
+    "50%": {"oneshot.sparsity": 0.5},
+    "60%": {"oneshot.sparsity": 0.6},
+    "70%": {"oneshot.sparsity": 0.7},
+    "4:8": {"oneshot.pattern": "4:8"},
 }
-SEVERAL = ("2:4", "50 %")  # three seeds, and the whole test set for the first
+SEVERAL = ("2:4", "50%")  # three seeds, and the whole test set for the first
 FIRST = 32  # windows
-MARK = " †"  # of a row that says `before` what it was made: it counts as missing
+COMMON = {"calibration.length": 512, "evaluate.window": 2048, "evaluate.dense": False}
 SCORES = {  # what is scored together: its keys in the results, options
     "first": (
         {"wikitext2": f"wikitext2@2048 first {FIRST}", "c4": f"c4@2048 first {FIRST}"},
-        ["--evaluate.corpora", "[wikitext2, c4]", "--evaluate.max_windows", str(FIRST)],
+        {"evaluate.corpora": ["wikitext2", "c4"], "evaluate.max_windows": FIRST},
     ),
-    "whole": ({"whole": "wikitext2@2048"}, ["--evaluate.corpora", "[wikitext2]"]),
+    "whole": ({"whole": "wikitext2@2048"}, {"evaluate.corpora": ["wikitext2"]}),
 }
 
 
 def main() -> int:
-    """Runs the cells that are missing, prints the tables; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("work", nargs="?", type=Path, default=Path("runs/study-solvers"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--scores", nargs="+", choices=SCORES, default=list(SCORES))
+    """Runs the missing cells and prints the tables; returns the exit code."""
+    parser = arguments(__doc__)
+    add = parser.add_argument
+    add("work", nargs="?", type=Path, default=Path("runs/study-solvers"))
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    add("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
+    add("--scores", nargs="+", choices=SCORES, default=list(SCORES))
     args = parser.parse_args()
     console = Console()
-    model = assets.smollm2(console.say)
-    cells, failed = plan(args.arms, args.patterns, args.seeds), []
-    for n, cell in enumerate(cells, 1):
+    runs = Matrix(args.work, assets.smollm2(console.say), COMMON)
+    cells = {name_of(cell): cell for cell in plan(args.arms, args.patterns, args.seeds)}
+
+    def work(row: Row) -> int:
+        cell = cells[row.name]
         for scores in (s for s in missing(cell) if s in args.scores):
             keys, options = SCORES[scores]
-            title = f"\n[{n}/{len(cells)}] {name_of(cell)}, {', '.join(keys.values())}"
-            console.say(title, style="bold")
-            code = run(cell, model, args.work, options)
-            if code in STOPS or (code and cell == cells[0]):
-                return code  # where the dense model cannot be scored, nothing can
-            if code:
-                failed.append(f"{name_of(cell)}: exit code {code}")
-                break
-            RESULTS.parent.mkdir(exist_ok=True)
-            row = standing(cell) | measured(cell, args.work, keys)
-            write_json(RESULTS, results() | {name_of(cell): row})
+            if code := runs.run(row, options):
+                return code
+            figures = results().get(row.name, {}) | measured(cell, runs, keys)
+            matrix.record(RESULTS, row.name, figures)
             write_tables()
             console.say("\n".join(summary()))
-        else:
-            clear(cell, [c for c in cells[n:] if missing(c)], args.work)
+        clear(list(cells.values()), runs)
+        return 0
+
+    wanted = [c for c in cells.values() if set(missing(c)) & set(args.scores)]
+    code = runs.run_all([row_of(cell) for cell in wanted], work, console)
     write_tables()
-    console.say("\n".join([*summary(), *(f"failed: {line}" for line in failed)]))
-    return 1 if failed else 0
+    console.say("\n".join(summary()))
+    return code
 
 
 # The cells
@@ -173,8 +169,8 @@ def plan(arms: list[str], patterns: list[str], seeds: list[int]) -> list[Cell]:
 def missing(cell: Cell) -> list[str]:
     """What of SCORES is still to be measured of a cell."""
     arm, pattern, seed = cell
-    known = standing(cell)
-    whole = seed == 0 and (arm == "dense" or pattern in SEVERAL)
+    known = results().get(name_of(cell), {})
+    whole = seed == 0 and (arm == DENSE or pattern in SEVERAL)
     asked = ["first", "whole"] if whole else ["first"]
     return [scores for scores in asked if not known.keys() >= SCORES[scores][0].keys()]
 
@@ -182,22 +178,18 @@ def missing(cell: Cell) -> list[str]:
 def name_of(cell: Cell) -> str:
     """A cell's key in the results."""
     arm, pattern, seed = cell
-    return arm if arm == "dense" else f"{arm}, {pattern}, seed {seed}"
+    return arm if arm == DENSE else f"{arm}, {pattern}, seed {seed}"
 
 
-def folder_of(cell: Cell, work: Path) -> Path:
-    """A cell's run directory."""
-    name = name_of(cell).lower().replace(":", "of").replace(" %", "")
-    for taken in ",()":
-        name = name.replace(taken, "")
-    return work / name.replace(" + ", "-").replace(" ", "-")
-
-
-def model_of(cell: Cell, work: Path) -> Path:
-    """Where a cell's model lies."""
-    arm = cell[0]
-    stage = "oneshot" if arm in ONESHOT else LATER[arm][1] if arm in LATER else "dense"
-    return folder_of(cell, work) / stage
+def row_of(cell: Cell) -> Row:
+    """The run that makes a cell's model."""
+    arm, pattern, seed = cell
+    if arm == DENSE:
+        return Row(DENSE, stage=DENSE)
+    base, stage, options = LATER.get(arm, (None, "oneshot", ONESHOT.get(arm)))
+    start = {"model.path": row_of((base, pattern, seed))} if base else {}
+    options = {"name": f"{arm} {pattern}", "calibration.seed": seed} | PATTERNS[pattern] | options
+    return Row(name_of(cell), options | start, stage)
 
 
 def base_of(cell: Cell) -> Cell:
@@ -206,64 +198,31 @@ def base_of(cell: Cell) -> Cell:
     return (LATER[arm][0] if arm in LATER else arm), pattern, seed
 
 
-def run(cell: Cell, model: Path, work: Path, scores: list[str]) -> int:
-    """Runs the entry for one cell, after the one that it starts from; the exit code."""
-    arm, pattern, seed = cell
-    options = ["--calibration.length", "512", "--calibration.seed", str(seed)]
-    options += PATTERNS.get(pattern, [])
-    stages, start, made = [], model, model_of(cell, work)
-    if arm in ONESHOT:
-        stages, options = ["oneshot"], [*options, *ONESHOT[arm]]
-    elif arm in LATER:
-        _, stage, more = LATER[arm]
-        base = base_of(cell)
-        start = model_of(base, work)
-        there = (start / "done.json").exists() and (start / INDEX).exists()
-        if not there and (code := run(base, model, work, [])):
-            return code
-        stages, options = [stage], [*options, *more, "--model.dense", str(model)]
-    if not (made / INDEX).exists():  # its weights were removed: make them again
-        (made / "done.json").unlink(missing_ok=True)
-    if scores:
-        stages = [*stages, "evaluate"]
-        options += ["--evaluate.window", "2048", *scores]
-        options += ["--evaluate.dense", "true" if arm == "dense" else "false"]
-    options += ["--model.path", str(start), "--output_dir", str(folder_of(cell, work))]
-    options += ["--name", f"{arm} {pattern}".strip(), "--stages", f"[{', '.join(stages)}]"]
-    return entry(options)
-
-
-def clear(cell: Cell, left: list[Cell], work: Path) -> None:
-    """Removes the weights of a cell and of its base once they are scored, and no cell of `left`
-    needs them."""
-    for made in {cell, base_of(cell)} - {base_of(c) for c in left}:
-        if missing(made):
-            continue
-        remove_weights(model_of(made, work))
-        (model_of(made, work) / masks.FILE).unlink(missing_ok=True)
+def clear(cells: list[Cell], runs: Matrix) -> None:
+    """Deletes weights that are fully scored and that no unfinished cell of `cells` starts from."""
+    needed = {base_of(cell) for cell in cells if missing(cell)}
+    for cell in {*cells, *map(base_of, cells)} - needed:
+        if not missing(cell):
+            model = runs.model_of(row_of(cell))
+            remove_weights(model)
+            (model / masks.FILE).unlink(missing_ok=True)
 
 
 # The results
 
 
 def results() -> dict:
-    """What is measured already, by cell."""
-    return read_json(RESULTS) if RESULTS.exists() else {}
+    """The figures that are measured already, by cell."""
+    return matrix.read_results(RESULTS)
 
 
-def standing(cell: Cell) -> dict:
-    """What is measured of a cell and need not be made again."""
-    row = results().get(name_of(cell), {})
-    return {} if row.get("before") else row
-
-
-def measured(cell: Cell, work: Path, keys: dict[str, str]) -> dict:
+def measured(cell: Cell, runs: Matrix, keys: dict[str, str]) -> dict:
     """What a finished cell measured, with what a reader needs to compare it."""
-    last = model_of(cell, work)
+    last = runs.model_of(row_of(cell))
     corpora = read_json(last / "perplexity.json")["corpora"]
     result = {name: corpora[key]["ppl_token"] for name, key in keys.items()}
-    if cell[0] != "dense":
-        made = dict.fromkeys((model_of(base_of(cell), work), last))
+    if cell[0] != DENSE:
+        made = dict.fromkeys((runs.model_of(row_of(base_of(cell))), last))
         done = [read_json(stage / "done.json") for stage in made]
         result["seconds"] = round(sum(d["seconds"] for d in done), 1)
         result["peak_memory_bytes"] = max(d["peak_memory_bytes"] for d in done)
@@ -278,26 +237,26 @@ def measured(cell: Cell, work: Path, keys: dict[str, str]) -> dict:
             result["kept"] = collections.Counter(kept)
         if "blocks" in counts:
             result["epochs"] = [block["epoch"] for block in counts["blocks"]]
-    return result | assets.provenance(folder_of(cell, work))
+    return result | assets.provenance(last.parent)
 
 
 def by_seed(pattern: str, key: str, *arms: str) -> list[tuple[float, ...]]:
     """A score of some arms, a tuple for each seed that all of them have; `dense` has every one."""
-    there = results()
-    cells = ([there.get(name_of((a, pattern, s)), {}) for a in arms] for s in SEEDS)
+    known = results()
+    cells = ([known.get(name_of((a, pattern, s)), {}) for a in arms] for s in SEEDS)
     return [tuple(c[key] for c in row) for row in cells if all(key in c for c in row)]
 
 
 def score(pattern: str, key: str, arm: str) -> str:
     """An arm's score over its seeds, as a table shows it; `dense` has one."""
     values = [value for (value,) in by_seed(pattern, key, arm)]
-    return spread(values[:1] if arm == "dense" else values)
+    return mean_and_spread(values[:1] if arm == DENSE else values)
 
 
 def percent(pattern: str, formula: Callable[..., float], *arms: str, form: str = ".1f") -> str:
     """A share of the WikiText-2 perplexities (first windows) of some arms, paired by seed."""
     shares = [100 * formula(*ppls) for ppls in by_seed(pattern, "wikitext2", *arms)]
-    return f"{spread(shares, form)} %" if shares else ""
+    return f"{mean_and_spread(shares, form)}%" if shares else ""
 
 
 def relative_to(pattern: str, arm: str, other: str) -> str:
@@ -326,7 +285,7 @@ def against_controls(pattern: str, key: str, sds: str) -> str:
         verdict = "within the spread"
     else:
         verdict = "better" if mean < 0 else "no better"
-    return f"{spread(differences, '+.2f')} (C{best + 1}, {verdict})"
+    return f"{mean_and_spread(differences, '+.2f')} (C{best + 1}, {verdict})"
 
 
 # The page
@@ -334,16 +293,10 @@ def against_controls(pattern: str, key: str, sds: str) -> str:
 
 def summary() -> list[str]:
     """One table, arms by patterns: WikiText-2, its first windows and the whole test set."""
-    there = results()
     keys = [(p, "wikitext2") for p in PATTERNS] + [(p, "whole") for p in SEVERAL]
     head = [pattern if key != "whole" else f"{pattern}, whole" for pattern, key in keys]
 
-    def row(arm: str) -> list[str]:
-        cells = [there.get(name_of((arm, p, s)), {}) for p in PATTERNS for s in SEEDS]
-        mark = MARK if any(cell.get("before") for cell in cells) else ""
-        return [arm + mark, *(score(pattern, key, arm) for pattern, key in keys)]
-
-    rows = [row(arm) for arm in ("dense", *ARMS)]
+    rows = [[arm, *(score(*key, arm) for key in keys)] for arm in (DENSE, *ARMS)]
     title = f"WikiText-2, first {FIRST} windows"
     return markdown([title, *head], [r for r in rows if any(r[1:])])
 
@@ -358,13 +311,12 @@ def details(pattern: str) -> list[str]:
         scores = [score(pattern, key, arm) for key in keys]
         if not any(scores):
             continue
-        closed = gap_closed(pattern, arm, "SparseGPT").removeprefix("-0.0 %")
-        worse = closed.startswith("-")
-        beside = [relative_to(pattern, arm, "SparseGPT"), "" if worse else closed]
-        first = results().get(name_of((arm, pattern, 0)))
-        mark = MARK if first and first.get("before") else ""
-        rows.append([arm + mark, *scores, *beside, *_costs(first)])
-        notes += _kept(arm, pattern, first or {})
+        closed = gap_closed(pattern, arm, "SparseGPT").removeprefix("-0.0%")
+        closed = "" if closed.startswith("-") else closed
+        beside = [relative_to(pattern, arm, "SparseGPT"), closed]
+        first = results().get(name_of((arm, pattern, 0)), {})
+        rows.append([arm, *scores, *beside, *_costs(first)])
+        notes += _kept(arm, pattern, first)
         if arm in CONTROLS:
             differences = [against_controls(pattern, key, arm) for key in keys]
             if any(differences):
@@ -380,14 +332,10 @@ def details(pattern: str) -> list[str]:
     return [f"## {pattern}", "", *table, "", *notes, *[""] * bool(notes)]
 
 
-def _costs(cell: dict | None) -> list[str]:
+def _costs(cell: dict) -> list[str]:
     """Layer error, seconds and GiB of a cell."""
-    if not cell:
-        return ["", "", ""]
-    error = f"{cell['layer_error']:.4f}" if "layer_error" in cell else ""
-    seconds = f"{cell['seconds']:.0f}" if "seconds" in cell else ""
-    memory = f"{cell['peak_memory_bytes'] / 2**30:.1f}" if "peak_memory_bytes" in cell else ""
-    return [error, seconds, memory]
+    forms = {"layer_error": (1, ".4f"), "seconds": (1, ".0f"), "peak_memory_bytes": (2**30, ".1f")}
+    return [f"{cell[k] / unit:{form}}" if k in cell else "" for k, (unit, form) in forms.items()]
 
 
 def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
@@ -408,8 +356,6 @@ def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
 def write_tables() -> None:
     """Writes `study_solvers.md` and, where two sparsities can be joined, `study_solvers.png`."""
     page = ["# Training-free methods on SmolLM2-135M", "", *NOTE, "", *summary(), ""]
-    before = sorted({row["before"] for row in results().values() if row.get("before")})
-    page += [f"{MARK.strip()} to be made again: {'; '.join(before)}.", ""] if before else []
     for pattern in PATTERNS:
         page += details(pattern)
     drawn = figure(RESULTS.with_suffix(".png"))
@@ -439,7 +385,7 @@ it.""".split("\n")
 def figure(path: Path) -> bool:
     """Draws perplexity over sparsity (unstructured, seed 0, first windows); whether it did.
 
-    Magnitude is left out, whose thousands would press all others into one band, and the controls.
+    Magnitude, whose thousands would squeeze all others into one band, and controls are left out.
     """
     import matplotlib
 
@@ -447,22 +393,21 @@ def figure(path: Path) -> bool:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    there = results()
     page = plt.figure(figsize=(8.5, 4.5), layout="constrained")
     axes = page.gca()
     arms = [a for a in ARMS if a != "magnitude" and a not in ONCE and not a.startswith("C2")]
-    colours = plt.get_cmap("tab20").colors
-    for arm, marker, colour in zip(arms, "osDd^v<>PX*", colours, strict=False):
-        cells = {int(p[:2]): there.get(name_of((arm, p, 0)), {}) for p in PATTERNS if "%" in p}
+    sparsities = {pattern: int(pattern[:-1]) for pattern in PATTERNS if "%" in pattern}
+    for arm, marker, color in zip(arms, "osDd^v<>PX*", plt.get_cmap("tab20").colors, strict=False):
+        cells = {s: results().get(name_of((arm, p, 0)), {}) for p, s in sparsities.items()}
         points = sorted((s, cell["wikitext2"]) for s, cell in cells.items() if "wikitext2" in cell)
         if points:
-            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=arm)
+            axes.plot(*zip(*points, strict=True), marker=marker, color=color, label=arm)
     drawn = any(len(line.get_xdata()) > 1 for line in axes.lines)
     if drawn:
-        if "wikitext2" in there.get("dense", {}):
-            axes.axhline(there["dense"]["wikitext2"], color="black", ls="--", lw=1, label="dense")
+        for (ppl,) in by_seed("", "wikitext2", DENSE)[:1]:
+            axes.axhline(ppl, color="black", ls="--", lw=1, label=DENSE)
         axes.set(xlabel="zeros, %", ylabel=f"WikiText-2 ppl_token@2048, first {FIRST} windows")
-        axes.set(yscale="log", xticks=[int(p[:2]) for p in PATTERNS if "%" in p])
+        axes.set(yscale="log", xticks=list(sparsities.values()))
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         for numbers in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             numbers("{x:.0f}")

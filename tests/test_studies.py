@@ -1,10 +1,18 @@
 """The programs of eval/ that measure for hours: their plans, verdicts and tables, not the hours."""
 
+import json
+
+import acceptance
 import bench_solvers
+import demo
+import matrix
 import pytest
 import shapes
 import study_solvers as study
+from matrix import DENSE, Matrix, Row
 from transformers import AutoModelForCausalLM
+
+from cap_llm.command_line import make_parser
 
 EVERY = study.plan(study.ARMS, study.PATTERNS, study.SEEDS)
 
@@ -15,12 +23,10 @@ def known(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path / "study.json")
 
     def write(pattern: str, **ppls: list[float]) -> None:
-        cells = {}
         for arm, values in ppls.items():
             for seed, ppl in enumerate(values):
-                name = study.name_of((arm, pattern, seed))
-                cells[name] = {"wikitext2": ppl, "c4": ppl, "seconds": 1.0, "peak_memory_bytes": 1}
-        study.write_json(study.RESULTS, study.results() | cells)
+                figures = {"wikitext2": ppl, "c4": ppl, "seconds": 1.0, "peak_memory_bytes": 1}
+                matrix.record(study.RESULTS, study.name_of((arm, pattern, seed)), figures)
 
     return write
 
@@ -43,78 +49,149 @@ def test_magnitude_reads_no_text_and_has_one_seed():
     assert {seed for arm, _, seed in EVERY if arm == "Wanda"} == {0, 1, 2}
 
 
-def test_every_cell_has_a_folder_of_its_own(tmp_path):
-    assert len({study.folder_of(cell, tmp_path) for cell in EVERY}) == len(EVERY)
+def test_all_recorded_rows_are_cells_of_the_study():
+    recorded = json.loads(study.RESULTS.read_text())
+    cells = {study.name_of(cell): cell for cell in EVERY}
+    known = study.results()
+    assert len(known) == len(recorded) and known.keys() <= cells.keys()
+    assert [row for row in known.values()] == [row for row in recorded.values()]
+    assert not study.missing(cells["dense"])
+    assert not study.missing(cells["ALPS + reconstruction, 50%, seed 0"])
+    assert study.missing(cells["ALPS, 50%, seed 0"]) == ["whole"]
+
+
+def test_names_of_earlier_versions_are_read_and_replaced(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"Wanda, 50 %, seed 0": {"c4": 1}, "dense": {"c4": 2}}')
+    matrix.record(path, "dense", {"c4": 3})
+    assert json.loads(path.read_text()) == {"Wanda, 50%, seed 0": {"c4": 1}, "dense": {"c4": 3}}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(demo.ROWS + demo.MORE, acceptance.ROWS, list(bench_solvers.ROWS.values())),
+        [study.row_of(cell) for cell in EVERY],
+    ],
+    ids=["demo", "acceptance", "bench", "study"],
+)
+def test_every_row_has_a_folder_of_its_own_and_follows_what_it_needs(rows, tmp_path):
+    runs = Matrix(tmp_path, "dense")
+    assert len({runs.folder(row) for row in rows}) == len(rows)
+    before = set()
+    for row in rows:
+        assert before >= {need.name for need in row.needs}
+        before.add(row.name)
+
+
+@pytest.mark.parametrize("rows", [demo.ROWS + demo.MORE, acceptance.ROWS])
+def test_every_row_is_a_command_that_the_entry_reads(rows, tmp_path):
+    parser = make_parser()
+    for row in rows:
+        command = Matrix(tmp_path, "dense").command(row, {"evaluate.corpora": ["a.txt"]})
+        entry = next(n for n, word in enumerate(command) if word.endswith("train.py"))
+        config = parser.parse_args(command[entry + 1 :])
+        assert config.stages[-1] == "evaluate" and (row.stage in (*config.stages, DENSE))
+        assert config.evaluate.corpora == ["a.txt"] and config.model.dense == (
+            "dense" if row.needs else None
+        )
+
+
+def test_the_demo_tells_its_story_in_six_rows():
+    names = [row.name for row in demo.ROWS]
+    assert names[:3] == ["dense", "SparseGPT 50%", "ALPS 50%"]
+    assert names[3:] == [
+        "ALPS 50% + reconstruction",
+        "ALPS 50% + reconstruction + recovery",
+        "ALPS 2:4",
+    ]
 
 
 def test_weights_go_once_they_are_scored_and_no_cell_starts_from_them(tmp_path, monkeypatch):
     base, later = ("SparseGPT", "2:4", 0), ("SDS on SparseGPT", "2:4", 0)
+    runs = Matrix(tmp_path, "dense")
     for cell in (base, later):
-        folder = study.model_of(cell, tmp_path)
-        folder.mkdir(parents=True)
-        for name in (
-            study.INDEX,
-            "model-00001-of-00002.safetensors",
-            study.masks.FILE,
-            "done.json",
-        ):
-            (folder / name).write_text("{}")
+        finish(runs, study.row_of(cell), "model-00001-of-00002.safetensors", study.masks.FILE)
 
     def left(cell) -> set[str]:
-        return {p.name for p in study.model_of(cell, tmp_path).iterdir()}
+        return {p.name for p in runs.model_of(study.row_of(cell)).iterdir()}
 
-    monkeypatch.setattr(study, "missing", lambda cell: [] if cell == base else ["whole"])
-    study.clear(base, [later], tmp_path)
-    assert len(left(base)) == 4
-    study.clear(later, [], tmp_path)
-    assert len(left(base)) == 1 and len(left(later)) == 4
-    monkeypatch.setattr(study, "missing", lambda cell: [])
-    other_seed = ("SDS on SparseGPT", "2:4", 1)
-    study.clear(later, [other_seed], tmp_path)
+    unfinished = {later}
+    monkeypatch.setattr(study, "missing", lambda cell: ["first"] if cell in unfinished else [])
+    study.clear([base, later], runs)
+    assert len(left(base)) == len(left(later)) == 4
+    unfinished = {("SDS on SparseGPT", "2:4", 1)}
+    study.clear([later, *unfinished], runs)
     assert left(base) == left(later) == {"done.json"}
 
 
-def test_what_is_gone_is_made_again_and_what_is_there_is_not(tmp_path, monkeypatch):
-    commands = []
-
-    def entry(options):
-        commands.append(options[options.index("--output_dir") + 1])
-        return 0
-
-    monkeypatch.setattr(study, "entry", entry)
-    cell = ("C2 on Wanda", "50 %", 0)
-    base = study.model_of(study.base_of(cell), tmp_path)
-    base.mkdir(parents=True)
-    for name in ("done.json", study.INDEX):
-        (base / name).write_text("{}")
-    study.run(cell, tmp_path, tmp_path, [])
-    assert commands == [str(study.folder_of(cell, tmp_path))]
-    (base / study.INDEX).unlink()
-    study.run(cell, tmp_path, tmp_path, [])
-    assert commands[1:] == [str(base.parent), commands[0]] and not (base / "done.json").exists()
+def finish(runs: Matrix, row: Row, *others: str) -> None:
+    """Writes the files of a finished model."""
+    folder = runs.model_of(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("done.json", matrix.INDEX, *others):
+        (folder / name).write_text("{}")
 
 
-def test_one_failing_cell_ends_nothing_and_a_stop_ends_all(tmp_path, known, monkeypatch, capsys):
-    codes, tried = {"Wanda": 1}, []
+@pytest.fixture
+def called(monkeypatch):
+    """The output directories of the entry's calls, and the exit code of each by name."""
+    codes, folders = {}, []
 
-    def entry(cell, *_):
-        tried.append(cell[0])
-        return codes.get(cell[0], 0)
+    def call(command, ranks=1):
+        folders.append(command[command.index("--output_dir") + 1].rpartition("/")[2])
+        return codes.get(folders[-1], 0)
 
-    monkeypatch.setattr(study, "run", entry)
-    monkeypatch.setattr(study, "measured", lambda cell, work, keys: dict.fromkeys(keys, 1.0))
+    monkeypatch.setattr(matrix, "call", call)
+    return folders, codes
+
+
+def test_a_deleted_model_is_made_again_and_a_complete_one_is_not(tmp_path, called):
+    folders, _ = called
+    runs, base = Matrix(tmp_path, "dense"), Row("a")
+    later = Row("a + b", {"model.path": base}, "sds")
+    finish(runs, base)
+    runs.run(later)
+    assert folders == ["a-b"]
+    (runs.model_of(base) / matrix.INDEX).unlink()
+    runs.run(later)
+    assert folders[1:] == ["a", "a-b"] and not (runs.model_of(base) / "done.json").exists()
+
+
+def test_a_failed_row_ends_only_what_needs_it_and_a_stop_ends_all(tmp_path, called, capsys):
+    folders, codes = called
+    runs, base = Matrix(tmp_path, "dense"), Row("a")
+    rows = [Row(DENSE, stage=DENSE), base, Row("b", {"model.path": base}, "sds"), Row("c")]
+
+    def run() -> int:
+        folders.clear()
+        return runs.run_all(rows, lambda row: runs.run(row, {}), matrix.Console())
+
+    finish(runs, base)
+    assert run() == 0 and folders == ["dense", "a", "b", "c"]
+    codes["a"] = 1
+    assert run() == 1 and folders == ["dense", "a", "c"]
+    said = capsys.readouterr().out
+    assert "failed: a: exit code 1" in said and "failed: b: it needs a" in said
+    codes["a"] = 143
+    assert run() == 143 and folders == ["dense", "a"]
+    codes["dense"] = 2
+    assert run() == 2 and folders == ["dense"]
+
+
+def test_the_study_records_each_score_as_it_is_made(tmp_path, known, called, monkeypatch):
+    folders, codes = called
+    monkeypatch.setattr(study, "measured", lambda cell, runs, keys: dict.fromkeys(keys, 1.0))
     monkeypatch.setattr(study, "write_tables", lambda: None)
     monkeypatch.setattr(study.assets, "smollm2", lambda say: tmp_path)
+    codes["wanda-60-seed-0"] = 1
     arms = ["magnitude", "Wanda", "ALPS"]
-    monkeypatch.setattr("sys.argv", ["study", str(tmp_path), "--patterns", "60 %", "--arms", *arms])
+    monkeypatch.setattr("sys.argv", ["study", str(tmp_path), "--patterns", "60%", "--arms", *arms])
     assert study.main() == 1
-    assert tried == ["dense", "dense", *arms]
-    assert "failed: Wanda, 60 %, seed 0: exit code 1" in capsys.readouterr().out
-    codes |= {"Wanda": 143}
-    assert study.main() == 143 and tried[-1] == "Wanda"
-    study.RESULTS.unlink()
-    codes["dense"] = 2
-    assert study.main() == 2 and tried[-1] == "dense"
+    assert folders == ["dense", "dense", *(f"{arm}-60-seed-0".lower() for arm in arms)]
+    assert study.results()["dense"].keys() == {"wikitext2", "c4", "whole"}
+    folders.clear()
+    assert study.main() == 1 and folders == ["wanda-60-seed-0"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +213,7 @@ def test_the_gap_is_between_sparsegpt_and_dense(known):
     known("2:4", **{"SparseGPT": [60.0, 62.0], "ALPS": [45.0, 45.0]})
     known("", dense=[30.0])
     (row,) = (line for line in study.details("2:4") if line.startswith("| ALPS"))
-    assert "| -26.2 ± 1.7 % | 51.6 ± 2.2 % |" in row
+    assert "| -26.2 ± 1.7% | 51.6 ± 2.2% |" in row
 
 
 def test_no_ratio_is_printed_of_a_disturbed_row(capsys):

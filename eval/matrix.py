@@ -1,0 +1,196 @@
+"""A matrix of runs: the demo, the acceptance check, the studies and a benchmark declare its rows.
+
+A row is one run of the real entry in a directory of its own. Rows that are finished are skipped,
+an interrupted row resumes, and a row that starts from another row's model waits for it. A script
+imports this module before the package, which need not be installed then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from cap_llm.models.checkpoint import INDEX  # noqa: E402
+from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
+from cap_llm.runtime.files import read_json, write_json  # noqa: E402
+from cap_llm.runtime.interrupt import held_back  # noqa: E402
+
+quiet_libraries()
+
+RESULTS = ROOT / "eval" / "results"
+DENSE = "dense"  # the stage of a row that only scores the dense model
+STOPS = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of an interrupted entry
+
+
+@dataclass
+class Row:
+    """One run of the entry.
+
+    Attributes:
+        name: identifies the row in tables, in the log and in a file of results.
+        options: the entry's options by name; a row stands for the model that it makes.
+        stage: the stage that makes this row's model.
+        ranks: processes that make it.
+    """
+
+    name: str
+    options: dict[str, object] = field(default_factory=dict)
+    stage: str = "oneshot"
+    ranks: int = 1
+
+    @property
+    def needs(self) -> list[Row]:
+        """The rows whose models this row reads."""
+        return [value for value in self.options.values() if isinstance(value, Row)]
+
+
+@dataclass
+class Matrix:
+    """Rows that come from one dense model.
+
+    Attributes:
+        work: folder of the run directories.
+        model: the dense model, a directory or a name on the hub.
+        common: options of every row.
+    """
+
+    work: Path
+    model: Path | str
+    common: dict[str, object] = field(default_factory=dict)
+
+    def folder(self, row: Row) -> Path:
+        """The row's run directory."""
+        name = re.sub(r"\W+", "-", row.name.replace(":", "of"))
+        return self.work / name.strip("-").lower()
+
+    def model_of(self, row: Row) -> Path:
+        """The directory of the row's model."""
+        return self.folder(row) / row.stage
+
+    def has_model(self, row: Row) -> bool:
+        """Whether the row's model is complete and still has its weights."""
+        files = (self.model_of(row) / name for name in ("done.json", INDEX))
+        return row.stage == DENSE or all(file.exists() for file in files)
+
+    def command(self, row: Row, scores: dict | None = None, ranks: int = 0) -> list[str]:
+        """The command that makes the row's model and, given options for that, scores it."""
+        start = {"model.path": self.model}
+        if isinstance(row.options.get("model.path"), Row):
+            start["model.dense"] = self.model
+        place = {"output_dir": self.folder(row), "name": row.name}
+        stages = [row.stage] * (row.stage != DENSE) + ["evaluate"] * (scores is not None)
+        options = self.common | place | start | row.options | (scores or {}) | {"stages": stages}
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        ranks = ranks or row.ranks
+        command = [sys.executable, *([*launcher, str(ranks)] if ranks > 1 else [])]
+        command.append(str(ROOT / "cap_llm" / "train.py"))
+        for name, value in options.items():
+            value = self.model_of(value) if isinstance(value, Row) else value
+            command += [f"--{name}", _text(value)]
+        return command
+
+    def run(self, row: Row, scores: dict | None = None, ranks: int = 0) -> int:
+        """Makes the models that the row reads, then its own, and scores it; the exit code."""
+        for need in row.needs:
+            if not self.has_model(need) and (code := self.run(need)):
+                return code
+        if not self.has_model(row):  # without weights, `done.json` describes a deleted model
+            (self.model_of(row) / "done.json").unlink(missing_ok=True)
+        return call(self.command(row, scores, ranks), ranks or row.ranks)
+
+    def run_all(self, rows: list[Row], work: Callable[[Row], int], console: Console) -> int:
+        """Calls `work`, which returns an exit code, on each row; returns the exit code of all.
+
+        After a failure the other rows go on, except those that need the failed one. An interrupt,
+        or a dense model that cannot be scored, ends everything.
+        """
+        failed: dict[str, str] = {}
+        for n, row in enumerate(rows, 1):
+            console.say(f"\n[{n}/{len(rows)}] {row.name}", style="bold")
+            if lost := [need.name for need in row.needs if need.name in failed]:
+                failed[row.name] = f"it needs {lost[0]}"
+            elif code := work(row):
+                if code in STOPS or row.stage == DENSE:
+                    return code
+                failed[row.name] = f"exit code {code}, see {self.folder(row)}/log.txt"
+        for name, why in failed.items():
+            console.say(f"failed: {name}: {why}", style="red")
+        return 1 if failed else 0
+
+
+def call(command: list[str], ranks: int = 1) -> int:
+    """Runs a command on all cores; its exit code. A request to stop is passed on to it."""
+    import torch
+
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    with held_back() as request:
+        process, passed_on = subprocess.Popen(command, env=environment), False
+        while True:
+            try:
+                code = process.wait(1)
+                break
+            except subprocess.TimeoutExpired:  # Ctrl-C reaches the whole group by itself
+                if request.number == signal.SIGTERM and not passed_on:
+                    process.terminate()
+                    passed_on = True
+    if request.number:
+        return 128 + request.number
+    return 128 - code if code < 0 else code  # the shell's convention
+
+
+def _text(value) -> str:
+    """An option's value as the command line spells it."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
+
+
+# Figures
+
+
+def read_results(path: Path) -> dict[str, dict]:
+    """The recorded figures by row; names written as `50 %` by earlier versions read `50%`."""
+    recorded = read_json(path) if path.exists() else {}
+    return {name.replace(" %", "%"): figures for name, figures in recorded.items()}
+
+
+def record(path: Path, name: str, figures: dict) -> None:
+    """Adds a row's figures to a file of results, or replaces them."""
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, read_results(path) | {name: figures})
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def mean_and_spread(values: Iterable[float], form: str = ".2f") -> str:
+    """Mean ± standard deviation; without the deviation for one value, empty for none."""
+    values = list(values)
+    more = f" ± {statistics.stdev(values):{form.strip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{more}" if values else ""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, with the default of each option."""
+    return argparse.ArgumentParser(description=doc, formatter_class=_Help)
