@@ -34,7 +34,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from matrix import arguments
 from shapes import SHAPES, TEXT, random_model
@@ -238,12 +237,14 @@ def steps(work: dict, world) -> dict[str, dict]:
 
     from cap_llm.config import ObjectiveConfig, RecoverConfig
     from cap_llm.recovery import engines, training
-    from cap_llm.recovery.contrasts import Contrasts
+    from cap_llm.recovery.contrasts import NoContrast
+    from cap_llm.recovery.decoder import LanguageModeling
     from cap_llm.recovery.zeros import keep_zeros
     from cap_llm.runtime.peaks import forget, highest, peaks
     from cap_llm.text.corpora import read_corpus
     from cap_llm.text.packing import pack
     from cap_llm.text.tokenizers import load_tokenizer
+    from cap_llm.training.masks import Fixed
 
     model, folder = Path(work["model"]), Path(work["folder"])
     batch = world.size * work["micro_batch"]
@@ -268,7 +269,12 @@ def steps(work: dict, world) -> dict[str, dict]:
     teacher_ds = engines.teacher_settings(config, world, student_ds)
     corpus = read_corpus(work["text"], "train")
     text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
-    engine = engines.load_student(model, student_ds, config, world)
+    tasks = {
+        arm: LanguageModeling(text, config.objective, config.SKIP, config.seed, world.device)
+        for arm, config in configs.items()
+    }
+    first = next(iter(tasks.values()))
+    engine = engines.load_student(model, student_ds, config, world, first.student)
 
     def masks():
         for name, p in engine.module.named_parameters():
@@ -277,12 +283,11 @@ def steps(work: dict, world) -> dict[str, dict]:
                 yield name, torch.arange(shape.numel()).view(shape) % 2 == 0
 
     keep_zeros(engine, masks())
-    run = SimpleNamespace(world=world)  # all that a step reads of a run
     teacher, jobs = None, {}
     lines: dict[str, dict] = {}
 
     def states(ids):
-        return teacher(ids, False)[0]
+        return first.states(teacher, ids)
 
     def timed(arm: str, step: int, work, *given) -> None:
         forget()
@@ -304,20 +309,19 @@ def steps(work: dict, world) -> dict[str, dict]:
             o = config.objective
             if step == 0:  # what an arm needs comes just before its first step
                 if o.kl and teacher is None:
-                    teacher = engines.load_teacher(model, teacher_ds, config, world)
-                contrasts = Contrasts(None, config.contrast, batch, world)
+                    teacher = engines.load_teacher(model, teacher_ds, config, world, first.teacher)
+                contrasts = NoContrast()
                 if config.contrasts:
                     contrasts = filled(config, text, model, folder / arm, world)
                 used = teacher if o.kl else None
                 jobs[arm] = training.Job(
-                    model, (), used, contrasts, text, folder, {}, "bench", "bench"
+                    model, tasks[arm], Fixed(()), used, contrasts, folder, {}, "bench", "bench"
                 )
-            engine.module.factors = (o.ce, o.kl, o.temperature)
-            engine.module.feature = bool(o.feature)
-            timed(arm, step, training.step_once, engine, jobs[arm], LATE + step, config, run)
+            engine.module.objective = o
+            timed(arm, step, training.step_once, engine, jobs[arm], LATE + step, config, world)
         banked = next((job.contrasts for job in jobs.values() if job.contrasts.terms), None)
         if banked:
-            bank = random_bank(banked.encoder, folder / f"pass-{step}", world, empty=True)
+            bank = random_bank(banked.extractor, folder / f"pass-{step}", world, empty=True)
             some, each = torch.arange(batch), work["micro_batch"]
             timed(PASS, step, banked.fill, bank, states, some, each, PASS, Console(speaks=False))
     return lines
@@ -326,31 +330,31 @@ def steps(work: dict, world) -> dict[str, dict]:
 def filled(config, text, model: Path, folder: Path, world):
     """The contrasts on full banks; of random rows, which cost as much as any."""
     from cap_llm.recovery.check import state_width
-    from cap_llm.recovery.contrasts import Contrast, Contrasts
-    from cap_llm.recovery.units import Encoder
+    from cap_llm.recovery.contrasts import ContrastiveObjective, ContrastTerm
+    from cap_llm.recovery.decoder import TextUnits
 
-    width = state_width(model)
-    encoder = Encoder(text, config.contrast, width, config.SKIP, 0, world.device)
-    contrasts = Contrasts(encoder, config.contrast, config.batch, world)
+    width, extra = state_width(model), config.contrast.extra_sequences
+    units = TextUnits(text, config.contrast, width, config.SKIP, 0, world.device)
+    contrasts = ContrastiveObjective(units, extra, config.batch, world)
     for name in CONTRASTS:
-        bank = random_bank(encoder, folder / name, world)
-        contrasts.terms.append(Contrast(name, CONTRASTS[name], [bank], name == "prc"))
+        bank = random_bank(units, folder / name, world)
+        contrasts.terms.append(ContrastTerm(name, CONTRASTS[name], [bank], name == "prc"))
     return contrasts
 
 
-def random_bank(encoder, folder: Path, world, empty: bool = False):
+def random_bank(units, folder: Path, world, empty: bool = False):
     """A bank of random rows, or of none yet."""
     import torch
 
     from cap_llm.recovery.bank import Bank
-    from cap_llm.recovery.units import normalise
+    from cap_llm.recovery.units import normalize
 
-    shape = (len(encoder.text.ids), encoder.n_units, encoder.dim)
+    shape = units.n_examples, units.n_units, units.dim
     bank = Bank(folder, {}, shape, world)
-    bank.settle(torch.zeros(encoder.dim), 0.0, float(encoder.dim))
+    bank.set_center(torch.zeros(units.dim), 0.0, float(units.dim))
     if not empty:
         rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        bank.write(torch.arange(shape[0]), normalise(rows, bank.centre))
+        bank.write(torch.arange(shape[0]), normalize(rows, bank.center))
     return bank
 
 

@@ -27,10 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from cap_llm.config import ContrastConfig, RecoverConfig
 from cap_llm.recovery.bank import Bank
-from cap_llm.recovery.contrasts import Contrast, Contrasts
-from cap_llm.recovery.decoder import Decoder
+from cap_llm.recovery.contrasts import ContrastiveObjective, ContrastTerm
+from cap_llm.recovery.decoder import CausalLM, TextUnits
 from cap_llm.recovery.objectives import head_loss
-from cap_llm.recovery.units import Encoder
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -111,7 +110,7 @@ def states_and_head(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Final states [N, T, H] of a model directory and its head's weight [V, H], in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-    decoder = Decoder(model)
+    decoder = CausalLM(model)
     states = torch.cat([decoder(part.to(device), False)[0] for part in ids.split(4)])
     return states, decoder.head.weight.detach()
 
@@ -119,17 +118,13 @@ def states_and_head(
 def contrast(text, dense: torch.Tensor, n: int, changes: dict, folder: Path, world: World):
     """PrC on the first n sequences, with the others' rows as further candidates."""
     settings = ContrastConfig(**changes)
-    encoder = Encoder(text, settings, dense.shape[-1], RecoverConfig.SKIP, 0, world.device)
-    bank = Bank(folder, {}, (len(text.ids), encoder.n_units, encoder.dim), world)
-    contrasts = Contrasts(encoder, settings, n, world, share=torch.arange(n, len(text.ids)))
-    by_row = {tuple(row.tolist()): states for row, states in zip(text.ids, dense, strict=True)}
-
-    def model(ids: torch.Tensor) -> torch.Tensor:
-        return torch.stack([by_row[tuple(row.tolist())] for row in ids])
-
+    units = TextUnits(text, settings, dense.shape[-1], RecoverConfig.SKIP, 0, world.device)
+    bank = Bank(folder, {}, (len(text.ids), units.n_units, units.dim), world)
+    others = torch.arange(n, len(text.ids))
+    contrasts = ContrastiveObjective(units, settings.extra_sequences, n, world, share=others)
     everyone = torch.arange(len(text.ids))
-    contrasts.fill(bank, model, everyone, 4, "banking", Console(speaks=False))
-    contrasts.terms.append(Contrast("prc", 1.0, [bank]))
+    contrasts.fill(bank, lambda ids: dense[ids], everyone, 4, "banking", Console(speaks=False))
+    contrasts.terms.append(ContrastTerm("prc", 1.0, [bank]))
     mine = everyone[:n]
     return lambda states: contrasts.losses(states, None, mine, mine, 0, 0)["prc"]
 
