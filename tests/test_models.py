@@ -1,17 +1,21 @@
 """A model seen block by block is the model: every family, bit for bit."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from bad_input.damage import change_config, change_weights
 from safetensors.torch import load_file, save_file
 from support import FAMILIES, weights
 
-from cap_llm.models.blocks import BlockModel, match_names
-from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.blocks import BlockModel, match_names, model_class, read_as, skeleton
+from cap_llm.models.checkpoint import Checkpoint, weight_files
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import convert
+from cap_llm.models.source import convert, load_whole, needs_conversion
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
+from cap_llm.sparsity.masks import save_masks
 from cap_llm.train import main
 
 CPU = torch.device("cpu")
@@ -268,3 +272,139 @@ def test_zeros_that_are_too_few_for_a_mask_are_told(tiny, tmp_path):
     assert "1 matrices have zeros that will not stay, fewer than 20%" in masks.told
     assert "model.layers.0.self_attn.q_proj.weight has most (14.9 %)" in masks.told
     assert not Masks(tiny("llama"), World.alone(torch.device("cpu"))).told
+
+
+# what of a directory is read
+
+
+def other(model: torch.nn.Module, add: float) -> dict[str, torch.Tensor]:
+    return {name: tensor + add for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        ["safetensors", "index", "bin"],
+        ["index", "bin", "bin index"],
+        ["bin", "bin index"],
+        ["bin index"],
+        ["named", "safetensors", "index"],
+    ],
+)
+def test_the_weights_are_those_that_transformers_takes(tiny, tmp_path, there):
+    """Of several in one directory, as a second save may leave them."""
+    folder = tiny("llama")
+    model = whole(folder)
+    (folder / "model.safetensors").unlink()
+    for i, kind in enumerate(there):
+        tensors = other(model, 0.01 * i)
+        if kind == "named":
+            change_config(folder, transformers_weights="mine.safetensors")
+            save_file(tensors, folder / "mine.safetensors", metadata={"format": "pt"})
+        elif kind == "safetensors":
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        elif kind == "bin":
+            torch.save(tensors, folder / "pytorch_model.bin")
+        else:
+            ending, save = ("bin", torch.save) if "bin" in kind else ("safetensors", save_file)
+            stem = "pytorch_model" if "bin" in kind else "model"
+            shard = f"{stem}-00001-of-00001.{ending}"
+            save(tensors, folder / shard)
+            index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+            (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    seen = whole(folder).state_dict()
+    read = folder
+    if needs_conversion(folder):
+        convert(folder, read := tmp_path / "converted")
+    stored = weights(read)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in seen.items())
+
+
+def test_what_a_second_save_leaves_is_read(tiny):
+    folder = tiny("llama")
+    model = whole(folder)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    model.save_pretrained(folder)  # removes the shards and leaves their index
+    assert (folder / "model.safetensors.index.json").exists()
+    assert len(weight_files(folder)) == 1
+    assert match_names(skeleton(folder), Checkpoint(folder))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("stored_as", ["safetensors", "bin"])
+def test_names_are_read_without_the_prefix_of_a_wrapper(tiny, tmp_path, prefix, stored_as):
+    folder = tiny("gpt2")  # with names that transformers itself renames
+    with torch.no_grad():
+        expected = whole(folder)(input_ids=IDS).logits
+    tensors = {prefix + name: tensor for name, tensor in weights(folder).items()}
+    if stored_as == "safetensors":
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        assert prefix in read_as(skeleton(folder), Checkpoint(folder))
+        read = folder
+    else:
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+        convert(folder, read := tmp_path / "converted")
+    assert not any(name.startswith(prefix) for name in Checkpoint(read).names())
+    assert torch.equal(logits_block_by_block(BlockModel.open(read, CPU)), expected)
+    with torch.no_grad():
+        assert torch.equal(load_whole(read, dtype="float32")(input_ids=IDS).logits, expected)
+
+
+def test_names_of_which_only_some_have_a_prefix_are_left(tiny):
+    folder = tiny("llama")
+    tensors = weights(folder)
+    tensors["module.lm_head.weight"] = tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert Checkpoint(folder).prefix == ""
+
+
+@pytest.mark.parametrize(
+    ("family", "body"), [("bert", "BertModel"), ("llama", "LlamaModel"), ("opt", "OPTModel")]
+)
+@pytest.mark.parametrize("stored_as", ["safetensors", "bin"])
+def test_a_body_without_its_head_is_read(tiny, tmp_path, family, body, stored_as):
+    """As sentence encoders are stored: config.json names a class with a head."""
+    folder = tiny(family, tie_word_embeddings=False)
+    named = json.loads((folder / "config.json").read_text())["architectures"]
+    model = getattr(transformers, body)(transformers.AutoConfig.from_pretrained(folder)).eval()
+    model.save_pretrained(folder)
+    change_config(folder, architectures=named)
+    read = folder
+    if stored_as == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        convert(folder, read := tmp_path / "converted")
+    else:
+        assert named[0] in read_as(skeleton(folder), Checkpoint(folder))
+    assert type(skeleton(read)).__name__ == model_class(read).__name__ == body
+    streamed = BlockModel.open(read, CPU)
+    assert not streamed.is_causal
+    hidden, calls = streamed.embed(IDS)
+    for i in range(len(streamed)):
+        with streamed.block(i) as block, torch.no_grad():
+            hidden = calls[i].run(block, hidden)
+    with torch.no_grad():
+        found = load_whole(read, dtype="float32")(input_ids=IDS).last_hidden_state
+        expected = model(input_ids=IDS).last_hidden_state
+    assert torch.equal(found, expected)
+
+
+def test_a_body_that_lacks_a_tensor_is_not_read_without_its_head(tiny):
+    folder = tiny("llama")
+    tensors = weights(folder)
+    del tensors["lm_head.weight"], tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert type(skeleton(folder)).__name__ == "LlamaForCausalLM"
+    with pytest.raises(UserError, match=r"model.norm.weight"):
+        match_names(skeleton(folder), Checkpoint(folder))
+
+
+def test_masks_in_the_place_of_earlier_versions_are_read(tiny):
+    folder = tiny("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    mask = torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) > 0.5
+    change_weights(folder, lambda tensors: tensors[name].mul_(mask))
+    save_masks({name: mask}, folder / "masks.safetensors")
+    masks = Masks(folder, World.alone(CPU))
+    assert list(masks) == [name] and torch.equal(masks[name], mask) and not masks.from_zeros

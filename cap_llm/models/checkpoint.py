@@ -257,6 +257,9 @@ def _entry(folder: Path) -> Path | None:
         named = (folder / "config.json").is_file() and config_dict(folder).get(STORAGE[-1])
         paths = [folder / str(name) for name in ([named] if named else _ENTRIES)]
         entry = next((path for path in paths if path.is_file()), None)
+        for path in paths if entry is None else ():
+            if os.path.lexists(path):  # a pipe, or a link that leads nowhere
+                regular(path)
     if named and (entry is None or Path(str(named)).name != named):
         raise UserError(f"{folder}/config.json names {named!r} as its weights, not a file of it")
     return entry

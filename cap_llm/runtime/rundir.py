@@ -137,9 +137,11 @@ class Run:
         if folder in self._verified:
             return None
         self._verified.add(folder)
-        # what is no more there was removed, to save space or by who knows why
-        files = {n: facts for n, facts in done.get("files", {}).items() if (folder / n).exists()}
-        return verify(folder, files)
+        recorded = done["files"]
+        gone = {name for name in recorded if not (folder / name).exists()}  # perhaps to save space
+        if any(name.endswith(".index.json") for name in gone):  # what is left of weights is none
+            return None
+        return verify(folder, {n: facts for n, facts in recorded.items() if n not in gone})
 
     def bind(self, folder: Path, recipe: dict) -> None:
         """Records what a stage was asked to do, before its first result is written."""
@@ -205,7 +207,7 @@ class Run:
 
 def _whole(done: dict) -> dict:
     """A `done.json`, if it holds what `finish_stage` always writes."""
-    return done | {"environment": done["environment"]}
+    return done | {"environment": done["environment"], "files": dict(done.get("files", {}))}
 
 
 def refuse_strangers(path: Path) -> None:

@@ -349,7 +349,7 @@ def test_json_of_another_form_is_refused_by_its_file(refuse, broken, file, conte
 def test_a_pipe_is_not_read(refuse, broken, file):
     (broken / file).unlink(missing_ok=True)
     os.mkfifo(broken / file)
-    assert f"{broken / file}" in refuse("--model.path", broken, started="model" in file)
+    assert f"{broken / file}" in refuse("--model.path", broken)
 
 
 def test_a_shard_that_is_a_pipe_is_not_read(refuse, broken):
