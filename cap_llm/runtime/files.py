@@ -144,7 +144,7 @@ def read_json(path: Path, parse: Callable = lambda content: content):
         UserError: it is missing, not JSON, or holds something else than `parse` looks for.
     """
     try:
-        content = json.loads(regular(path).read_text())
+        content = json.loads(regular(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     try:

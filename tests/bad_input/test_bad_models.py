@@ -485,3 +485,12 @@ def test_masks_of_another_model_are_refused(refuse, broken):
     for stages in ("[oneshot]", "[reconstruct]"):
         message = refuse("--model.path", broken, "--stages", stages, started=True)
         assert str(broken / FILE) in message or "--model.dense" in message
+
+
+def test_links_to_the_files_of_another_model_directory_are_followed(accept, refuse, llama, broken):
+    for file in broken.iterdir():
+        file.unlink()
+        file.symlink_to(llama / file.name)
+    accept("--model.path", broken)
+    (broken / "notes.txt").symlink_to(llama / "tokenizer.json")  # another name
+    assert str(broken / "notes.txt") in refuse("--model.path", broken, started=True)
