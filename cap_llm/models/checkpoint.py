@@ -305,16 +305,25 @@ def side_files(folder: Path) -> list[Path]:
         index, inside = path.name.endswith(".index.json"), path.name in _NOT_COPIED
         if path.suffix not in _SIDE_FILES or index or inside or path.is_dir():
             continue
-        target = regular(path).resolve()
-        # the hub's cache: `snapshots/REVISION/config.json` is a link to `blobs/CHECKSUM`
-        cached = target.parent.name == "blobs" and (target.parents[1] / "snapshots").is_dir()
-        if path.is_symlink() and not cached and folder.resolve() not in target.parents:
+        if regular(path).is_symlink() and not _is_of_a_model(path.resolve(), path.name, folder):
+            target = path.resolve()
             raise UserError(
-                f"{path} is a link to {target}, outside of the model directory, and would be "
-                "copied into the output; replace the link by a copy, or remove it"
+                f"{path} is a link to {target}, which is not a model's file of that name and "
+                "would be copied into the output; replace the link by a copy, or remove it"
             )
         found.append(path)
     return found
+
+
+def _is_of_a_model(target: Path, name: str, folder: Path) -> bool:
+    """Whether what a link `name` in `folder` leads to may be published with the model."""
+    place = target.parent
+    if place.name == "blobs":  # the hub's cache: `snapshots/REVISION/NAME` leads to `blobs/HASH`
+        return (place.parent / "snapshots").is_dir()
+    if folder.resolve() in target.parents:
+        return True
+    is_model = (place / "config.json").is_file() and "model_type" in config_dict(place)
+    return is_model and target.name == name
 
 
 def copy_side_files(source: Path, folder: Path, replace: bool = True) -> None:

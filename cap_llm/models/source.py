@@ -143,7 +143,8 @@ def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source")
                 convert(located, folder)
             except UserError as error:
                 raise (names_differ or error) from None
-        run.finish_stage(folder, {"from": str(located)}, weights_and_masks(folder))
+        files = weights_and_masks(folder) if run.world.first else ()
+        run.finish_stage(folder, {"from": str(located)}, files)
     return folder
 
 
@@ -401,7 +402,7 @@ def _download(config: ModelConfig, download: bool) -> Path | None:
 
     try:
         folder = fetch([*_CONFIG_FILES, "model*.safetensors"])
-        if not list(folder.glob("model*.safetensors")):
+        if not can_be_streamed(folder):
             folder = fetch([*_CONFIG_FILES, "pytorch_model*.bin"])
         if not download and not is_whole(folder):
             raise FileNotFoundError("its weights are not in the cache")

@@ -25,7 +25,7 @@ from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import Config, ObjectiveConfig, RecoverConfig, Rung
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.checkpoint import fingerprint, remove_weights
+from cap_llm.models.checkpoint import fingerprint, remove_weights, weights_and_masks
 from cap_llm.models.masks import Masks
 from cap_llm.models.source import further_model
 from cap_llm.recovery import checkpoints, engines
@@ -122,7 +122,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
             for path in (*folder.glob("rungs/*/*"), folder / "finetuned"):
                 remove_weights(path)
             shutil.rmtree(folder / "banks", ignore_errors=True)
-    run.finish_stage(folder, summary)
+    run.finish_stage(folder, summary, weights_and_masks(folder) if world.first else ())
     run.console.say(f"recover: done in {duration(seconds)}, in {folder}")
     return folder
 
@@ -412,7 +412,8 @@ class _Recovery:
                 "--recover.finetuned",
                 style="yellow",
             )
-        run.finish_stage(folder, {"held_out_ppl": after})
+        files = weights_and_masks(folder) if run.world.first else ()
+        run.finish_stage(folder, {"held_out_ppl": after}, files)
         self._remove_checkpoints("finetuned")
         return folder
 

@@ -613,3 +613,12 @@ def test_code_of_a_tokenizer_is_refused_without_a_question(refuse, broken, nothi
 def test_an_attention_kernel_of_the_hub_is_refused(refuse, broken):
     change_config(broken, attn_implementation="someone/kernel")
     assert "someone/kernel" in refuse("--model.path", broken)
+
+
+def test_links_to_the_files_of_another_model_directory_are_followed(accept, refuse, llama, broken):
+    for file in broken.iterdir():
+        file.unlink()
+        file.symlink_to(llama / file.name)
+    accept("--model.path", broken)
+    (broken / "notes.txt").symlink_to(llama / "tokenizer.json")  # another name
+    assert str(broken / "notes.txt") in refuse("--model.path", broken, started=True)
