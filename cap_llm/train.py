@@ -63,6 +63,8 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     run = None
     try:
         refuse_strangers(Path(config.output_dir))
+        if note := world.crowded():
+            console.say(note, style="yellow")
         located = locate(config.model)
         check(located, config, console, world)
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []

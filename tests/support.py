@@ -56,8 +56,9 @@ def weights(folder: Path) -> dict:
 # The entry, which gets a signal as soon as its log says a word. From within: who watches from
 # another process may be kept waiting until the run is over.
 _SIGNALLED = """
-import os, sys, threading, time
+import os, signal, sys, threading, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests run under nohup
 from cap_llm import train
 
 def watch(log=Path({log!r})):

@@ -187,6 +187,46 @@ def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_p
     assert "Traceback" not in other.stderr
 
 
+@pytest.mark.parametrize("name", ["a run", "back\\slash", "tab\tand\nline", "ünicode", "-x $(id)"])
+def test_the_pipeline_knows_its_jobs_whatever_the_run_is_called(stubs, recipe, tmp_path, name):
+    run = tmp_path / name
+    first = pipeline(stubs, recipe, run)
+    assert first.stdout == "oneshot: job 1\nrecover: job 2\nevaluate: job 3\n", first.stderr
+    again = pipeline(stubs, recipe, run)
+    assert again.stdout.count("in the queue already") == 3
+    other = pipeline(stubs, recipe, tmp_path / f"{name} more")
+    assert other.stdout == "oneshot: job 4\nrecover: job 5\nevaluate: job 6\n"
+
+
+def test_the_pipeline_waits_for_a_job_of_joined_clusters(stubs, recipe, tmp_path):
+    text = (stubs / "sbatch").read_text()
+    (stubs / "sbatch").write_text(text.replace('echo "$n"\n', 'echo "$n;cluster"\n'))
+    assert pipeline(stubs, recipe, tmp_path / "run").returncode == 0
+    assert "--dependency=afterok:1 --kill" in (stubs / "submitted").read_text().splitlines()[1]
+
+
+def test_a_jobs_caches_are_private(tmp_path):
+    """Nobody else can have made the folder of compiled extensions, or can write to it."""
+    script = 'source slurm/common.sh; stat -c "%a %n" "$CACHE"; echo "$TORCH_EXTENSIONS_DIR"'
+    env = os.environ | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    env |= {"SLURM_JOB_END_TIME": str(time.time() + 3600)}
+    places = []
+    for folder in (tmp_path, tmp_path, tmp_path / "of a login node"):
+        said = subprocess.run(
+            ["bash", "-c", script],
+            env=env | {"TMPDIR": str(folder)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        mode, _, place = said[0].partition(" ")
+        assert mode == "700" and said[1] == f"{place}/extensions"
+        places.append(Path(place))
+    assert len(set(places)) == 3 and not any(place.exists() for place in places)
+    assert [place.parent for place in places[:2]] == [tmp_path, tmp_path]
+
+
 def test_the_pipeline_reads_the_options_before_it_submits(stubs, recipe, tmp_path):
     done = pipeline(stubs, recipe, tmp_path / "run", "--recover.btch", "3")
     assert done.returncode != 0 and not (stubs / "submitted").exists()
@@ -450,6 +490,19 @@ def test_status_of_what_is_no_run(command, tmp_path):
     done = command("status", tmp_path)
     assert done.returncode == 2
     assert f"error: {tmp_path} is not a run directory" in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "7", '{"code": "x"}', "\xff", "[" * 100_000])
+@pytest.mark.parametrize("name", ["run.lock", "ended.json", "metrics.jsonl", "config.yaml"])
+def test_status_of_odd_files(tmp_path, name, content):
+    (tmp_path / "config.yaml").write_text("stages: [oneshot, recover, evaluate]")
+    (tmp_path / "run.lock").touch()
+    (tmp_path / "oneshot").mkdir()
+    (tmp_path / "oneshot" / "done.json").write_text("{}")
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    found = status(tmp_path)
+    assert "done" not in found["stages"].values()
+    assert found["job"]
 
 
 def test_evaluate_as_a_job_of_its_own_scores_what_earlier_jobs_made(command, recipe, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import math
 import os
 import socket
 import sys
@@ -176,6 +177,23 @@ class World:
         _, pid, start = self._places[rank]
         return start is not None and _start_of(pid) == start
 
+    def crowded(self) -> str | None:
+        """Says whose the cores are, where not all of the machine's are this job's."""
+        cores, own = os.cpu_count() or 1, len(os.sched_getaffinity(0))
+        quota = _quota()
+        words = [f"{own} of the machine's {cores} cores are this job's"] if own < cores else []
+        if quota < own:
+            words.append(f"its container may use {quota:g} of them (set OMP_NUM_THREADS to that)")
+        try:
+            running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+            # the mean of a minute holds this job's own past, the moment a passer-by
+            others = min(os.getloadavg()[0], running - 1)
+        except (OSError, ValueError):
+            others = 0
+        if others + torch.get_num_threads() * ranks_on_node() > cores + 0.5:
+            words.append(f"about {others:.0f} are busy with other work, which slows this job down")
+        return f"cores: {', '.join(words)}" if words else None
+
     def close(self) -> None:
         """Ends the process group, if this object started it, once all ranks are here."""
         self.barrier()
@@ -229,6 +247,16 @@ def _meet(launch: Launch) -> dist.TCPStore:
             print(f"cap-llm: waiting for {who} at {host}:{port}", file=sys.stderr, flush=True)
         time.sleep(0.1)
     return store
+
+
+def _quota() -> float:
+    """Cores that the control group of this process may use; infinite without a limit."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files)
+            limit, period = map(int, text.split())
+            return limit / period if limit > 0 else math.inf
+    return math.inf
 
 
 def _start_of(pid: int) -> str | None:
