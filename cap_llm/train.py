@@ -165,20 +165,17 @@ def drop(folder: Path, world: World) -> None:
 def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
     from cap_llm.evaluation.tasks import find_tasks
-    from cap_llm.models.source import contents, locate
-    from cap_llm.runtime.rundir import refuse_other, refuse_strangers, with_contents
+    from cap_llm.models.source import locate, refuse_another_run
+    from cap_llm.runtime.rundir import refuse_strangers
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     if not config.output_dir:  # one that is not there, on this file system
         config.output_dir = f"cap-llm-dry-run-{os.getpid()}"
-    folder = Path(config.output_dir)
-    refuse_strangers(folder)
+    refuse_strangers(Path(config.output_dir))
     located = locate(config.model, download=False)
-    known = contents(config, located)
-    for stage in ("dense", "given", *config.stages):
-        refuse_other(folder / stage, with_contents(config.recipe(stage), known))
+    refuse_another_run(config, located)
     check(located, config, console, world, predict=True)
     if "evaluate" in config.stages:
         find_tasks(config.evaluate, console, fetch=False)

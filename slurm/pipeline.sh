@@ -18,16 +18,12 @@ if ! command -v deepspeed >/dev/null && [ -f .venv/bin/activate ]; then . .venv/
 
 # The recipe's stages, with the options read and checked here instead of after a night in the queue.
 stages=$(python -c '
-from pathlib import Path
 from cap_llm.command_line import UserError, read_config
-from cap_llm.models.source import contents
-from cap_llm.runtime.rundir import refuse_other, with_contents
+from cap_llm.models.source import refuse_another_run
 try:
     config, *_ = read_config()
     config.check()
-    known = contents(config)
-    for stage in config.stages:
-        refuse_other(Path(config.output_dir) / stage, with_contents(config.recipe(stage), known))
+    refuse_another_run(config)
 except UserError as error:
     raise SystemExit(f"pipeline.sh: {error}") from None
 print(*config.stages)' --config "$recipe" --output_dir "$folder" "$@")

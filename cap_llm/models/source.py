@@ -37,7 +37,7 @@ from cap_llm.models.checkpoint import (
 from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import readable, regular
-from cap_llm.runtime.rundir import CONTENTS, Run
+from cap_llm.runtime.rundir import CONTENTS, Run, refuse_other, with_contents
 from cap_llm.runtime.sections import places
 from cap_llm.runtime.world import World
 from cap_llm.text.corpora import NAMES, offline
@@ -194,6 +194,17 @@ def contents(config: Config, located: Path | None = None) -> dict[str, str]:
         known["model.path"] = content(located)
     known["model.revision"] = known.get("model.path")
     return {option: checksum for option, checksum in known.items() if checksum}
+
+
+def refuse_another_run(config: Config, located: Path | None = None) -> None:
+    """Refuses an output_dir whose stages were begun with other settings. Writes nothing.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    known = contents(config, located)
+    for stage in ("dense", "given", *config.stages):
+        refuse_other(Path(config.output_dir) / stage, with_contents(config.recipe(stage), known))
 
 
 def content(path: Path) -> str | None:
