@@ -34,7 +34,9 @@ def main(job: dict) -> None:
     imports = peak_memory()
     seconds = collections.Counter()
     start, processor = time.perf_counter(), time.process_time()
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.float32, trust_remote_code=False
+    )
     seconds["load"] = time.perf_counter() - start
     watch(seconds)
     ids = load_file(job["ids"])["ids"]

@@ -31,7 +31,9 @@ def main(job: dict) -> None:
     ids = read_ids(job)
     with clock("total"), clock.processor():
         with clock("load"):
-            model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                job["model"], dtype=torch.float32, trust_remote_code=False
+            ).eval()
             model.config.use_cache = False
             layers = model.model.layers
             states, kwargs = first_inputs(model, layers, ids)
