@@ -31,7 +31,9 @@ def main(contender: str, job: dict) -> None:
         import llmcompressor.modifiers.pruning  # noqa: F401 (imports are not timed)
     ids = load_file(job["ids"])["ids"]
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.float32, trust_remote_code=False
+    ).eval()
     {"plain": plain, "llmcompressor": peer}[contender](model, ids)
     result = {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
     out = Path(job["out"])

@@ -109,8 +109,10 @@ def states_and_head(
     folder: Path, ids: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Final states [N, T, H] of a model directory and its head's weight [V, H], in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-    decoder = CausalLM(model)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
+    decoder = CausalLM(model.eval().to(device))
     states = torch.cat([decoder(part.to(device), False)[0] for part in ids.split(4)])
     return states, decoder.head.weight.detach()
 

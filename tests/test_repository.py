@@ -21,6 +21,15 @@ def test_imports_point_one_way():
                 assert ORDER.index(imported) <= ORDER.index(part), f"{path} imports {node.module}"
 
 
+def test_no_automatic_class_asks_whether_to_run_code():
+    """Left to themselves they ask on a terminal, and run the directory's code on "y"."""
+    for path in [*(ROOT / "cap_llm").rglob("*.py"), *(ROOT / "eval").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.unparse(node) if isinstance(node, ast.Call) else ""
+            if text.startswith("Auto") and ".from_pretrained(" in text.split("\n")[0][:50]:
+                assert "trust_remote_code=False" in text or "**FROM_DIRECTORY" in text, text
+
+
 def test_no_module_beside_the_entry_is_named_like_a_library():
     names = {p.stem for p in (ROOT / "cap_llm").iterdir() if p.name[0] not in "_."}
     assert not names & set(sys.stdlib_module_names)

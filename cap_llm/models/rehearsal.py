@@ -108,11 +108,12 @@ class Rehearsal:
                     module._buffers[key] = buffer.to(device)
             if type(module) in (nn.Linear, Conv1D):
                 module.forward = functools.partial(_no_product, module)
-        # an ordinary word, as `embed` tries the id below it, too: padding would take no position
+        # An ordinary word: padding takes no position. `embed` also tries the id below it.
         facts = model.config.get_text_config().to_dict()
-        special = {v for k, v in facts.items() if k.endswith("token_id") and isinstance(v, int)}
-        pairs = range(1, facts["vocab_size"])
-        self._token = next((i for i in pairs if not {i, i - 1} & special), 1)
+        special = [value for key, value in facts.items() if key.endswith("token_id")]
+        middle, n = facts["vocab_size"] // 2, facts["vocab_size"]
+        words = (i for i in range(middle, n) if i not in special and i - 1 not in special)
+        self._token = next(words, middle)
         heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or 1
         self._most = math.isqrt(SCORES // heads)
         self.failure = functools.cache(self._failure)
