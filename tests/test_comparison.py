@@ -324,6 +324,20 @@ def test_a_model_pruned_elsewhere_stands_beside_its_dense_one(
     assert scores["model"] == str(dense)
 
 
+def test_a_teacher_that_is_the_dense_model_shares_a_table_with_its_student(copy):
+    run = copy("a")
+    shutil.copytree(run / "dense", run / "given")
+    (run / "oneshot").rename(run / "recover")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["recover"]["teacher"] = "somebody/dense-model"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    recipe = {"model": settings["model"], "recover": settings["recover"]}
+    (run / "recover" / "recipe.json").write_text(json.dumps(recipe))
+    (section,) = compare(collect(run))
+    assert section.title == "dense-model"
+    assert [row.name for row in section.rows] == ["dense", "given model", "a method"]
+
+
 def test_a_model_of_another_run_keeps_its_history(copy):
     """A later stage in a run of its own: named, counted and compared as in one pipeline."""
     scores = {"dense": 20.0, "oneshot": 40.0}

@@ -138,8 +138,8 @@ def run_directories(paths: list[Path], console: Console) -> list[Path]:
         what = "holds no run" if os.path.isdir(path) else "is a file"
         what = what if os.path.exists(path) else "does not exist"
         raise UserError(
-            f"{path} {what}: give the output_dir of a run (it has an "
-            "environment.json), or a folder of such directories"
+            f"{path} {what}: give the output_dir of a run (it has an environment.json), or a "
+            "folder of such directories"
         )
     if others:
         console.say(f"no runs, left out: {', '.join(map(str, others))}")
@@ -166,10 +166,8 @@ def _read(folder: Path) -> list[Result]:
     facts = _part(folder / "environment.json", dict, troubles) or {}
     settings = _settings(folder / "config.yaml")
     made = _models(folder, facts, settings)
-    title, dense = (
-        str(facts.get("run") or folder.resolve().name),
-        _dense(folder, {}, settings, facts),
-    )
+    title = str(facts.get("run") or folder.resolve().name)
+    dense = _dense(folder, {}, settings, facts)
     nothing = Result(title, "none", folder, dense, environment=_job(facts))
     results = list(made.values()) or [nothing]
     if made and not results[-1].figures_of(*SCORES):
@@ -297,8 +295,8 @@ def _result(
             status.append("unfinished" + (f" after {blocks} blocks" if blocks else ""))
     weights = place
     if stage in ("dense", "given"):
-        came = stage == "given" or not (place / "sparsity.json").exists()
-        path = recipe.get("model", {}).get("path") if came else dense
+        other = stage == "dense" and (run / "given").exists()
+        path = dense if other else recipe.get("model", {}).get("path")
         weights = _located(path, environment) if path else place
     scores = (("perplexity.json", _perplexities), ("zeroshot.json", _tasks))
     # the scripts that score a dense model leave their results beside it
@@ -347,7 +345,8 @@ def _settings(path: Path) -> dict:
 def _dense(run: Path, recipe: dict, settings: dict, environment: dict) -> str:
     """Path or hub name of the dense model; of a model that came pruned, what taught it."""
     model = recipe.get("model") or settings.get("model") or {}
-    teacher = (recipe.get("recover") or {}).get("teacher") if _came_pruned(run, settings) else None
+    recover = recipe.get("recover") or settings.get("recover") or {}
+    teacher = recover.get("teacher") if _came_pruned(run, settings) else None
     path = model.get("dense") or teacher or model.get("path") or "unknown model"
     here = _located(path, environment)
     is_model = path == model.get("path")  # which alone may have a revision
