@@ -87,7 +87,10 @@ def train(job: Job, config: RecoverConfig, run: Run):
     keeper = keep_zeros(engine, ((f"model.{name}", mask) for name, mask in job.masks))
     first = 0
     if found:
-        checkpoints.load(engine, keeper, found, world)
+        checkpoints.load(engine, found)
+        keeper.verify()
+        checkpoints.check_weights(found, keeper.checksums())
+        keeper.check()
         first = found.step
         job.began = time.monotonic() - found.state["stage_seconds"]
         job.held_out = {int(k): v for k, v in found.state["held_out"].items()}
@@ -309,7 +312,8 @@ def _save(
     spent = round(time.monotonic() - job.began, 2)
     state = {"held_out": job.held_out, "stage_seconds": spent, "from": job.resumed_from}
     stage, keep = engines.stage_of(settings), config.keep_checkpoints
-    checkpoints.save(engine, keeper, job.folder, step, state, job.recipe, stage, keep, run.world)
+    state["weights"] = keeper.checksums()
+    checkpoints.save(engine, job.folder, step, state, job.recipe, stage, keep, run.world)
 
 
 def _line(figures: dict[str, float]) -> str:
