@@ -48,6 +48,15 @@ def test_a_constant_mask_survives(value):
     assert torch.equal(unpack(pack(mask), 11), mask)
 
 
+def test_equal_masks_are_equal_bytes(tmp_path):
+    masks = {f"model.layers.{i}.wé.weight": random_mask(3, 5, i) for i in range(30)}
+    files = [tmp_path / f"{n}.safetensors" for n in range(3)]
+    for file in files:
+        save_masks(masks, file)
+    assert len({file.read_bytes() for file in files}) == 1
+    assert_holds(files[0], masks)
+
+
 def test_a_file_gives_back_its_masks(tmp_path):
     save_masks(MASKS, tmp_path / FILE)
     assert_holds(tmp_path / FILE, MASKS)

@@ -1,6 +1,7 @@
 """Zeros stay exactly zero while a plain module trains, and nothing else is held back."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cap_llm.recovery.zeros import _Kept, keep_zeros, masks_of_zeros
+from cap_llm.recovery.zeros import _Kept, checksum, keep_zeros, masks_of_zeros
 from cap_llm.runtime.errors import UserError
 
 OPTIMIZERS = {
@@ -178,6 +179,85 @@ def test_a_weight_written_by_hand_is_found_and_named(value):
         model[4].weight[r, c] = 1
     keeper.apply()
     keeper.check()
+
+
+@pytest.mark.parametrize("place", ["2.weight", "0.weight", "1.weight"])
+def test_weights_that_become_zero_outside_the_masks_are_found_and_named(place):
+    model = network()
+    model[1] = nn.LayerNorm(9)  # without a mask, as 2.weight
+    masks = masks_of_zeros(model, ["0.weight", "4.weight"])
+    keeper = keep_zeros(model, masks, OPTIMIZERS["AdamW"](model.parameters()))
+    keeper.check()
+    with torch.no_grad():
+        weight = model.get_parameter(place)
+        weight.view(-1)[weight.view(-1).nonzero()[0]] = 0
+    with pytest.raises(UserError, match=f"1 of them in {place}"):
+        keeper.check()
+
+
+def test_zeros_from_the_start_and_a_few_by_chance_are_no_damage():
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[1].weight[:, :15] = 0
+    keeper = keep_zeros(model, {}, OPTIMIZERS["SGD"](model.parameters()))
+    keeper.check()
+    with torch.no_grad():
+        model[0].weight.view(-1)[:6] = 0
+    keeper.check()
+    with torch.no_grad():
+        model[0].weight.view(-1)[6] = 0
+    with pytest.raises(UserError, match="7 of them in 0.weight"):
+        keeper.check()
+
+
+def test_a_frozen_weight_keeps_its_mask():
+    model = network()
+    masks = masks_of_zeros(model)
+    model[0].weight.requires_grad_(False)
+    optimizer = OPTIMIZERS["AdamW"](p for p in model.parameters() if p.requires_grad)
+    keeper = keep_zeros(model, masks, optimizer)
+    train(model, optimizer)
+    keeper.check()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert keeper.regrown() == {"0.weight": int((~masks["0.weight"]).sum())}
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32, torch.int64])
+@pytest.mark.parametrize("true", [1, 255])
+def test_a_mask_of_another_type_is_its_truth(kind, true):
+    model, mask = network(), torch.rand(5, 9) < 0.5
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    keeper = keep_zeros(model, {"2.weight": mask.to(kind) * true}, optimizer)
+    assert torch.equal(model[2].weight != 0, mask) and keeper.n_masked == (~mask).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checksum_is_the_sum_of_its_pieces_and_sees_places_and_bits(dtype):
+    weights = torch.randn(1000).to(dtype)
+    whole = checksum(weights, 0)
+    at = [0, 1, 400, 999, 1000]
+    pieces = (checksum(weights[a:b], a) for a, b in itertools.pairwise(at))
+    assert (sum(pieces) - whole) % 2**64 == 0
+    swapped = weights.clone()
+    swapped[[3, 700]] = weights[[700, 3]]
+    assert checksum(swapped, 0) != whole
+    assert checksum(weights, 1) != whole
+
+
+def test_links_to_weights_of_another_parameter_are_refused():
+    model = network().to(torch.bfloat16)
+    group = [p for p in model.parameters() if p.dim() > 1]
+
+    class Wrapper:
+        fp16_groups = [group]
+        fp32_groups = [[p.detach().float() for p in (group[0], group[2], group[1])]]
+        optimizer = torch.optim.AdamW(fp32_groups[0])
+
+    Wrapper.fp32_groups[0][1] = torch.randn_like(group[1].float())
+    with pytest.raises(UserError, match="2.weight .2 parameters.*not its own"):
+        keep_zeros(model, {}, Wrapper())
 
 
 def test_the_weights_themselves_are_masked_after_every_step():

@@ -2,7 +2,7 @@
 
     checkpoints/step-000200/...            DeepSpeed's own files, written by all ranks
     checkpoints/step-000200/complete.json  written last: step, ranks, ZeRO stage, recipe, and the
-                                           sizes and checksums of the files and of the weights
+                                           sizes and checksums of the files
 
 The same number of ranks loads these files; another number loads DeepSpeed's universal form of them,
 made once where it is needed. Nothing random is stored: order, banks' rows and draws follow from the
@@ -11,6 +11,7 @@ seed and the step.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import torch
 
 from cap_llm.config import RecoverConfig
 from cap_llm.recovery.engines import stage_of
-from cap_llm.recovery.zeros import ZeroKeeper
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import digests, flush_folder, holding, read_json, verify, write_json
@@ -41,13 +41,11 @@ class Found:
         path: its folder; in the universal form, where that is needed.
         step: the steps that it has done.
         state: what else the training keeps in it.
-        weights: checksums of the weights, by parameter.
     """
 
     path: Path
     step: int
     state: dict
-    weights: dict
 
 
 def named(config: RecoverConfig) -> Path | None:
@@ -73,10 +71,10 @@ def _facts(path: Path) -> dict:
     """
     kinds = {"step": int, "ranks": int, "zero_stage": int, "state": dict, "recipe": dict}
     try:
-        # earlier versions wrote neither files nor weights
-        facts = {"files": {}, "weights": {}} | read_json(path / COMPLETE, holding(**kinds))
+        # earlier versions wrote no files
+        facts = {"files": {}} | read_json(path / COMPLETE, holding(**kinds))
         state = facts["state"]
-        parts = [facts["files"], facts["weights"], facts["recipe"]["settings"]["recover"]]
+        parts = [facts["files"], facts["recipe"]["settings"]["recover"], state.get("weights", {})]
         sound = all(isinstance(part, dict) for part in parts)
         sound = sound and {int(k): v + 0.0 for k, v in state["held_out"].items()}
         if sound and state["stage_seconds"] >= 0:
@@ -144,9 +142,9 @@ def find(
     now = recipe | {"zero_stage": stage_of(settings)}
     if _names_one(config) and path == Path(str(config.resume)):
         was = made_with["settings"]["recover"]
-        for name in (name for name in FREE if was[name] != getattr(config, name)):
-            value = getattr(config, name)
-            console.say(f"recover.{name} was {was[name]} up to {path} and is {value} from here on")
+        for name in (name for name in FREE if was.get(name) != getattr(config, name)):
+            value, before = getattr(config, name), was.get(name)
+            console.say(f"recover.{name} was {before} up to {path} and is {value} from here on")
             was[name] = value
     if changed := difference(made_with, now):
         name, was, value = changed
@@ -155,13 +153,15 @@ def find(
             f"the checkpoint {path} was made with another recipe: {name} was {was!r} and is "
             f"{value!r} now; bring that back, or start anew with --recover.resume false"
         )
+    _check_files(path, world)
     if facts["ranks"] != world.size and stage_of(settings) > 0:
         console.say(
             f"the checkpoint of {facts['ranks']} ranks is converted for {world.size}", style="dim"
         )
         settings["checkpoint"] = {"load_universal": True}
         path = _universal(path, stage_of(settings), world)
-    return Found(path, facts["step"], facts["state"], facts["weights"])
+        _check_files(path, world)
+    return Found(path, facts["step"], facts["state"])
 
 
 def _names_one(config: RecoverConfig) -> bool:
@@ -181,18 +181,9 @@ def _chosen(folder: Path, config: RecoverConfig) -> Path | None:
 
 
 def save(
-    engine,
-    keeper: ZeroKeeper,
-    folder: Path,
-    step: int,
-    state: dict,
-    recipe: dict,
-    stage: int,
-    keep: int,
-    world: World,
+    engine, folder: Path, step: int, state: dict, recipe: dict, stage: int, keep: int, world: World
 ) -> None:
     """Writes a checkpoint with all ranks, marks it complete, and removes the oldest ones."""
-    weights = keeper.checksums()
     tag = f"step-{step:06d}"
     if world.first:
         _remove(folder / tag)
@@ -215,8 +206,7 @@ def save(
     }
     if world.first:
         facts = {"step": step, "ranks": world.size, "zero_stage": stage, "state": state}
-        facts |= {"recipe": recipe, "files": files, "weights": weights}
-        write_json(folder / tag / COMPLETE, facts)
+        write_json(folder / tag / COMPLETE, facts | {"recipe": recipe, "files": files})
         # of this training only: one begun by `recover.resume` may be behind an earlier one here
         own = [p for p in _complete(folder) if _begun_from(p) == _begun_from(folder / tag)]
         for path in own[:-keep]:
@@ -243,14 +233,13 @@ def _remove(path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _state(path: Path) -> dict:
-    return _facts(path)["state"]
-
-
 def _begun_from(path: Path) -> Path | None:
-    """The checkpoint that `recover.resume` named, however its path was spelled."""
-    name = _state(path).get("from")
-    return Path(name).resolve() if name else None
+    """The checkpoint that `recover.resume` named when the training of this one was begun, however
+    its path was spelled."""
+    with contextlib.suppress(UserError):  # a damaged one is refused where it is resumed from
+        name = read_json(path / COMPLETE, holding(state=dict))["state"].get("from")
+        return Path(name).resolve() if isinstance(name, str) else None
+    return None
 
 
 def _names(path: Path) -> list[str]:
@@ -259,27 +248,48 @@ def _names(path: Path) -> list[str]:
     return sorted(name for name in files if name != COMPLETE)
 
 
-def _damage(path: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint's files; each rank reads its share of them."""
+def _check_files(path: Path, world: World) -> None:
+    """Holds a checkpoint's files against their checksums; each rank reads its share of them.
+
+    Raises:
+        UserError: one has changed.
+    """
     files = list(_facts(path)["files"].items())
     found = world.gather(verify(path, dict(files[world.rank :: world.size])))
-    return next(filter(None, found), None)
+    if problem := next(filter(None, found), None):
+        raise _unusable(path, problem)
 
 
-def load(engine, keeper: ZeroKeeper, found: Found, world: World) -> None:
+def check_weights(found: Found, weights: dict[str, list]) -> None:
+    """Holds the checksums of an engine's weights against those that were saved.
+
+    Other DeepSpeed settings may lay the same files out in another way.
+
+    Raises:
+        UserError: a parameter has other weights.
+    """
+    saved = found.state.get("weights", {})
+    for name, (dtype, checksum) in weights.items():
+        was = saved.get(name)  # of another type they cannot be compared
+        if isinstance(was, list) and was[:1] == [dtype] and was != [dtype, checksum]:
+            raise UserError(
+                f"the checkpoint {found.path} gives {name} other weights than were saved: bring "
+                "back the DeepSpeed settings that it was made with, or start anew with "
+                "--recover.resume false"
+            )
+
+
+def load(engine, found: Found) -> None:
     """Brings weights and moments of a checkpoint into a fresh engine.
 
     Raises:
-        UserError: its files are damaged, or give other weights than were saved: DeepSpeed's
-            settings may lay them out in another way than the ones that it was saved with.
+        UserError: its files are damaged.
     """
-    path, problem = None, _damage(found.path, world)
+    problem = "DeepSpeed finds nothing there"
     try:
-        if not problem:
-            problem = "DeepSpeed finds nothing there"
-            path, _ = engine.load_checkpoint(
-                str(found.path.parent), tag=found.path.name, load_lr_scheduler_states=False
-            )
+        path, _ = engine.load_checkpoint(
+            str(found.path.parent), tag=found.path.name, load_lr_scheduler_states=False
+        )
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # assertions, torch's zip reader, missing files
@@ -292,24 +302,13 @@ def load(engine, keeper: ZeroKeeper, found: Found, world: World) -> None:
     for parameter, state in engine.basic_optimizer.state.items():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].to(parameter.device, copy=True)
-    keeper.verify()
-    for name, (kind, checksum) in keeper.checksums().items():
-        saved = found.weights.get(name)  # in another type they cannot be compared
-        if isinstance(saved, list) and saved[:1] == [kind] and saved != [kind, checksum]:
-            raise UserError(
-                f"the checkpoint {found.path} gives {name} other weights than were saved: bring "
-                "back the DeepSpeed settings that it was made with, or start anew with "
-                "--recover.resume false"
-            )
-    keeper.check()
 
 
 def _universal(path: Path, stage: int, world: World) -> Path:
     """DeepSpeed's universal form of a checkpoint, beside it."""
     target = path.with_name(f"universal-{path.name}")
-    there = world.gather((target / COMPLETE).exists())[0]
-    problem = None if there else _damage(path, world)
-    if world.first and not there and not problem:
+    problem = None
+    if world.first and not (target / COMPLETE).exists():
         shutil.rmtree(target, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         command += ["--input_folder", str(path), "--output_folder", str(target)]

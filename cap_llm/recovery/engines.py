@@ -328,7 +328,9 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
                 f"{option} {path} sets zero_optimization.compute_grad_norm to false; recovery logs "
                 "the gradient's norm and stops where it is not finite: take that line out"
             )
-        if zero.get("round_robin_gradients") and zero["stage"] in (1, 2) and world.size > 1:
+        # padded by parameter_alignment it may be right, which the keeper of zeros looks at
+        wrong = zero.get("round_robin_gradients") and not zero.get("parameter_alignment")
+        if wrong and zero["stage"] in (1, 2) and world.size > 1:
             raise UserError(
                 f"{option} {path} sets zero_optimization.round_robin_gradients, under which "
                 "DeepSpeed takes fp32 weights for other parameters' than theirs, so that masks "

@@ -115,10 +115,14 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
         spent = round(time.monotonic() - trained.began, 2)
         state = {"held_out": trained.held_out, "stage_seconds": spent, "from": resumed_from}
         stage, keep = engines.stage_of(settings), config.keep_checkpoints
-        checkpoints.save(engine, keeper, job.folder, step, state, job.recipe, stage, keep, world)
+        state["weights"] = keeper.checksums()
+        checkpoints.save(engine, job.folder, step, state, job.recipe, stage, keep, world)
 
     if found:
-        checkpoints.load(engine, keeper, found, world)
+        checkpoints.load(engine, found)
+        keeper.verify()
+        checkpoints.check_weights(found, keeper.checksums())
+        keeper.check()
         first, resumed_from = found.step, found.state.get("from")
         trained.began = time.monotonic() - found.state["stage_seconds"]
         trained.held_out = {int(k): v for k, v in found.state["held_out"].items()}

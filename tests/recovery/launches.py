@@ -89,7 +89,7 @@ class Cases:
     def wait(self) -> Cases:
         """Reads what became of them; nothing is left running."""
         try:
-            code = self._job.wait(timeout=400)
+            code = self._job.wait(timeout=900)
         except subprocess.TimeoutExpired:
             code = "a time-out"
         self.stop()
