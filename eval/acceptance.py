@@ -18,8 +18,8 @@ from pathlib import Path
 
 from matrix import DENSE, Matrix, Row, arguments
 
-from cap_llm.evaluation.report import write_report
-from cap_llm.evaluation.runs import Result, collect
+from cap_llm.report.runs import Result, collect
+from cap_llm.report.write import write_report
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 

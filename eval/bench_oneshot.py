@@ -38,11 +38,11 @@ from matrix import Matrix, Row, arguments
 from safetensors.torch import save_file
 from shapes import BELOW, SHAPES, TEXT, random_model
 
-from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import Checkpoint
 from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
 from cap_llm.text.corpora import evaluation_text, read_corpus
 from cap_llm.text.tokenizers import load_tokenizer

@@ -236,14 +236,15 @@ def steps(work: dict, world) -> dict[str, dict]:
     import torch
 
     from cap_llm.config import ObjectiveConfig, RecoverConfig
-    from cap_llm.recovery import engines, training
-    from cap_llm.recovery.contrasts import NoContrast
-    from cap_llm.recovery.decoder import LanguageModeling
-    from cap_llm.recovery.zeros import keep_zeros
-    from cap_llm.runtime.peaks import forget, highest, peaks
+    from cap_llm.contrast.terms import NoContrast
+    from cap_llm.runtime.memory import forget, highest, peaks
+    from cap_llm.sparsity.keeper import keep_zeros
+    from cap_llm.tasks.language_modeling import LanguageModeling
     from cap_llm.text.corpora import read_corpus
     from cap_llm.text.packing import pack
     from cap_llm.text.tokenizers import load_tokenizer
+    from cap_llm.training import engine as engines
+    from cap_llm.training import loop as training
     from cap_llm.training.masks import Fixed
 
     model, folder = Path(work["model"]), Path(work["folder"])
@@ -329,9 +330,9 @@ def steps(work: dict, world) -> dict[str, dict]:
 
 def filled(config, text, model: Path, folder: Path, world):
     """The contrasts on full banks; of random rows, which cost as much as any."""
+    from cap_llm.contrast.terms import ContrastiveObjective, ContrastTerm
     from cap_llm.recovery.check import state_width
-    from cap_llm.recovery.contrasts import ContrastiveObjective, ContrastTerm
-    from cap_llm.recovery.decoder import TextUnits
+    from cap_llm.tasks.language_modeling import TextUnits
 
     width, extra = state_width(model), config.contrast.extra_sequences
     units = TextUnits(text, config.contrast, width, config.SKIP, 0, world.device)
@@ -346,8 +347,8 @@ def random_bank(units, folder: Path, world, empty: bool = False):
     """A bank of random rows, or of none yet."""
     import torch
 
-    from cap_llm.recovery.bank import Bank
-    from cap_llm.recovery.units import normalize
+    from cap_llm.contrast.bank import Bank
+    from cap_llm.contrast.units import normalize
 
     shape = units.n_examples, units.n_units, units.dim
     bank = Bank(folder, {}, shape, world)
@@ -360,7 +361,7 @@ def random_bank(units, folder: Path, world, empty: bool = False):
 
 def flops_a_token(model: Path, length: int) -> tuple[float, float]:
     """Operations of a model a token: forward and backward, and forward alone (PaLM's count)."""
-    from cap_llm.models.blocks import skeleton
+    from cap_llm.models.skeleton import skeleton
 
     empty = skeleton(model)
     embedding, head = empty.get_input_embeddings().weight, empty.get_output_embeddings().weight
@@ -374,10 +375,10 @@ def head_memory(work: dict) -> dict:
     """Memory that the head's losses take above their inputs and the head's own gradient."""
     import torch
 
-    from cap_llm.models.checkpoint import config_dict
+    from cap_llm.models.files import config_dict
     from cap_llm.recovery.check import state_width
-    from cap_llm.recovery.objectives import head_loss
-    from cap_llm.runtime.peaks import forget
+    from cap_llm.runtime.memory import forget
+    from cap_llm.training.objectives import head_loss
 
     vocabulary, width = (
         config_dict(Path(work["model"]))["vocab_size"],

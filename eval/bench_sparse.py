@@ -26,13 +26,18 @@ from matrix import arguments
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.blocks import find_blocks, match_names, model_class, skeleton
 from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.mask_file import pack, unpack
 from cap_llm.models.masks import PRUNED
+from cap_llm.models.skeleton import (
+    find_blocks,
+    match_names,
+    model_class,
+    skeleton,
+)
 from cap_llm.runtime.console import Console, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
-from cap_llm.sparsity.masks import pack, unpack
 
 warnings.filterwarnings("ignore", message=".*([Ss]parse|prototype)")
 

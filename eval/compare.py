@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from cap_llm.evaluation.report import write_report  # noqa: E402
-from cap_llm.evaluation.runs import collect, run_directories  # noqa: E402
+from cap_llm.report.runs import collect, run_directories  # noqa: E402
+from cap_llm.report.write import write_report  # noqa: E402
 from cap_llm.runtime.console import Console  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 

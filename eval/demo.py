@@ -16,8 +16,8 @@ import assets
 import torch
 from matrix import DENSE, Matrix, Row, arguments
 
-from cap_llm.evaluation.report import write_report
-from cap_llm.evaluation.runs import collect
+from cap_llm.report.runs import collect
+from cap_llm.report.write import write_report
 from cap_llm.runtime.console import Console, duration
 
 REFIT, ALPS = {"oneshot.refit": True}, {"oneshot.method": "alps"}

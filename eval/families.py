@@ -23,7 +23,6 @@ from matrix import RESULTS, arguments, markdown
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
 from transformers.utils.logging import disable_progress_bar
 
-from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import next_token_nll, streamed_nll
 from cap_llm.blockwise.prune import prune
 from cap_llm.config import OneshotConfig
@@ -31,6 +30,7 @@ from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
 
 PAGE = RESULTS / "families.md"

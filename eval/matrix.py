@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from cap_llm.models.checkpoint import INDEX  # noqa: E402
+from cap_llm.models.files import INDEX  # noqa: E402
 from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
 from cap_llm.runtime.files import read_json, write_json  # noqa: E402
 from cap_llm.runtime.interrupt import held_back  # noqa: E402

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cap_llm.command_line import make_parser  # noqa: E402
+from cap_llm.cli.command_line import make_parser  # noqa: E402
 
 START, END = "<!-- options -->\n", "<!-- end of options -->"
 

@@ -35,10 +35,10 @@ def main() -> int:
 
     @without_sections()
     def work(console: Console) -> None:
-        from cap_llm.blockwise.plan import check_everything
         from cap_llm.evaluation.evaluate import FILE, score_corpora
         from cap_llm.evaluation.results import facts_of
-        from cap_llm.models.source import locate, needs_conversion
+        from cap_llm.models.hub import locate, needs_conversion
+        from cap_llm.preflight import check_everything
         from cap_llm.runtime.world import World
         from cap_llm.text.reading import read_texts
 

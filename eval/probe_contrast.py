@@ -26,16 +26,16 @@ from matrix import arguments
 from transformers import AutoModelForCausalLM
 
 from cap_llm.config import ContrastConfig, RecoverConfig
-from cap_llm.recovery.bank import Bank
-from cap_llm.recovery.contrasts import ContrastiveObjective, ContrastTerm
-from cap_llm.recovery.decoder import CausalLM, TextUnits
-from cap_llm.recovery.objectives import head_loss
+from cap_llm.contrast.bank import Bank
+from cap_llm.contrast.terms import ContrastiveObjective, ContrastTerm
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
+from cap_llm.tasks.language_modeling import CausalLM, TextUnits
 from cap_llm.text.corpora import calibration_corpus
 from cap_llm.text.packing import pack
 from cap_llm.text.tokenizers import load_tokenizer
+from cap_llm.training.objectives import head_loss
 
 TOKENS, SEGMENTS = {"segments": 0}, {"token_positions": 0}
 ARMS = {

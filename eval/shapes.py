@@ -66,8 +66,8 @@ def _write_text(folder: Path, n_words: int) -> None:
 
 def _write(folder: Path, empty: Path) -> None:
     """Random weights for the configuration in `empty`, a block in memory at a time."""
-    from cap_llm.models.blocks import find_blocks, skeleton
     from cap_llm.models.checkpoint import ShardWriter
+    from cap_llm.models.skeleton import find_blocks, skeleton
 
     model = skeleton(empty)
     prefix, blocks = find_blocks(model)

@@ -37,10 +37,10 @@ import assets
 import matrix
 from matrix import DENSE, Matrix, Row, arguments, markdown, mean_and_spread
 
-from cap_llm.models.checkpoint import remove_weights
+from cap_llm.models import mask_file as masks
+from cap_llm.models.files import remove_weights
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.files import atomic, read_json
-from cap_llm.sparsity import masks
 
 RESULTS = matrix.RESULTS / "study_solvers.json"
 SEEDS = range(3)

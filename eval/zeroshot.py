@@ -37,10 +37,10 @@ def main() -> int:
     @without_sections()
     def work(console: Console) -> None:
         from cap_llm.config import Config
+        from cap_llm.evaluation.lm_eval_tasks import find_tasks
         from cap_llm.evaluation.results import facts_of
-        from cap_llm.evaluation.tasks import find_tasks
         from cap_llm.evaluation.zeroshot import FILE, check_causal, score_tasks
-        from cap_llm.models.source import locate
+        from cap_llm.models.hub import locate
         from cap_llm.runtime.world import World
 
         names = [name for text in options.tasks for name in text.split(",") if name]

@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PHASES = {  # what is wrapped, to count its calls and to kill inside one
     "one-shot": ("cap_llm.blockwise.oneshot", "prune_block"),
     "reconstruction": ("cap_llm.blockwise.reconstruct", "_Trainer.train"),
-    "bank building": ("cap_llm.recovery.contrasts", "Contrasts.fill"),
-    "training": ("cap_llm.recovery.training", "step_once"),
-    "checkpointing": ("cap_llm.recovery.checkpoints", "save"),
+    "bank building": ("cap_llm.contrast.terms", "Contrasts.fill"),
+    "training": ("cap_llm.training.loop", "step_once"),
+    "checkpointing": ("cap_llm.training.checkpoints", "save"),
     "export": ("cap_llm.recovery.recover", "export"),
 }
 ZERO = (2, 3)

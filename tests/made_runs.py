@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from cap_llm.evaluation.comparison import compare
-from cap_llm.evaluation.runs import collect
+from cap_llm.report.comparison import compare
+from cap_llm.report.runs import collect
 
 STAGES = ("dense", "oneshot")
 PERPLEXITY = "oneshot/perplexity.json"

@@ -9,8 +9,8 @@ from cap_llm.solvers.admm import admm_grad, alps, regularised_inverse
 from cap_llm.solvers.hessian import factorise
 from cap_llm.solvers.refit import refit
 from cap_llm.solvers.sparsegpt import sparsegpt
+from cap_llm.sparsity.choose import choose
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.sparsity.patterns import choose
 
 PATTERNS = {"unstructured": 0.6, "row": 0.5, "2:4": 0.5, "3:8": 0.625}
 

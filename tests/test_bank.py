@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cap_llm.config import ContrastConfig
-from cap_llm.recovery.bank import Bank
-from cap_llm.recovery.contrasts import ContrastiveObjective, ContrastTerm
-from cap_llm.recovery.decoder import TextUnits
+from cap_llm.contrast.bank import Bank
+from cap_llm.contrast.terms import ContrastiveObjective, ContrastTerm
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
+from cap_llm.tasks.language_modeling import TextUnits
 from cap_llm.text.packing import PackedText
 
 ALONE = World.alone(torch.device("cpu"))

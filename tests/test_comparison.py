@@ -13,16 +13,21 @@ from made_runs import PERPLEXITY, STAGES, as_opt, named, other, quality, scored,
 from safetensors.torch import load_file, save_file
 from support import ROOT
 
-from cap_llm.config import Config, EvaluateConfig, ModelConfig, RecoverConfig
-from cap_llm.evaluation import published as papers
-from cap_llm.evaluation.comparison import compare
+from cap_llm.config import (
+    Config,
+    EvaluateConfig,
+    ModelConfig,
+    RecoverConfig,
+)
 from cap_llm.evaluation.evaluate import outside_models
-from cap_llm.evaluation.runs import Result, _describe, collect
+from cap_llm.models import mask_file as mask_files
 from cap_llm.models.masks import count_zeros
+from cap_llm.report import published as papers
+from cap_llm.report.comparison import compare
+from cap_llm.report.runs import Result, _describe, collect
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
-from cap_llm.sparsity import masks as mask_files
 from cap_llm.train import main
 
 # columns

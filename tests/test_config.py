@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from cap_llm import config as config_module
-from cap_llm.blockwise.prune import METHODS
-from cap_llm.command_line import make_parser, read_config, recipes
+from cap_llm.cli.command_line import make_parser, read_config, recipes
 from cap_llm.config import Config, OneshotConfig
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import difference
+from cap_llm.solvers.methods import METHODS
 from cap_llm.sparsity.pattern import Pattern
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cap_llm.config import ContrastConfig, ObjectiveConfig, RecoverConfig
-from cap_llm.recovery.contrast import Units, cap_compat, contrastive_loss
-from cap_llm.recovery.decoder import TextUnits
-from cap_llm.recovery.units import anisotropy, normalize
+from cap_llm.contrast.loss import Units, cap_compat, contrastive_loss
+from cap_llm.contrast.units import anisotropy, normalize
 from cap_llm.runtime.errors import UserError
+from cap_llm.tasks.language_modeling import TextUnits
 from cap_llm.text.packing import PackedText
 
 CPU = torch.device("cpu")

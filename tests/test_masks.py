@@ -6,8 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from cap_llm.models.mask_file import (
+    FILE,
+    MaskFile,
+    join,
+    pack,
+    path_of,
+    save_masks,
+    unpack,
+)
 from cap_llm.runtime.errors import UserError
-from cap_llm.sparsity.masks import FILE, MaskFile, join, pack, path_of, save_masks, unpack
 
 
 def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

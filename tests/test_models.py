@@ -9,13 +9,20 @@ from bad_input.damage import change_config, change_weights
 from safetensors.torch import load_file, save_file
 from support import FAMILIES, weights
 
-from cap_llm.models.blocks import BlockModel, match_names, model_class, read_as, skeleton
-from cap_llm.models.checkpoint import Checkpoint, weight_files
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.files import weight_files
+from cap_llm.models.hub import convert, load_whole, needs_conversion
+from cap_llm.models.mask_file import save_masks
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import convert, load_whole, needs_conversion
+from cap_llm.models.skeleton import (
+    match_names,
+    model_class,
+    read_as,
+    skeleton,
+)
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
-from cap_llm.sparsity.masks import save_masks
 from cap_llm.train import main
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from cap_llm.recovery import objectives
-from cap_llm.recovery.objectives import head_loss, square_head
+from cap_llm.training import objectives
+from cap_llm.training.objectives import head_loss, square_head
 
 N, H, V = 50, 12, 37
 

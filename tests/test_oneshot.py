@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from support import FAMILIES, ROOT, environment, signalled, weights
 
 from cap_llm.blockwise.perplexity import perplexity
-from cap_llm.models.checkpoint import fingerprint
-from cap_llm.sparsity.masks import FILE, MaskFile, save_masks
+from cap_llm.models.files import fingerprint
+from cap_llm.models.mask_file import FILE, MaskFile, save_masks
 from cap_llm.train import main
 
 

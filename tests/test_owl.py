@@ -7,11 +7,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.owl import allocate, outlier_shares
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OwlConfig
 from cap_llm.models.blocks import BlockModel
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cap_llm.runtime.errors import UserError
+from cap_llm.sparsity.choose import choose, drop_lowest
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.sparsity.patterns import choose, drop_lowest
 
 N_OF_M = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "5:8", "3:5", "1:16", "31:32"]
 SPARSITIES = [0.001, 0.1, 1 / 3, 0.5, 0.7, 0.99, 0.9999]

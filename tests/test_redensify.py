@@ -6,8 +6,8 @@ import torch
 
 from cap_llm.solvers.hessian import Moments
 from cap_llm.solvers.redensify import largest_eigenvalue, redensify, redensify_by_sgd
+from cap_llm.sparsity.choose import choose
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.sparsity.patterns import choose
 
 
 def pruned(weight: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from cap_llm.solvers.hessian import Factor, factorise
 from cap_llm.solvers.refit import refit
 from cap_llm.solvers.scores import magnitude, wanda
 from cap_llm.solvers.sparsegpt import sparsegpt
+from cap_llm.sparsity.choose import choose
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.sparsity.patterns import choose
 
 PATTERNS = {"unstructured": 0.5, "row": 0.8, "2:4": 0.5, "1:4": 0.75}
 

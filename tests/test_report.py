@@ -18,16 +18,21 @@ from rich.console import Console as RichConsole
 from support import ROOT
 
 import cap_llm
-from cap_llm.command_line import read_config
-from cap_llm.evaluation import figures
-from cap_llm.evaluation import published as papers
-from cap_llm.evaluation.comparison import compare
-from cap_llm.evaluation.report import write_report
-from cap_llm.evaluation.runs import Figure, Result, collect, run_directories
+from cap_llm.cli.command_line import read_config
+from cap_llm.report import figures
+from cap_llm.report import published as papers
+from cap_llm.report.comparison import compare
+from cap_llm.report.runs import (
+    Figure,
+    Result,
+    collect,
+    run_directories,
+)
+from cap_llm.report.write import write_report
 from cap_llm.runtime import console
 from cap_llm.runtime.console import Console, size
+from cap_llm.runtime.environment import environment
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.rundir import environment
 from cap_llm.runtime.world import World
 
 
@@ -125,7 +130,7 @@ def test_a_models_name_leads_to_its_run_and_command(copy, report):
 def test_bit_packed_bytes_are_what_a_packed_file_would_take(real):
     from safetensors.torch import load_file
 
-    from cap_llm.sparsity.masks import FILE, MaskFile
+    from cap_llm.models.mask_file import FILE, MaskFile
 
     figures = {f.kind: f.value for f in collect(real)[-1].figures}
     masks, stored = MaskFile(real / "oneshot" / FILE), 0

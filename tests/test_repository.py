@@ -5,8 +5,8 @@ import sys
 
 from support import ROOT
 
-ORDER = ["runtime", "sparsity", "config", "command_line", "text", "models"]
-ORDER += ["solvers", "blockwise", "recovery", "evaluation"]
+ORDER = ["runtime", "sparsity", "config", "text", "models", "solvers", "blockwise", "contrast"]
+ORDER += ["training", "tasks", "recovery", "evaluation", "report", "preflight", "pipeline", "cli"]
 
 
 def test_imports_point_one_way():

@@ -21,12 +21,12 @@ import pytest
 import yaml
 from support import ROOT
 
-from cap_llm import prefetch
-from cap_llm.command_line import read_config
+from cap_llm.cli import prefetch
+from cap_llm.cli.command_line import read_config
+from cap_llm.cli.status import status
 from cap_llm.runtime import lock
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.status import status
 from cap_llm.text import corpora
 
 SLURM = ROOT / "slurm"

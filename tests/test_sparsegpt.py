@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from cap_llm.solvers.hessian import Factor, factorise
 from cap_llm.solvers.scores import magnitude
 from cap_llm.solvers.sparsegpt import sparsegpt
+from cap_llm.sparsity.choose import choose
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.sparsity.patterns import choose
 
 UNSTRUCTURED, ROW = Pattern("unstructured"), Pattern("row")
 

@@ -12,7 +12,7 @@ import study_solvers as study
 from matrix import DENSE, Matrix, Row
 from transformers import AutoModelForCausalLM
 
-from cap_llm.command_line import make_parser
+from cap_llm.cli.command_line import make_parser
 
 EVERY = study.plan(study.ARMS, study.PATTERNS, study.SEEDS)
 

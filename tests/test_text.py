@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import ROOT
 
-from cap_llm.command_line import read_config
+from cap_llm.cli.command_line import read_config
 from cap_llm.runtime.errors import UserError
 from cap_llm.text import tokenizers as in_pieces
 from cap_llm.text.corpora import (
@@ -27,7 +27,12 @@ from cap_llm.text.corpora import (
     read_corpus,
 )
 from cap_llm.text.reading import read_texts
-from cap_llm.text.tokenizers import bos_rule, load_tokenizer, token_pieces, tokenize_rows
+from cap_llm.text.tokenizers import (
+    bos_rule,
+    load_tokenizer,
+    token_pieces,
+    tokenize_rows,
+)
 from cap_llm.text.windows import calibration_windows, evaluation_windows
 
 

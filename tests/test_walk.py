@@ -9,12 +9,13 @@ from support import FAMILIES
 
 import cap_llm.blockwise.cache as cache_module
 import cap_llm.blockwise.prune as prune_module
-from cap_llm.blockwise.cache import ActivationCache, Memory
+from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.blockwise.prune import prune
 from cap_llm.blockwise.walk import MICRO_TOKENS, Walk
 from cap_llm.config import OneshotConfig
 from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.memory import Memory
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 512, (150, 32), generator=torch.Generator().manual_seed(1))

@@ -5,15 +5,21 @@ import reference
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from cap_llm.blockwise.cache import Memory
-from cap_llm.blockwise.prune import MEASURED, _measured_tokens, prune, prune_block, uniform
+from cap_llm.blockwise.prune import (
+    MEASURED,
+    _measured_tokens,
+    prune,
+    prune_block,
+    uniform,
+)
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OneshotConfig
 from cap_llm.models.blocks import BlockModel
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
 from cap_llm.solvers.scores import magnitude, wanda
+from cap_llm.sparsity.choose import choose
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.sparsity.patterns import choose
 
 CPU = torch.device("cpu")
 PATTERNS = ["unstructured", "row", "1:4", "2:4", "4:8", "3:5"]

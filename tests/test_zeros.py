@@ -9,8 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cap_llm.recovery.zeros import _Kept, checksum, keep_zeros, masks_of_zeros
 from cap_llm.runtime.errors import UserError
+from cap_llm.sparsity.keeper import (
+    _Kept,
+    checksum,
+    keep_zeros,
+    masks_of_zeros,
+)
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),

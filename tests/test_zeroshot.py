@@ -21,10 +21,10 @@ pytest.importorskip("lm_eval")
 
 from cap_llm import train
 from cap_llm.config import EvaluateConfig
+from cap_llm.evaluation import lm_eval_tasks as tasks_module
 from cap_llm.evaluation import results, zeroshot
-from cap_llm.evaluation import tasks as tasks_module
-from cap_llm.evaluation.tasks import SETS, find_tasks
-from cap_llm.models.checkpoint import weights_digest
+from cap_llm.evaluation.lm_eval_tasks import SETS, find_tasks
+from cap_llm.models.files import weights_digest
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json

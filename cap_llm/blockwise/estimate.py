@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import time
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.blockwise.cache import Memory
-from cap_llm.blockwise.prune import matrix
 from cap_llm.blockwise.sds import SGD_BATCH
 from cap_llm.config import MODELS, Config
-from cap_llm.models.blocks import BlockModel
+from cap_llm.models.blocks import BlockModel, matrix
+from cap_llm.runtime.console import size
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
 from cap_llm.solvers.redensify import STEPS as SGD_STEPS
 
-EFFICIENCY = 0.6  # of the rate of bare matrix products; SparseGPT of SmolLM2-135M reached 0.65
 RESERVE = 2**28  # bytes of disk for logs, masks' parts and file systems' own needs
 WINDOWS = 160  # that are scored of a corpus unless said; about WikiText-2's of 2048 tokens
 
@@ -214,15 +215,22 @@ def _second_moments(block: nn.Module) -> int:
     return sum(c * c for c in columns.values())
 
 
-def attained_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second that work in a type attains here: its share of bare matrix products'."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device).to(dtype)
-    product = a @ a
-    start, n = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.5:
-        product = a @ product.clamp(-1, 1)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        n += 1
-    return EFFICIENCY * 2 * side**3 * n / (time.perf_counter() - start)
+def check_disk(needed: int, made: list[str], config: Config) -> None:
+    """Refuses a run whose stages `made` write more than is free; what is there already counts.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    place = Path(config.output_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    folders = [Path(config.output_dir) / stage for stage in made]
+    done = made and all((folder / "done.json").exists() for folder in folders)
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    written = sum(p.stat().st_size for p in files)
+    if not done and needed - written > free:
+        raise UserError(
+            f"output_dir {config.output_dir} needs {size(needed - written)} of disk and "
+            f"{size(free)} are free; free some or choose another output_dir"
+        )

@@ -13,26 +13,26 @@ from pathlib import Path
 import torch
 
 from cap_llm.blockwise import owl
-from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import head_nll
 from cap_llm.blockwise.prune import (
     PrunedBlock,
     carry,
     matches,
-    matrix,
     plan_sparsities,
     prune_block,
 )
 from cap_llm.blockwise.stage import BlockStage
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config, OneshotConfig
-from cap_llm.models.blocks import BlockModel
-from cap_llm.models.masks import PRUNED, Masks, recorded, removed
+from cap_llm.models import mask_file as mask_files
+from cap_llm.models.blocks import BlockModel, matrix
+from cap_llm.models.directory import recorded, removed
+from cap_llm.models.masks import PRUNED, Masks
 from cap_llm.runtime.console import size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.rundir import Run
-from cap_llm.sparsity import masks as mask_files
 from cap_llm.sparsity.pattern import Pattern
 from cap_llm.text.reading import Texts
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from cap_llm.blockwise.prune import matrix
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OwlConfig
-from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.models.blocks import BlockModel, Group, matrix
 from cap_llm.runtime.world import World
 from cap_llm.solvers.hessian import Moments
 from cap_llm.solvers.scores import wanda

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.walk import Walk
 from cap_llm.models.blocks import BlockModel
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
 
 LOGIT_TOKENS = 2048  # tokens whose logits stand in memory at once

@@ -31,14 +31,17 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.blockwise.cache import ActivationCache, Memory
-from cap_llm.blockwise.prune import PrunedBlock, carry, stored_dtype
+from cap_llm.blockwise.cache import ActivationCache
+from cap_llm.blockwise.prune import PrunedBlock, carry
 from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
-from cap_llm.models.blocks import BlockModel, Call, states_of
-from cap_llm.models.masks import Masks, patterns
+from cap_llm.models.blocks import BlockModel, Call, stored_dtype
+from cap_llm.models.directory import patterns
+from cap_llm.models.masks import Masks
+from cap_llm.models.skeleton import states_of
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
 from cap_llm.text.reading import Texts

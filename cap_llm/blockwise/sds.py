@@ -22,32 +22,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import (
     PrunedBlock,
     Solved,
-    Solver,
     carry,
-    matrix,
     owners,
-    pattern_of,
     plan_sparsities,
     spread,
 )
 from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
-from cap_llm.models.blocks import BlockModel, Group
-from cap_llm.models.masks import Masks, recorded, removed
+from cap_llm.models.blocks import BlockModel, Group, matrix
+from cap_llm.models.directory import recorded, removed
+from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.rundir import Run
 from cap_llm.solvers.admm import alps
 from cap_llm.solvers.hessian import Moments, factorise
+from cap_llm.solvers.methods import Solver, pattern_of
 from cap_llm.solvers.redensify import redensify, redensify_by_sgd
+from cap_llm.sparsity.choose import choose, obeys
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.sparsity.patterns import choose, obeys
 from cap_llm.text.reading import Texts
 
 STAGE = "sds"

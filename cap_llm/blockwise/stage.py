@@ -7,7 +7,6 @@ joined and the model is read again and held against its masks, before `done.json
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import time
@@ -19,25 +18,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from cap_llm.blockwise.prune import PrunedBlock, Row
+from cap_llm.blockwise.prune import PrunedBlock
 from cap_llm.config import Config
-from cap_llm.models.blocks import BlockModel, match_names, skeleton
-from cap_llm.models.checkpoint import (
-    Checkpoint,
-    ShardWriter,
-    fingerprint,
-    weights_and_masks,
-)
+from cap_llm.models import mask_file as mask_files
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.checkpoint import ShardWriter
+from cap_llm.models.directory import Row, kind, verify, write_sparsity
+from cap_llm.models.files import fingerprint, weights_and_masks
 from cap_llm.models.masks import PRUNED, Masks
 from cap_llm.runtime.console import duration, size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import digests, read_json, write_json
 from cap_llm.runtime.files import verify as verify_files
-from cap_llm.runtime.peaks import forget, highest, peaks
+from cap_llm.runtime.memory import forget, highest, peaks
 from cap_llm.runtime.rundir import Run
-from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.reading import Texts
 
 INPUTS = "calibration.json"  # checksums of what a stage is made from
@@ -334,86 +329,3 @@ def masks_of_block(model: BlockModel, i: int, masks: Masks) -> dict[str, torch.T
     """The masks [R, C] of block i by the linears' names in it, on the model's device."""
     names = {n: model.weight_name(i, n) for n in model.linears(i)}
     return {n: masks[name].to(model.device) for n, name in names.items() if name in masks}
-
-
-def kind(name: str) -> str:
-    """A weight's place in its block: `mlp.up_proj` of `model.layers.3.mlp.up_proj.weight`."""
-    return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
-
-
-def write_sparsity(
-    folder: Path,
-    model: str,
-    rows: list[Row],
-    whole: tuple[int, int],
-    blocks: list[dict] | None = None,
-) -> tuple[int, int]:
-    """Writes `sparsity.json` of a model directory.
-
-    Args:
-        folder: the model directory.
-        model: the name of what it was made from.
-        rows: one for each pruned weight.
-        whole: zeros and weights of the whole model, as `verify` counts them.
-        blocks: errors of whole blocks.
-
-    Returns:
-        Pruned weights, and zeros among them.
-    """
-    pruned = sum(r.shape[0] * r.shape[1] for r in rows)
-    zeros = sum(r.zeros for r in rows)
-    write_json(
-        folder / "sparsity.json",
-        {
-            "model": model,
-            "rows": [asdict(r) for r in rows],
-            **({"blocks": blocks} if blocks else {}),
-            "pruned_matrices": {
-                "count": len(rows),
-                "weights": pruned,
-                "zeros": zeros,
-                "sparsity": zeros / max(1, pruned),
-            },
-            "whole_model": {
-                "weights": whole[1],
-                "zeros": whole[0],
-                "sparsity": whole[0] / whole[1],
-            },
-        },
-    )
-    return pruned, zeros
-
-
-def verify(folder: Path, rows: list[Row]) -> tuple[int, int]:
-    """Reloads a written model and holds it against its masks and its skeleton.
-
-    Returns:
-        Zeros and weights of the whole model; stored buffers are none.
-
-    Raises:
-        UserError: a masked weight is not zero, or a count differs.
-    """
-    checkpoint = Checkpoint(folder)
-    model = skeleton(folder)
-    keys = match_names(model, checkpoint)  # every parameter is there, with its shape
-    masks = mask_files.MaskFile(mask_files.path_of(folder))
-    by_key = {keys[r.name]: r for r in rows}
-    total = n_weights = 0
-    parameters = dict(model.named_parameters())
-    for key in {key for name, key in keys.items() if name in parameters}:
-        (tensor,) = checkpoint.read([key]).values()
-        zeros = int((tensor == 0).sum())
-        total += zeros
-        n_weights += tensor.numel()
-        row = by_key.get(key)
-        if row is None:
-            continue
-        mask = masks.read(row.name)
-        transposed = isinstance(model.get_submodule(row.name.removesuffix(".weight")), Conv1D)
-        weight = tensor.T if transposed else tensor
-        if zeros != row.zeros or bool((weight[~mask] != 0).any()):
-            raise UserError(
-                f"{row.name} in {folder} has {zeros} zeros, {row.zeros} were made; the file was "
-                "changed or the disk is failing: remove the folder and run again"
-            )
-    return total, n_weights

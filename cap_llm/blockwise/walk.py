@@ -17,9 +17,10 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from cap_llm.blockwise.cache import ActivationCache, Memory
+from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.models.blocks import BlockModel, Call, Group
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.memory import Memory
 
 MICRO_TOKENS = 2048  # tokens a forward; enough for full matrix rates, few enough for the caches
 

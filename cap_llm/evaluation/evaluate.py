@@ -15,21 +15,21 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.blockwise.prune import Row
-from cap_llm.blockwise.stage import write_sparsity
 from cap_llm.config import Config
 from cap_llm.evaluation import zeroshot
+from cap_llm.evaluation.lm_eval_tasks import Task
 from cap_llm.evaluation.results import earlier, facts_of, job
-from cap_llm.evaluation.tasks import Task
-from cap_llm.models.blocks import BlockModel, skeleton
-from cap_llm.models.checkpoint import fingerprint
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.directory import Row, write_sparsity
+from cap_llm.models.files import fingerprint
+from cap_llm.models.hub import found_here, further_model
 from cap_llm.models.masks import count_zeros
-from cap_llm.models.source import found_here, further_model
+from cap_llm.models.skeleton import skeleton
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
+from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
 from cap_llm.text.reading import ScoredText, Texts

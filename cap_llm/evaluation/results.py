@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from cap_llm.config import Config
-from cap_llm.models.checkpoint import weights_digest
+from cap_llm.models.files import weights_digest
 from cap_llm.runtime.console import Console
+from cap_llm.runtime.environment import environment
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
-from cap_llm.runtime.rundir import environment
 from cap_llm.runtime.world import World
 
 _JOB = ("command", "directory", "versions", "commit", "hardware")  # of `environment`

@@ -16,11 +16,16 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from cap_llm.config import EvaluateConfig
+from cap_llm.evaluation.lm_eval_tasks import (
+    SETS,
+    Task,
+    members,
+    prompts_digest,
+)
 from cap_llm.evaluation.results import earlier, job
-from cap_llm.evaluation.tasks import SETS, Task, members, prompts_digest
-from cap_llm.models.blocks import model_class
-from cap_llm.models.checkpoint import text_settings
-from cap_llm.models.source import load_whole
+from cap_llm.models.files import text_settings
+from cap_llm.models.hub import load_whole
+from cap_llm.models.skeleton import model_class
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
@@ -147,7 +152,7 @@ def _suffix(config: EvaluateConfig) -> str:
 
 def _open(folder: Path, tokenizer: str | None, batch_size: int, world: World, console: Console):
     """The model in memory, as lm-eval calls it."""
-    from cap_llm.evaluation.scorer import SharedLM, quiet
+    from cap_llm.evaluation.lm_eval_model import SharedLM, quiet
 
     quiet()
     reader = load_tokenizer(tokenizer or str(folder), text_settings(folder).get("vocab_size"))
@@ -158,7 +163,7 @@ def _open(folder: Path, tokenizer: str | None, batch_size: int, world: World, co
 
 
 def _score(lm, task: Task, built, limit: int | None) -> dict:
-    from cap_llm.evaluation.scorer import evaluate_task
+    from cap_llm.evaluation.lm_eval_model import evaluate_task
 
     start, cut = time.monotonic(), lm.truncated
     found = evaluate_task(lm, task.name, built, members(built), limit)

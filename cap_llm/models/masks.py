@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.blocks import find_blocks, match_names, skeleton
+from cap_llm.models import mask_file as mask_files
 from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.skeleton import find_blocks, match_names, skeleton
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import read_json
 from cap_llm.runtime.world import World
-from cap_llm.sparsity import masks as mask_files
 
 # The share of zeros from which on a matrix counts as pruned. One that nobody pruned has some where
 # it was quantised: rounded to 4 bits symmetrically, 12 % of Gaussian weights.
@@ -182,29 +181,3 @@ def _matrices(model: torch.nn.Module) -> dict[str, bool]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(prefix + ".")
     }
-
-
-def patterns(folder: Path) -> dict[str, str]:
-    """The pattern of each pruned weight by name, where the model's `sparsity.json` says it."""
-    return {row["name"]: row["pattern"] for row in recorded(folder)}
-
-
-def removed(row: dict) -> float:
-    """The share of a matrix that its mask removes, by its row of `sparsity.json`."""
-    return row["masked"] / math.prod(row["shape"])
-
-
-def recorded(folder: Path) -> list[dict]:
-    """The rows of a model's `sparsity.json`, one for each pruned weight; none without the file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    path = folder / "sparsity.json"
-
-    def rows(content: dict) -> list[dict]:
-        for row in content["rows"]:
-            str(row["name"]), str(row["pattern"]), removed(row)
-        return content["rows"]
-
-    return read_json(path, rows) if path.exists() else []

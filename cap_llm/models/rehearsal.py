@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.blocks import BlockModel, skeleton
-from cap_llm.models.checkpoint import text_settings
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.files import text_settings
+from cap_llm.models.skeleton import skeleton
 from cap_llm.runtime.errors import UserError, one_line
 
 SCORES = 2**29  # attention scores of one sequence; more would take a CPU minutes

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from cap_llm.config import RecoverConfig
-from cap_llm.models.checkpoint import fingerprint
-from cap_llm.recovery import engines
-from cap_llm.recovery.bank import Bank
-from cap_llm.recovery.contrasts import ContrastiveObjective, ContrastTerm, NoContrast
-from cap_llm.recovery.units import UnitExtractor
+from cap_llm.contrast.bank import Bank
+from cap_llm.contrast.terms import ContrastiveObjective, ContrastTerm, NoContrast
+from cap_llm.contrast.units import UnitExtractor
+from cap_llm.models.files import fingerprint
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import Run
+from cap_llm.training import engine as engines
 from cap_llm.training.task import Task
 
 

@@ -8,21 +8,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cap_llm.blockwise.estimate import attained_rate
-from cap_llm.blockwise.plan import check_disk
+from cap_llm.blockwise.estimate import check_disk
 from cap_llm.config import Config, RecoverConfig, Rung
-from cap_llm.models.blocks import BlockModel, NamesDiffer, skeleton
-from cap_llm.models.checkpoint import text_settings
+from cap_llm.models import mask_file as mask_files
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.files import text_settings
+from cap_llm.models.hub import found_here, is_whole, needs_conversion
 from cap_llm.models.masks import Masks
 from cap_llm.models.rehearsal import check_lengths
-from cap_llm.models.source import found_here, is_whole, needs_conversion
-from cap_llm.recovery import checkpoints, engines
+from cap_llm.models.skeleton import NamesDiffer, skeleton
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.memory import attained_rate
 from cap_llm.runtime.trackers import require
 from cap_llm.runtime.world import World
-from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.tokenizers import load_tokenizer
+from cap_llm.training import checkpoints
+from cap_llm.training import engine as engines
 
 SAME_TOKENIZER = 0.9  # of the entries; instruct siblings rename some that were in reserve
 # what models' settings call the width and the number of their blocks

@@ -20,15 +20,19 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.cache import Memory
 from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.config import Config, ObjectiveConfig, RecoverConfig, Rung
+from cap_llm.config import (
+    Config,
+    ObjectiveConfig,
+    RecoverConfig,
+    Rung,
+)
+from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.checkpoint import fingerprint, remove_weights, weights_and_masks
+from cap_llm.models.files import fingerprint, remove_weights, weights_and_masks
+from cap_llm.models.hub import further_model
 from cap_llm.models.masks import Masks
-from cap_llm.models.source import further_model
-from cap_llm.recovery import checkpoints, engines
 from cap_llm.recovery.banks import Banks
 from cap_llm.recovery.check import (
     check_first_rung,
@@ -37,18 +41,19 @@ from cap_llm.recovery.check import (
     refuse_changed_logits,
     state_width,
 )
-from cap_llm.recovery.contrasts import ContrastiveObjective, NoContrast
-from cap_llm.recovery.decoder import LanguageModeling, TextUnits
-from cap_llm.recovery.export import export
-from cap_llm.recovery.training import Job, Trained, train
 from cap_llm.runtime.console import duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import holding, read_json, write_json
-from cap_llm.runtime.peaks import forget, highest, peaks
+from cap_llm.runtime.memory import Memory, forget, highest, peaks
 from cap_llm.runtime.rundir import Run, with_contents
 from cap_llm.runtime.trackers import TensorBoard, Wandb
+from cap_llm.tasks.language_modeling import LanguageModeling, TextUnits
 from cap_llm.text.packing import PackedText
 from cap_llm.text.reading import Texts
+from cap_llm.training import checkpoints
+from cap_llm.training import engine as engines
+from cap_llm.training.export import export
+from cap_llm.training.loop import Job, Trained, train
 from cap_llm.training.masks import Fixed
 
 STAGE = "recover"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -114,3 +115,22 @@ def _handled(numbers: tuple[int, ...], handler: Callable | int) -> Iterator[None
     finally:
         for number, earlier in zip(numbers, before, strict=True):
             signal.signal(number, earlier)
+
+
+def exit_code(error: BaseException) -> int:
+    """128 + signal for a stop, 2 for bad input or too little memory, 1 for what went wrong."""
+    if number := stopped_by(error):
+        return 128 + number
+    users = isinstance(error, UserError | MemoryError | torch_out_of_memory())
+    return 2 if users or of_a_file(error) else 1
+
+
+def of_a_file(error: BaseException) -> bool:
+    """Whether the system refuses a file or folder: permissions, its name, its kind, the disk."""
+    return isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike)
+
+
+def torch_out_of_memory() -> type[Exception]:
+    """torch's error for a full GPU; torch is imported late, for a quick `--help`."""
+    torch = sys.modules.get("torch")
+    return torch.OutOfMemoryError if torch else MemoryError

@@ -12,30 +12,30 @@ stage that was asked to do something else is refused, never overwritten.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-
 from cap_llm.runtime.console import Console
+from cap_llm.runtime.environment import environment
 from cap_llm.runtime.errors import RankLost, UserError
-from cap_llm.runtime.files import atomic, digests, disk_error, read_json, verify, write_json
+from cap_llm.runtime.files import (
+    atomic,
+    digests,
+    disk_error,
+    read_json,
+    verify,
+    write_json,
+)
 from cap_llm.runtime.interrupt import GOES_ON, stopped_by
 from cap_llm.runtime.lock import ENDED, Lock, write_end
 from cap_llm.runtime.lock import FILE as LOCK_FILE
 from cap_llm.runtime.world import World
 
 CONTENTS = "contents"  # of a recipe: checksums of what its settings name, by option
-LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy", "lm_eval")
 
 
 class Run:
@@ -257,50 +257,6 @@ def refuse_other(folder: Path, recipe: dict) -> None:
             f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
             "choose another output_dir or remove that folder"
         )
-
-
-def environment(world: World) -> dict:
-    """Versions, commit, hardware and command of this process."""
-    versions = {"python": platform.python_version(), "cap_llm": _version("cap_llm")}
-    versions |= {name: _version(name) for name in LIBRARIES}
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    cards = range(torch.cuda.device_count() if world.device.type == "cuda" else 0)
-    return {
-        "command": shlex.join(sys.argv),
-        "directory": os.getcwd(),
-        "versions": versions,
-        "commit": commit or None,
-        "hardware": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "cuda": [torch.cuda.get_device_name(i) for i in cards],
-            "nodes": world.nodes,
-            "ranks": world.size,
-        },
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def difference(old: dict, new: dict) -> tuple[str, object, object] | None:

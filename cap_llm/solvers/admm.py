@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import torch
 
+from cap_llm.sparsity.choose import choose
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.sparsity.patterns import choose
 
 MOST = 300  # iterations of ALPS
 FAST, RAMP = 20, 15  # iterations of ADMM-grad, and of those the ones in which sparsity grows

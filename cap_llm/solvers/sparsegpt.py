@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 from cap_llm.solvers.hessian import Factor
+from cap_llm.sparsity.choose import choose, drop_lowest
 from cap_llm.sparsity.pattern import Pattern, zeros_of
-from cap_llm.sparsity.patterns import choose, drop_lowest
 
 TILE = 16  # columns updated one at a time, or the next multiple of M below it
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from cap_llm.runtime.console import SILENT, Console
+from cap_llm.runtime.environment import offline
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 
@@ -170,11 +171,6 @@ def fetch_corpus(name: str, split: Split, root: Path) -> Path:
     with atomic(target) as temporary:
         temporary.write_bytes(gzip.compress(text) if target.suffix == ".gz" else text)
     return target
-
-
-def offline() -> bool:
-    """Whether the user switched the hub off."""
-    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def kind_of(path: Path) -> tuple[str, bool]:

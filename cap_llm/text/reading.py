@@ -12,7 +12,12 @@ from cap_llm.config import Config, same_text
 from cap_llm.runtime.console import SILENT, Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
-from cap_llm.text.corpora import NAMES, calibration_corpus, corpus_file, evaluation_text
+from cap_llm.text.corpora import (
+    NAMES,
+    calibration_corpus,
+    corpus_file,
+    evaluation_text,
+)
 from cap_llm.text.packing import PackedText, pack
 from cap_llm.text.tokenizers import bos_rule, load_tokenizer
 from cap_llm.text.windows import calibration_windows, evaluation_windows

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from cap_llm.recovery.zeros import ZeroKeeper, keep_zeros
+from cap_llm.sparsity.keeper import ZeroKeeper, keep_zeros
 
 
 class MaskPolicy(Protocol):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cap_llm.blockwise import plan
+from cap_llm import preflight as plan
 
 # the run directory
 

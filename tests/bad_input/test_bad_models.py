@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from cap_llm.blockwise import prune, stage
 from cap_llm.config import ModelConfig
-from cap_llm.models.source import locate
+from cap_llm.models.hub import locate
+from cap_llm.models.mask_file import FILE, save_masks
 from cap_llm.runtime.errors import UserError
-from cap_llm.sparsity.masks import FILE, save_masks
 
 # the model
 

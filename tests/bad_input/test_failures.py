@@ -17,9 +17,10 @@ import torch
 from damage import DOWN_1, UP_0, UP_1, assert_one_line, change_weights, finished_blocks, leftovers
 from support import environment, signalled
 
+from cap_llm import preflight as plan
 from cap_llm import train
 from cap_llm.blockwise import oneshot as oneshot_stage
-from cap_llm.blockwise import plan, prune
+from cap_llm.blockwise import prune
 from cap_llm.runtime import interrupt, lock, world
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError

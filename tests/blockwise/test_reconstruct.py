@@ -12,8 +12,8 @@ from commands import options
 from support import weights
 
 import cap_llm.blockwise.reconstruct as reconstruct_module
+from cap_llm.models.mask_file import FILE
 from cap_llm.runtime.files import read_json
-from cap_llm.sparsity.masks import FILE
 from cap_llm.train import main
 
 

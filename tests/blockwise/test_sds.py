@@ -6,8 +6,8 @@ import transformers
 from support import weights
 
 from cap_llm.blockwise import sds as sds_module
+from cap_llm.models.mask_file import FILE, MaskFile
 from cap_llm.runtime.files import read_json
-from cap_llm.sparsity.masks import FILE, MaskFile
 
 
 @pytest.fixture

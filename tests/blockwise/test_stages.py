@@ -16,9 +16,9 @@ from support import environment, weights
 
 from cap_llm.blockwise import stage as stage_module
 from cap_llm.blockwise.perplexity import perplexity
+from cap_llm.models.mask_file import FILE, MaskFile
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
-from cap_llm.sparsity.masks import FILE, MaskFile
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from support import environment
 
 from cap_llm import train
-from cap_llm.command_line import read_config
+from cap_llm.cli.command_line import read_config
 from cap_llm.runtime.console import Console
 from cap_llm.text.corpora import calibration_corpus
 from cap_llm.text.packing import pack

@@ -22,10 +22,10 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 
-from cap_llm.recovery import engines  # noqa: E402
-from cap_llm.recovery.zeros import keep_zeros, masks_of_zeros  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 from cap_llm.runtime.world import World  # noqa: E402
+from cap_llm.sparsity.keeper import keep_zeros, masks_of_zeros  # noqa: E402
+from cap_llm.training import engine as engines  # noqa: E402
 
 STEPS = 3
 MASKED = ("embed.weight", "up.weight", "down.weight", "frozen.weight")

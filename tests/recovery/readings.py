@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cap_llm.sparsity.masks import FILE
+from cap_llm.models.mask_file import FILE
 
 LOSSES = ("loss", "ce", "kl", "prc", "snc", "fic", "feature", "held_out_ppl", "grad_norm")
 

@@ -51,8 +51,8 @@ from refusals import REFUSED, add_refusals
 from support import VOCABULARY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cap_llm.models.checkpoint import fingerprint
-from cap_llm.sparsity.masks import FILE
+from cap_llm.models.files import fingerprint
+from cap_llm.models.mask_file import FILE
 
 
 @pytest.fixture(scope="module")

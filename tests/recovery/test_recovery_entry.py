@@ -16,7 +16,7 @@ from readings import assert_zeros, checkpoints
 from support import environment, signalled
 
 from cap_llm import train
-from cap_llm.command_line import read_config
+from cap_llm.cli.command_line import read_config
 from cap_llm.runtime.console import Console
 
 

@@ -15,21 +15,21 @@ from launches import CPU
 from support import ROOT
 
 from cap_llm.config import ObjectiveConfig, RecoverConfig
-from cap_llm.recovery import checkpoints as checkpoints_module
-from cap_llm.recovery import engines
-from cap_llm.recovery.contrasts import NoContrast
-from cap_llm.recovery.decoder import LanguageModeling
-from cap_llm.recovery.training import (
+from cap_llm.contrast.terms import NoContrast
+from cap_llm.runtime import trackers
+from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.world import World
+from cap_llm.tasks.language_modeling import LanguageModeling
+from cap_llm.text.packing import PackedText
+from cap_llm.training import checkpoints as checkpoints_module
+from cap_llm.training import engine as engines
+from cap_llm.training.loop import (
     MAX_OVERFLOWS,
     Job,
     count_overflows,
     learning_rate,
     step_once,
 )
-from cap_llm.runtime import trackers
-from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.world import World
-from cap_llm.text.packing import PackedText
 from cap_llm.training.masks import Fixed
 
 

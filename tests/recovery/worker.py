@@ -39,11 +39,14 @@ import datetime  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from cap_llm import command_line, train  # noqa: E402
-from cap_llm.blockwise import plan  # noqa: E402
-from cap_llm.recovery import check, training, zeros  # noqa: E402
+from cap_llm import preflight as plan  # noqa: E402
+from cap_llm import train  # noqa: E402
+from cap_llm.cli import command_line  # noqa: E402
+from cap_llm.recovery import check  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 from cap_llm.runtime.interrupt import Stopped, stop_at_once  # noqa: E402
+from cap_llm.sparsity import keeper as zeros  # noqa: E402
+from cap_llm.training import loop as training  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 SIZE = int(os.environ.get("WORLD_SIZE", 1))

@@ -10,7 +10,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from cap_llm.evaluation.comparison import Column, Row, Section, show
+from cap_llm.report.comparison import (
+    Column,
+    Row,
+    Section,
+    show,
+)
 from cap_llm.runtime.console import printable
 from cap_llm.runtime.files import atomic
 

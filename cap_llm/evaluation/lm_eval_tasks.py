@@ -23,9 +23,10 @@ import yaml
 
 from cap_llm.config import EvaluateConfig
 from cap_llm.runtime.console import Console
+from cap_llm.runtime.environment import offline
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
-from cap_llm.text.corpora import json_lines, kind_of, offline, text_lines
+from cap_llm.text.corpora import json_lines, kind_of, text_lines
 
 # The zero-shot sets of two papers, whose means are over `acc`: Wanda (Sun et al. 2024) and
 # Sparse-Dense-Sparse (Li et al. 2024).
@@ -397,7 +398,7 @@ def _load(name: str, spec: str):
     """
     from lm_eval.tasks import TaskManager
 
-    from cap_llm.evaluation.scorer import quiet
+    from cap_llm.evaluation.lm_eval_model import quiet
 
     quiet()
     is_file = spec.endswith((".yaml", ".yml"))

@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 from cap_llm.config import ObjectiveConfig, RecoverConfig
-from cap_llm.recovery import checkpoints, engines
-from cap_llm.recovery.contrasts import ContrastiveObjective, NoContrast
+from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
 from cap_llm.runtime.console import size
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
-from cap_llm.runtime.peaks import peaks
+from cap_llm.runtime.memory import peaks
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
+from cap_llm.training import checkpoints
+from cap_llm.training import engine as engines
 from cap_llm.training.masks import MaskPolicy
 from cap_llm.training.task import Task
 

@@ -21,13 +21,20 @@ from pathlib import Path
 import torch
 
 from cap_llm.config import RecoverConfig
-from cap_llm.recovery.engines import stage_of
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import digests, flush_folder, holding, read_json, verify, write_json
+from cap_llm.runtime.files import (
+    digests,
+    flush_folder,
+    holding,
+    read_json,
+    verify,
+    write_json,
+)
 from cap_llm.runtime.launcher import number
 from cap_llm.runtime.rundir import difference
 from cap_llm.runtime.world import World
+from cap_llm.training.ds_config import stage_of
 
 COMPLETE = "complete.json"
 FREE = ("lr", "clip")  # what may be other after a checkpoint that was named: where a loss diverged

@@ -15,9 +15,14 @@ import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cap_llm.evaluation.published import of_protocol, published, short_name
-from cap_llm.evaluation.runs import LIBRARIES, SCORES, Figure, Result
-from cap_llm.evaluation.tasks import SETS
+from cap_llm.evaluation.lm_eval_tasks import SETS
+from cap_llm.report.published import of_protocol, published, short_name
+from cap_llm.report.runs import (
+    LIBRARIES,
+    SCORES,
+    Figure,
+    Result,
+)
 from cap_llm.runtime.console import duration, size
 
 _PAPERS = {"wanda": "Wanda", "sds": "SDS"}

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cap_llm.recovery.bank import Bank
-from cap_llm.recovery.contrast import Units, contrastive_loss
-from cap_llm.recovery.units import UnitExtractor, anisotropy, normalize
+from cap_llm.contrast.bank import Bank
+from cap_llm.contrast.loss import Units, contrastive_loss
+from cap_llm.contrast.units import UnitExtractor, anisotropy, normalize
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World

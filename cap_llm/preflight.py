@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.estimate import attained_rate, estimate
+from cap_llm.blockwise.estimate import check_disk, estimate
 from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import plan_sparsities
 from cap_llm.blockwise.sds import plan_second_prune
 from cap_llm.config import Config
-from cap_llm.models.blocks import (
-    BlockModel,
+from cap_llm.models import mask_file as mask_files
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.files import fingerprint, weight_files
+from cap_llm.models.hub import check_files, found_here, needs_conversion
+from cap_llm.models.masks import Masks
+from cap_llm.models.rehearsal import check_lengths
+from cap_llm.models.skeleton import (
     NamesDiffer,
     match_names,
     model_class,
     read_as,
     skeleton,
 )
-from cap_llm.models.checkpoint import Checkpoint, fingerprint, weight_files
-from cap_llm.models.masks import Masks
-from cap_llm.models.rehearsal import check_lengths
-from cap_llm.models.source import check_files, found_here, needs_conversion
 from cap_llm.runtime.console import Console, duration, size
 from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.memory import attained_rate
 from cap_llm.runtime.world import World
-from cap_llm.sparsity import masks as mask_files
 from cap_llm.text.corpora import corpus_file
 
 BLOCKWISE = ("oneshot", "sds", "reconstruct")  # stages that rewrite a model block by block
@@ -171,24 +172,3 @@ def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
                     f"model.dense {folder} has {other} {expected} in block {i} where the pruned "
                     f"model has {name} {shape}; give the model that it was pruned from"
                 )
-
-
-def check_disk(needed: int, made: list[str], config: Config) -> None:
-    """Refuses a run whose stages `made` write more than is free; what is there already counts.
-
-    Raises:
-        UserError: it does not fit.
-    """
-    place = Path(config.output_dir).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    folders = [Path(config.output_dir) / stage for stage in made]
-    done = made and all((folder / "done.json").exists() for folder in folders)
-    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
-    written = sum(p.stat().st_size for p in files)
-    if not done and needed - written > free:
-        raise UserError(
-            f"output_dir {config.output_dir} needs {size(needed - written)} of disk and "
-            f"{size(free)} are free; free some or choose another output_dir"
-        )

@@ -12,7 +12,18 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
-from cap_llm.models.blocks import (
+from cap_llm.models.checkpoint import Checkpoint, stored_prefix
+from cap_llm.models.files import (
+    SINGLE,
+    can_be_streamed,
+    copy_side_files,
+    fingerprint,
+    side_files,
+    text_settings,
+    weight_files,
+    weights_and_masks,
+)
+from cap_llm.models.skeleton import (
     FROM_DIRECTORY,
     NamesDiffer,
     match_names,
@@ -21,26 +32,18 @@ from cap_llm.models.blocks import (
     reading_options,
     skeleton,
 )
-from cap_llm.models.checkpoint import (
-    SINGLE,
-    Checkpoint,
-    can_be_streamed,
-    copy_side_files,
-    fingerprint,
-    has_weights,
-    side_files,
-    stored_prefix,
-    text_settings,
-    weight_files,
-    weights_and_masks,
-)
-from cap_llm.models.masks import Masks
+from cap_llm.runtime.environment import offline
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import readable, regular
-from cap_llm.runtime.rundir import CONTENTS, Run, refuse_other, with_contents
+from cap_llm.runtime.rundir import (
+    CONTENTS,
+    Run,
+    refuse_other,
+    with_contents,
+)
 from cap_llm.runtime.sections import places
 from cap_llm.runtime.world import World
-from cap_llm.text.corpora import NAMES, offline
+from cap_llm.text.corpora import NAMES
 
 # what a model is besides its weights
 _MEANING = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken")
@@ -146,37 +149,6 @@ def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source")
         files = weights_and_masks(folder) if run.world.first else ()
         run.finish_stage(folder, {"from": str(located)}, files)
     return folder
-
-
-def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, Path]:
-    """The model that a stage starts from, and the dense one that it was pruned from.
-
-    The first is what the stage before it made in this run directory, now or in an earlier job;
-    without one, the run's model. The second is then `model.dense`, or the run's model where the
-    first was made of it here (and is kept), or is not pruned yet and about to climb a ladder. Else
-    recover takes its teacher for it.
-
-    Raises:
-        UserError: nothing says which model is the dense one.
-    """
-    earlier = config.start(stage)
-    start = run.stage(earlier, config.recipe(earlier))[0] if earlier else source
-    if config.model.dense:
-        return start, further_model("model.dense", config.model.dense, run)
-    recovers = stage == "recover"
-    if start is not source:
-        dense_is_here = has_weights(source, run.world)
-    else:
-        climbs = recovers and bool(config.recover.ladder)
-        dense_is_here = climbs and not Masks(source, run.world)
-    if recovers and config.recover.teacher and not dense_is_here:
-        return start, further_model("recover.teacher", config.recover.teacher, run)
-    if start is source and not dense_is_here:
-        raise UserError(
-            f"{stage} starts from {source}, and nothing says what it was pruned from: name the "
-            f"dense model with --model.dense, or let --stages begin with oneshot"
-        )
-    return start, source
 
 
 def contents(config: Config, located: Path | None = None) -> dict[str, str]:

@@ -21,7 +21,7 @@ import yaml
 
 import cap_llm
 from cap_llm.config import MODELS
-from cap_llm.models.checkpoint import weight_files
+from cap_llm.models.files import weight_files
 from cap_llm.models.masks import PRUNED
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError

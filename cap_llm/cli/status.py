@@ -22,7 +22,12 @@ from cap_llm.config import MODELS, STAGES
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, read_metrics
-from cap_llm.runtime.lock import ENDED, FILE, WATCH, holder
+from cap_llm.runtime.lock import (
+    ENDED,
+    FILE,
+    WATCH,
+    holder,
+)
 
 
 def main(argv: list[str]) -> None:

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.prune import Row
-from cap_llm.blockwise.stage import verify, write_sparsity
-from cap_llm.models.blocks import find_blocks, match_names, skeleton
+from cap_llm.models import mask_file as mask_files
 from cap_llm.models.checkpoint import Checkpoint, ShardWriter
-from cap_llm.models.masks import patterns
-from cap_llm.recovery.engines import gathered
+from cap_llm.models.directory import Row, patterns, verify, write_sparsity
+from cap_llm.models.skeleton import find_blocks, match_names, skeleton
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.world import World
-from cap_llm.sparsity import masks as mask_files
+from cap_llm.training.engine import gathered
 
 
 def export(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from cap_llm.recovery.contrast import Units
+from cap_llm.contrast.loss import Units
 
 
 @dataclass(frozen=True)

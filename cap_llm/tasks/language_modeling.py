@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cap_llm.config import ContrastConfig, ObjectiveConfig
-from cap_llm.models.blocks import find_blocks, states_of
-from cap_llm.recovery.contrast import Units
-from cap_llm.recovery.engines import gathered
-from cap_llm.recovery.objectives import head_loss, square_head
-from cap_llm.recovery.units import Kind, UnitExtractor
+from cap_llm.contrast.loss import Units
+from cap_llm.contrast.units import Kind, UnitExtractor
+from cap_llm.models.skeleton import find_blocks, states_of
 from cap_llm.runtime.world import World
 from cap_llm.text.packing import PackedText
+from cap_llm.training.engine import gathered
+from cap_llm.training.objectives import head_loss, square_head
 from cap_llm.training.task import Losses
 
 

@@ -35,7 +35,7 @@ class Published:
 def published() -> tuple[Published, ...]:
     """All figures that come with the package."""
     content = yaml.safe_load(
-        (files("cap_llm.evaluation") / "published.yaml").read_text(encoding="utf-8")
+        (files("cap_llm.report") / "published.yaml").read_text(encoding="utf-8")
     )
     figures = []
     for entry in content["figures"]:

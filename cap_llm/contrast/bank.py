@@ -20,7 +20,12 @@ import numpy as np
 import torch
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import disk_error, holding, read_json, write_json
+from cap_llm.runtime.files import (
+    disk_error,
+    holding,
+    read_json,
+    write_json,
+)
 from cap_llm.runtime.world import World
 
 

@@ -14,15 +14,22 @@ from pathlib import Path
 
 import jinja2
 
-from cap_llm.evaluation.comparison import COST, PUBLISHED, Cell, Section, Table, compare
-from cap_llm.evaluation.figures import Picture, draw
-from cap_llm.evaluation.runs import Figure, Result
+from cap_llm.report.comparison import (
+    COST,
+    PUBLISHED,
+    Cell,
+    Section,
+    Table,
+    compare,
+)
+from cap_llm.report.figures import Picture, draw
+from cap_llm.report.runs import Figure, Result
 from cap_llm.runtime.console import Console, printable
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 
 _PAGE = jinja2.Environment(
-    loader=jinja2.PackageLoader("cap_llm.evaluation", "."),
+    loader=jinja2.PackageLoader("cap_llm.report", "."),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,

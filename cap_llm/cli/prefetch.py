@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cap_llm.command_line import read_config
+from cap_llm.cli.command_line import read_config
 from cap_llm.config import Config, ModelConfig
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
@@ -58,8 +58,8 @@ def fetch(config: Config, data: Path, console: Console) -> None:
     Raises:
         UserError: something cannot be had.
     """
-    from cap_llm.evaluation.tasks import find_tasks
-    from cap_llm.models.source import locate
+    from cap_llm.evaluation.lm_eval_tasks import find_tasks
+    from cap_llm.models.hub import locate
     from cap_llm.text.corpora import NAMES, fetch_corpus
     from cap_llm.text.tokenizers import load_tokenizer
 

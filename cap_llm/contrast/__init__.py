@@ -1,0 +1,1 @@
+"""Contrastive pruning: units, banks, the loss, the terms. Knows no text."""

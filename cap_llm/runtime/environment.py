@@ -1,0 +1,67 @@
+"""What a result was made with: versions, commit, hardware, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cap_llm.runtime.world import World
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy", "lm_eval")
+
+
+def environment(world: World) -> dict:
+    """Versions, commit, hardware and command of this process."""
+    versions = {"python": platform.python_version(), "cap_llm": _version("cap_llm")}
+    versions |= {name: _version(name) for name in LIBRARIES}
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    cards = range(torch.cuda.device_count() if world.device.type == "cuda" else 0)
+    return {
+        "command": shlex.join(sys.argv),
+        "directory": os.getcwd(),
+        "versions": versions,
+        "commit": commit or None,
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "cuda": [torch.cuda.get_device_name(i) for i in cards],
+            "nodes": world.nodes,
+            "ranks": world.size,
+        },
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def offline() -> bool:
+    """Whether the user switched the hub off."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
