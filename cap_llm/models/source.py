@@ -79,10 +79,10 @@ def _sound(path: Path, option: str) -> Path:
         return regular(path)
     side_files(path)
     marks = text_settings(path).get("quantization_config") or {}
-    method = marks.get("quant_method") if isinstance(marks, dict) else marks
+    facts = marks if isinstance(marks, dict) else {"quant_method": marks}
+    method = facts.get("quant_method")
     # these mark plain weights, too, and what is compressed shows in the files
-    marked = method == "compressed-tensors" or "sparsity_config" in marks
-    if marks and not marked:
+    if marks and method != "compressed-tensors" and "sparsity_config" not in facts:
         raise UserError(f"{option} {path} is quantised ({method}); give it unquantised")
     if not can_be_streamed(path):
         weight_files(path)
