@@ -22,12 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from cap_llm.models.files import INDEX  # noqa: E402
 from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
-from cap_llm.runtime.files import read_json, write_json  # noqa: E402
-from cap_llm.runtime.interrupt import held_back  # noqa: E402
 
 quiet_libraries()
+
+from cap_llm.models.files import INDEX  # noqa: E402
+from cap_llm.runtime.files import read_json, write_json  # noqa: E402
+from cap_llm.runtime.interrupt import held_back  # noqa: E402
 
 RESULTS = ROOT / "eval" / "results"
 DENSE = "dense"  # the stage of a row that only scores the dense model

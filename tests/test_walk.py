@@ -7,8 +7,8 @@ import torch
 import transformers
 from support import FAMILIES
 
-import cap_llm.blockwise.cache as cache_module
-import cap_llm.blockwise.prune as prune_module
+import cap_llm.runtime.memory as memory_module
+import cap_llm.solvers.methods as methods_module
 from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.blockwise.prune import prune
 from cap_llm.blockwise.walk import MICRO_TOKENS, Walk
@@ -142,9 +142,9 @@ def test_pruning_in_memory_refuses_what_was_changed_to_nonsense(tiny):
 def test_pruning_in_memory_is_in_full_precision_and_leaves_the_process_as_it_was(tiny, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny("llama")).train()
     embedding, seen = model.get_input_embeddings().weight.requires_grad_(False), []
-    solve = prune_module.sparsegpt
+    solve = methods_module.sparsegpt
     monkeypatch.setattr(
-        prune_module,
+        methods_module,
         "sparsegpt",
         lambda *a: seen.append(torch.get_float32_matmul_precision()) or solve(*a),
     )
@@ -179,7 +179,7 @@ def test_the_limit_of_any_control_group_above_the_process_counts(tmp_path, monke
         (job / name).write_text(content)
     mine = tmp_path / "cgroup"
     mine.write_text("4:cpu:/elsewhere\n0::/slice/job_7/step_0\n")
-    groups = list(cache_module._control_groups(mine, tmp_path))
+    groups = list(memory_module._control_groups(mine, tmp_path))
     assert groups == [job / "step_0", job, tmp_path / "slice", tmp_path]
-    monkeypatch.setattr(cache_module, "_control_groups", lambda file: groups)
-    assert cache_module.free_memory(CPU) == 3500000
+    monkeypatch.setattr(memory_module, "_control_groups", lambda file: groups)
+    assert memory_module.free_memory(CPU) == 3500000

@@ -71,7 +71,7 @@ def status(folder: Path) -> dict:
     for stage in names:
         try:
             found[stage] = _PROGRESS[stage](folder, config, metrics)
-        except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        except (UserError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             found[stage] = False, "its files are damaged"
     stages = {
         stage: "done" if done else "stopped" if text else "waiting"
@@ -92,7 +92,7 @@ def _job(folder: Path) -> tuple[str | None, str]:
             failed = 0 < end["code"] < 128
             rank = f" (rank {end['rank']}, exit code {end['code']})" if failed else ""
             ago = duration(time.time() - end["time"])
-        except (UserError, LookupError, TypeError):  # the disk was full
+        except (UserError, LookupError, TypeError, RecursionError):  # the disk was full
             return "failed", "the last job ended, and could not write down why"
         return "failed" if failed else None, f"the last job ended {ago} ago: {end.get('why')}{rank}"
     if not who:

@@ -108,9 +108,10 @@ def _storage_marks(folder: Path, option: str) -> dict:
         UserError: the model is quantized.
     """
     marks = text_settings(folder).get("quantization_config") or {}
-    method = marks.get("quant_method") if isinstance(marks, dict) else marks
+    marks = marks if isinstance(marks, dict) else {"quant_method": marks}
+    method = marks.get("quant_method")
     # these mark plain weights, too, and what is compressed shows in the files
-    if marks and not (method == "compressed-tensors" or "sparsity_config" in marks):
+    if marks and method != "compressed-tensors" and "sparsity_config" not in marks:
         raise UserError(f"{option} {folder} is quantized ({method}); give it unquantized")
     return marks
 

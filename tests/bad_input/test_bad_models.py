@@ -459,15 +459,25 @@ def test_a_finished_block_that_changed_is_made_again(accept, out, monkeypatch):
     assert (out / "oneshot" / FILE).read_bytes() == good
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"rows": [{}]}', '{"rows": 3}'])
-@pytest.mark.parametrize("file", ["sparsity.json", "done.json", "recipe.json", "calibration.json"])
-def test_a_record_of_another_form_is_refused_by_its_file(accept, refuse, out, file, content):
-    if (file, content[0]) not in (("calibration.json", "{"), ("recipe.json", "{")):
-        accept()
-        (out / "oneshot" / file).write_text(content)
+RECORDS = {
+    "sparsity.json": ["{}", "[]", '{"rows": 3}', '{"rows": [{}]}', "[" * 100_000],
+    "done.json": ["{}", "[]", '{"environment": {}, "files": 3}'],
+    "recipe.json": ["3", "[1]"],
+    "calibration.json": ["[]"],
+}
+
+
+def test_records_of_another_form_are_refused_by_their_file(accept, refuse, out):
+    accept()
+    for file, contents in RECORDS.items():
+        path = out / "oneshot" / file
+        before = path.read_text()
         again = ["--model.path", out / "oneshot", "--output_dir", out.with_name("again")]
-        message = refuse(*(again if file == "sparsity.json" else ()), started=True)
-        assert f"{out / 'oneshot'}" in message
+        for content in contents:
+            path.write_text(content)
+            message = refuse(*(again if file == "sparsity.json" else ()), started=True)
+            assert str(path) in message
+        path.write_text(before)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"rows": [{}], "elapsed": 1}', '{"rows": []}'])
