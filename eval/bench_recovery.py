@@ -168,7 +168,7 @@ def main() -> int:
         keys = ("ranks", "deepspeed", "arm")
         lines = [
             dict(zip(keys, key, strict=True))
-            | {"tokens_a_second": speed(key), "seconds": seconds[key], "peak_bytes": peak}
+            | {"tokens_per_second": speed(key), "seconds": seconds[key], "peak_bytes": peak}
             | ({"of_peak": used(key)[0]} if used(key) else {})
             for key, peak in peaks.items()
         ]

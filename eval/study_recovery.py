@@ -332,8 +332,8 @@ class Study:
         if row.stage == "recover":
             rungs = done["rungs"]
             result |= {"tokens": done["tokens"], "rungs": rungs}
-            rate = statistics.harmonic_mean(r["tokens_a_second"] for r in rungs)
-            result["tokens_a_second"] = round(rate, 1)
+            rate = statistics.harmonic_mean(r["tokens_per_second"] for r in rungs)
+            result["tokens_per_second"] = round(rate, 1)
             result["held_out_ppl"] = list(rungs[-1]["held_out_ppl"].values())[-1]
         return result | assets.provenance(self.runs.folder(row)) | {"model": self.name}
 
@@ -391,7 +391,7 @@ def costs(study: Study) -> list[str]:
         cells = [mean_and_spread(own.values(), ".2f"), _less_base(rows, title, "held_out_ppl")]
         for key, unit, form in (
             ("seconds", 60, ".1f"),
-            ("tokens_a_second", 1, ".0f"),
+            ("tokens_per_second", 1, ".0f"),
             ("peak_memory_bytes", 2**30, ".1f"),
         ):
             values = [run[key] / unit for run in seeds.values() if key in run]
