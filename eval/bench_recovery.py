@@ -243,6 +243,7 @@ def steps(work: dict, world) -> dict[str, dict]:
     from cap_llm.text.corpora import read_corpus
     from cap_llm.text.packing import pack
     from cap_llm.text.tokenizers import load_tokenizer
+    from cap_llm.training import ds_config
     from cap_llm.training import engine as engines
     from cap_llm.training import loop as training
     from cap_llm.training.masks import Fixed
@@ -266,8 +267,8 @@ def steps(work: dict, world) -> dict[str, dict]:
     }
     config = next(iter(configs.values()))
     engines.start(world)
-    student_ds = engines.student_settings(config, world)
-    teacher_ds = engines.teacher_settings(config, world, student_ds)
+    student_ds = ds_config.student_settings(config, world)
+    teacher_ds = ds_config.teacher_settings(config, world, student_ds)
     corpus = read_corpus(work["text"], "train")
     text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
     tasks = {

@@ -277,11 +277,11 @@ def long(settings, tmp_path_factory) -> list[str]:
     model = settings["model"]["path"]
     settings = settings | {"stages": ["oneshot"]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    from cap_llm import train
+    from cap_llm.pipeline import pipeline
 
     args = ["--config", str(folder / "recipe.yaml"), "--output_dir", str(folder / "half")]
     config, text, _ = read_config(args)
-    train.pipeline(config, text, QUIET)
+    pipeline(config, text, QUIET)
     steps = {"tokens": 60 * BATCH * LENGTH, "teacher": model, "checkpoint_steps": 1000}
     settings |= {"recover": settings["recover"] | steps, "stages": ["recover"]}
     settings |= {"model": {"path": str(folder / "half" / "oneshot")}}

@@ -42,7 +42,12 @@ def main(argv: list[str]) -> None:
     places = {"HF_HOME": str(root), "CAP_LLM_DATA": str(root / "data")}
     console.say("without the hub:")
     check = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("train.py")), *command, "--dry-run"],
+        [
+            sys.executable,
+            str(Path(__file__).resolve().parents[1] / "train.py"),
+            *command,
+            "--dry-run",
+        ],
         env=os.environ | places | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
         check=False,
     )

@@ -23,7 +23,7 @@ from cap_llm.runtime.memory import attained_rate
 from cap_llm.runtime.trackers import require
 from cap_llm.runtime.world import World
 from cap_llm.text.tokenizers import load_tokenizer
-from cap_llm.training import checkpoints
+from cap_llm.training import checkpoints, ds_config
 from cap_llm.training import engine as engines
 
 SAME_TOKENIZER = 0.9  # of the entries; instruct siblings rename some that were in reserve
@@ -50,8 +50,8 @@ def check_recovery(
     """
     settings = config.recover
     engines.start(world)
-    student = engines.student_settings(settings, world)
-    engines.teacher_settings(settings, world, student)
+    student = ds_config.student_settings(settings, world)
+    ds_config.teacher_settings(settings, world, student)
     for package in ("tensorboard", "wandb"):
         if getattr(settings, package):
             require(package, f"recover.{package}")

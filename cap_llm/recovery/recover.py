@@ -50,7 +50,7 @@ from cap_llm.runtime.trackers import TensorBoard, Wandb
 from cap_llm.tasks.language_modeling import LanguageModeling, TextUnits
 from cap_llm.text.packing import PackedText
 from cap_llm.text.reading import Texts
-from cap_llm.training import checkpoints
+from cap_llm.training import checkpoints, ds_config
 from cap_llm.training import engine as engines
 from cap_llm.training.export import export
 from cap_llm.training.loop import Job, Trained, train
@@ -149,8 +149,8 @@ class _Recovery:
         self.masks = Masks(start, run.world)
         self.text, self.config, self.run, self.folder = text, config, run, folder
         self.settings, self.world = config.recover, run.world
-        self.student_ds = engines.student_settings(self.settings, self.world)
-        self.teacher_ds = engines.teacher_settings(self.settings, self.world, self.student_ds)
+        self.student_ds = ds_config.student_settings(self.settings, self.world)
+        self.teacher_ds = ds_config.teacher_settings(self.settings, self.world, self.student_ds)
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
         self.records: list[dict] = []
         self._students: dict[int, Path] = {}  # by rung, as it stood before: the snapshots
@@ -311,7 +311,7 @@ class _Recovery:
         """Trains a model and writes it, with its masks, to `target`."""
         trained = train(job, config, self.run)
         self.began = trained.began
-        dtype = engines.DTYPES.get(config.save_dtype)
+        dtype = ds_config.DTYPES.get(config.save_dtype)
         export(trained.engine, job.student, target, masks, self.world, dtype)
         engines.release(trained.engine)
         return trained

@@ -24,7 +24,7 @@ from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
 from cap_llm.runtime.memory import peaks
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
-from cap_llm.training import checkpoints
+from cap_llm.training import checkpoints, ds_config
 from cap_llm.training import engine as engines
 from cap_llm.training.masks import MaskPolicy
 from cap_llm.training.task import Task
@@ -89,7 +89,7 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
         Stopped: a signal came; a checkpoint has been written.
     """
     world, task = run.world, job.task
-    settings = engines.student_settings(config, world)
+    settings = ds_config.student_settings(config, world)
     found = checkpoints.find(job.folder, settings, job.recipe, config, world, run.console)
     trained = Trained(engines.load_student(job.student, settings, config, world, task.student))
     engine, trained.began = trained.engine, job.began

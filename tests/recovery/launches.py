@@ -14,8 +14,8 @@ import psutil
 import torch
 from support import environment
 
-from cap_llm import train
 from cap_llm.cli.command_line import read_config
+from cap_llm.pipeline import pipeline
 from cap_llm.runtime.console import Console
 from cap_llm.text.corpora import calibration_corpus
 from cap_llm.text.packing import pack
@@ -145,7 +145,7 @@ class Assets:
         self.half = folder / "half" / "oneshot"  # 50 % by SparseGPT
         settings = self.options(folder / "half", 1) | {"model.path": self.dense}
         config, text, _ = read_config(arguments(settings | {"stages": "[oneshot]"}))
-        train.pipeline(config, text, Console(speaks=False))
+        pipeline(config, text, Console(speaks=False))
 
     def options(self, out: Path, ranks: int) -> dict:
         """The settings of a small sound run from the half pruned model."""

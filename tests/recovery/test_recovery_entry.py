@@ -17,6 +17,7 @@ from support import environment, signalled
 
 from cap_llm import train
 from cap_llm.cli.command_line import read_config
+from cap_llm.pipeline import pipeline
 from cap_llm.runtime.console import Console
 
 
@@ -41,7 +42,7 @@ def test_recover_is_a_job_of_its_own_after_oneshot_and_zero3_ends_with_0(assets,
     settings = assets.options(tmp_path / "run", 2) | {"model.path": assets.dense}
     settings |= {"recover.teacher": "null", "recover.tokens": 2 * BATCH * LENGTH}
     config, text, _ = read_config(arguments(settings | {"stages": "[oneshot]"}))
-    train.pipeline(config, text, Console(speaks=False))
+    pipeline(config, text, Console(speaks=False))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     settings |= {"recover.deepspeed": "zero3"}
     training = launched([*torchrun, "--nproc_per_node", "2"], settings)

@@ -22,6 +22,7 @@ from cap_llm.runtime.world import World
 from cap_llm.tasks.language_modeling import LanguageModeling
 from cap_llm.text.packing import PackedText
 from cap_llm.training import checkpoints as checkpoints_module
+from cap_llm.training import ds_config
 from cap_llm.training import engine as engines
 from cap_llm.training.loop import (
     MAX_OVERFLOWS,
@@ -172,16 +173,16 @@ def test_float16_without_zero_is_refused(monkeypatch):
     on_gpu = World.alone(torch.device("cuda"))
     for stage in (1, 2, 3):
         settings = RecoverConfig(deepspeed=f"zero{stage}", dtype="float16")
-        assert engines.student_settings(settings, on_gpu)["fp16"]["enabled"] is True
+        assert ds_config.student_settings(settings, on_gpu)["fp16"]["enabled"] is True
     with pytest.raises(UserError, match=r"zero0 is ZeRO-0.*give zero1, zero2 or zero3"):
-        engines.student_settings(RecoverConfig(deepspeed="zero0", dtype="float16"), on_gpu)
+        ds_config.student_settings(RecoverConfig(deepspeed="zero0", dtype="float16"), on_gpu)
 
 
 def test_what_a_deepspeed_file_leaves_out_is_the_recipes(tmp_path):
     path = tmp_path / "bare.json"
     path.write_text('{"zero_optimization": {"stage": 1}}')
     settings = RecoverConfig(deepspeed=str(path), batch=8, dtype="bfloat16", clip=0.25)
-    resolved = engines.student_settings(settings, World.alone(CPU))
+    resolved = ds_config.student_settings(settings, World.alone(CPU))
     assert resolved["bf16"]["enabled"] is True and resolved["fp16"]["enabled"] is False
     assert resolved["gradient_clipping"] == 0.25
     assert resolved["gradient_accumulation_steps"] == 8
@@ -217,11 +218,11 @@ def test_every_deepspeed_file_resolves_for_one_rank(path):
     settings = RecoverConfig(batch=8, micro_batch=2, dtype="bfloat16")
     if path.stem.startswith("teacher"):
         settings.deepspeed, settings.teacher_deepspeed = "zero3", path.stem
-        resolved = engines.student_settings(settings, world)
-        resolved = engines.teacher_settings(settings, world, resolved)
+        resolved = ds_config.student_settings(settings, world)
+        resolved = ds_config.teacher_settings(settings, world, resolved)
     else:
         settings.deepspeed = path.stem
-        resolved = engines.student_settings(settings, world)
+        resolved = ds_config.student_settings(settings, world)
         assert resolved["gradient_accumulation_steps"] == 4
         assert resolved["train_batch_size"] == 8
     assert resolved["bf16"] == {"enabled": True} and resolved["fp16"] == {"enabled": False}

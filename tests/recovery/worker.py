@@ -40,8 +40,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from cap_llm import preflight as plan  # noqa: E402
-from cap_llm import train  # noqa: E402
 from cap_llm.cli import command_line  # noqa: E402
+from cap_llm.pipeline import pipeline  # noqa: E402
 from cap_llm.recovery import check  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 from cap_llm.runtime.interrupt import Stopped, stop_at_once  # noqa: E402
@@ -219,7 +219,7 @@ def run_case(case: dict, console: Console) -> dict:
                 patches.enter_context(PATCHES[name](*args))
             config, config_yaml, _ = command_line.read_config(case["args"])
             config.check()
-            train.pipeline(config, config_yaml, console)
+            pipeline(config, config_yaml, console)
         outcome["left"] = tensor_bytes() - before if zero3 else None
         assert torch.nn.functional.linear is LINEAR  # or what is pruned next had other roundings
     except UserError as error:
