@@ -184,12 +184,13 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
                 setattr(part, key, 0.0)
     drop_pinned(world.device)  # which a stage before may have filled with activations
     how["dtype"] = compute_dtype(config, world)
+    kind = model_class(folder)  # before DeepSpeed shards whatever is made
     zero3 = settings is not None and stage_of(settings) == 3
     sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive
     if not zero3:  # tensor by tensor: several copies would fill a node's main memory
         how["device_map"] = {"": world.device}
     try:
-        model = model_class(folder).from_pretrained(folder, **how, **FROM_DIRECTORY)
+        model = kind.from_pretrained(folder, **how, **FROM_DIRECTORY)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # every format fails in a way of its own
