@@ -68,7 +68,7 @@ def main() -> int:
 
 def guarded(work: Callable[[Console], None], program: str) -> int:
     """Does `work` and turns what ends it early into one line of `program` and an exit code."""
-    sys.stdin = open(os.devnull)  # noqa: SIM115  libraries ask on a terminal, and jobs would wait
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  libraries ask on a terminal, and jobs would wait
     try:
         rank = launched().rank
     except UserError:  # whoever works with other ranks says it

@@ -192,12 +192,12 @@ def alone(title: str, command: list, log: Path, threads: int) -> float:
     """Runs a command; returns how many cores others than this process's family used meanwhile."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     before = busy_seconds()
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         ended = subprocess.run(
             map(str, command), env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         )
     if ended.returncode:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         sys.exit(f"{title} ended with code {ended.returncode} (all of it: {log}):\n{tail}")
     after = busy_seconds()
     return round(max(0.0, (after[0] - before[0]) / (after[1] - before[1])), 3)
@@ -208,7 +208,7 @@ def busy_seconds() -> tuple[float, float]:
 
     Time that the machine's host took away counts as spent by others.
     """
-    with open("/proc/stat") as lines:
+    with open("/proc/stat", encoding="utf-8") as lines:
         user, nice, system, _, _, irq, soft_irq, steal = map(int, next(lines).split()[1:9])
     ticks = user + nice + system + irq + soft_irq + steal
     used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

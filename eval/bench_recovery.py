@@ -173,7 +173,7 @@ def main() -> int:
             for key, peak in peaks.items()
         ]
         content = common | {"lines": lines, "heads": heads}
-        Path(args.out).write_text(json.dumps(content, indent=2) + "\n")
+        Path(args.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -215,7 +215,7 @@ def launch(work: dict) -> dict | None:
             return None
         if done.returncode:
             raise SystemExit(f"{work} failed:\n{done.stderr[-3000:]}")
-        return json.loads(out.read_text())
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def measure(work: dict) -> int:
@@ -225,7 +225,7 @@ def measure(work: dict) -> int:
     world = World("auto")
     result = head_memory(work) if "head_tokens" in work else steps(work, world)
     if world.first:
-        Path(work["out"]).write_text(json.dumps(result))
+        Path(work["out"]).write_text(json.dumps(result), encoding="utf-8")
     world.barrier()
     sys.stdout.flush()
     os._exit(0)
@@ -393,7 +393,7 @@ def head_memory(work: dict) -> dict:
     target = torch.randint(0, vocabulary, (n,))
 
     def memory(key: str) -> int:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
     forget()

@@ -41,7 +41,7 @@ def main(contender: str, job: dict) -> None:
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(Path(job["model"]) / "config.json", out / "config.json")
-    Path(job["result"]).write_text(json.dumps(result))
+    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def peer(model, ids: torch.Tensor) -> None:
@@ -165,9 +165,9 @@ class _Caught(Exception):
 
 def peak_memory() -> int:
     """Most bytes of main memory that this process has held at once."""
-    with open("/proc/self/status") as lines:
+    with open("/proc/self/status", encoding="utf-8") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))
+    main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))

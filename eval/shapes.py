@@ -58,7 +58,7 @@ def _write_text(folder: Path, n_words: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     draw = torch.Generator().manual_seed(0)
-    with open(folder / TEXT, "w") as file:
+    with open(folder / TEXT, "w", encoding="utf-8") as file:
         for _ in range(64):
             ids = torch.randint(4, n_words, (2100,), generator=draw).tolist()
             file.write(json.dumps({"text": " ".join(f"w{i}" for i in ids)}) + "\n")

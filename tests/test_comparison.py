@@ -257,6 +257,7 @@ def zeroed(model: Path, folder: Path, share: float) -> Path:
 def test_zeros_of_the_weights_tell_what_is_pruned(tiny, tmp_path, share, masks, pruned, shown):
     folder = zeroed(tiny("llama"), tmp_path / "model", share)
     if masks:
+        (folder / mask_files.FILE).parent.mkdir()
         save_file({"x": torch.zeros(1)}, folder / mask_files.FILE)
     rows, (zeros, n), is_pruned = count_zeros(folder, World("cpu"))
     assert is_pruned == pruned and 0 < zeros < share * n + 64
@@ -267,6 +268,7 @@ def test_zeros_of_the_weights_tell_what_is_pruned(tiny, tmp_path, share, masks, 
 def test_files_beside_weights_without_zeros_make_no_pruned_model(tiny, tmp_path):
     """As a dense fine-tuning leaves them, saved to the directory of the pruned model."""
     folder = shutil.copytree(tiny("gpt2"), tmp_path / "model")
+    (folder / mask_files.FILE).parent.mkdir()
     save_file({"x": torch.zeros(1)}, folder / mask_files.FILE)
     assert count_zeros(folder, World("cpu"))[::2] == ({}, False)
 

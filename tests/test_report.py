@@ -18,7 +18,6 @@ from rich.console import Console as RichConsole
 from support import ROOT
 
 import cap_llm
-from cap_llm.cli.command_line import read_config
 from cap_llm.report import figures
 from cap_llm.report import published as papers
 from cap_llm.report.comparison import compare
@@ -236,7 +235,7 @@ def test_recoveries_on_other_text_are_not_drawn_together(copy, report):
         recipe = {"recover": {"corpus": corpus, "length": 64, "batch": 4, "weight": name}}
         (run / "recover" / "recipe.json").write_text(json.dumps(recipe | {"model": MODEL}))
         points = [
-            {"stage": "recover", "step": s, "name": "held_out_ppl", "value": 9.0 - s}
+            {"stage": "recover", "step": s, "name": "held_out_ppl", "value": 9.0 - s, "time": 0}
             for s in (0, 1)
         ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
@@ -407,7 +406,9 @@ def pipe_for_file(run):
 
 
 def weights_elsewhere(run):
-    (run / "oneshot" / "model-gone.safetensors").symlink_to(run / "nowhere")
+    shard = next((run / "oneshot").glob("model-*.safetensors"))
+    shard.unlink()
+    shard.symlink_to(run / "nowhere")
 
 
 def deep(run):
@@ -476,20 +477,16 @@ def test_a_run_of_another_version_is_shown_as_such(copy, report):
 # acceptance and the benchmark of sparsity
 
 
-def test_the_acceptance_runs_are_valid_and_aim_at_published_figures():
+def test_the_acceptance_runs_aim_at_published_figures():
     import acceptance
 
-    for settings in acceptance.RUNS.values():
-        config, *_ = read_config(
-            ["--config", "opt-125m-acceptance", "--output_dir", "x", *settings]
-        )
-        config.check()
     for (name, corpus), (figure, low, high) in acceptance.TARGETS.items():
-        method, amount = re.fullmatch(r"(.+?)(?: (\S+(?: %)?))?", name).groups("")
+        method, amount = re.fullmatch(r"(.+?)(?: (\d\S*))?", name).groups("")
         known = [
             p.ppl
             for p in papers.published()
-            if p.model == "opt-125m" and (p.method, p.amount, p.corpus) == (method, amount, corpus)
+            if p.model == "opt-125m"
+            and (p.method, p.amount.replace(" ", ""), p.corpus) == (method, amount, corpus)
         ]
         assert float(figure) in known and low <= float(figure) <= high
 
@@ -498,20 +495,20 @@ def test_the_verdict_is_within_or_outside_the_range(tmp_path):
     import acceptance
 
     scores = {"dense": {"wikitext2": 27.66, "ptb": 38.99, "c4": 26.56}}
-    scores |= {"magnitude 50 %": {"wikitext2": 193.4}, "SparseGPT 50 %": {"wikitext2": 36.5}}
-    scores |= {"Wanda 50 %": {"wikitext2": 39.5}, "SparseGPT 2:4": {"wikitext2": 60.5}}
-    scores |= {"Wanda + reconstruction 50 %": {"wikitext2": 31.2}}
-    scores |= {"ALPS 50 %": {"wikitext2": 36.6}, "SparseGPT + SDS 2:4": {"wikitext2": 50.0}}
+    scores |= {"magnitude 50%": {"wikitext2": 193.4}, "SparseGPT 50%": {"wikitext2": 36.5}}
+    scores |= {"Wanda 50%": {"wikitext2": 39.5}, "SparseGPT 2:4": {"wikitext2": 60.5}}
+    scores |= {"Wanda + reconstruction 50%": {"wikitext2": 31.2}}
+    scores |= {"ALPS 50%": {"wikitext2": 36.6}, "SparseGPT + SDS 2:4": {"wikitext2": 50.0}}
     results = {}
-    for name in acceptance.RUNS:
+    for name in (row.name for row in acceptance.ROWS):
         figures = [Figure("ppl", corpus, ppl) for corpus, ppl in scores.get(name, {}).items()]
         results[name] = Result(name, "oneshot", tmp_path, "opt-125m", figures=figures)
     rows, n_outside = acceptance.verdicts(results)
     said = {(row[0], row[1]): (row[4], row[-1]) for row in rows}
-    assert said["SparseGPT 50 %", "wikitext2"] == ("-0.35", "within")
-    assert said["Wanda 50 %", "wikitext2"] == ("+0.50", "OUTSIDE")
+    assert said["SparseGPT 50%", "wikitext2"] == ("-0.35", "within")
+    assert said["Wanda 50%", "wikitext2"] == ("+0.50", "OUTSIDE")
     assert said["Wanda 2:4", "wikitext2"] == ("-", "OUTSIDE")  # not measured
-    assert said["ALPS 50 %", "wikitext2"] == ("-", "OUTSIDE")  # above SparseGPT
+    assert said["ALPS 50%", "wikitext2"] == ("-", "OUTSIDE")  # above SparseGPT
     assert said["SparseGPT + SDS 2:4", "wikitext2"] == ("-1.30", "within")
     assert said["SparseGPT + refit 2:4", "wikitext2"] == ("-", "control")
     assert n_outside == 3
@@ -563,7 +560,7 @@ def test_the_benchmark_refuses_what_is_not_pruned_in_one_line(tiny, tmp_path):
         ([tmp_path], "no model directory"),
         ([whole], "is not pruned"),
         ([bare], "bare/model.safetensors does not exist"),
-        ([whole, "--out", tmp_path / "missing" / "file"], "missing/file is no file in a directory"),
+        ([whole, "--out", tmp_path / "missing" / "file"], "--out"),
     ):
         result = script("bench_sparse.py", *args)
         assert result.returncode == 2 and words in result.stderr, result.stderr

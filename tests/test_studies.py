@@ -114,7 +114,7 @@ def test_weights_go_once_they_are_scored_and_no_cell_starts_from_them(tmp_path, 
         finish(runs, study.row_of(cell), "model-00001-of-00002.safetensors", study.masks.FILE)
 
     def left(cell) -> set[str]:
-        return {p.name for p in runs.model_of(study.row_of(cell)).iterdir()}
+        return {p.name for p in runs.model_of(study.row_of(cell)).rglob("*") if p.is_file()}
 
     unfinished = {later}
     monkeypatch.setattr(study, "missing", lambda cell: ["first"] if cell in unfinished else [])
@@ -128,8 +128,8 @@ def test_weights_go_once_they_are_scored_and_no_cell_starts_from_them(tmp_path, 
 def finish(runs: Matrix, row: Row, *others: str) -> None:
     """Writes the files of a finished model."""
     folder = runs.model_of(row)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("done.json", matrix.INDEX, *others):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
 
 

@@ -61,10 +61,10 @@ def locate(config: ModelConfig, download: bool = True, option: str = "model.path
         UserError: there is no such model, or it cannot be fetched.
     """
     path = Path(config.path)
-    if path.name in ("", ".."):  # what is made from it is called by its name
-        path = path.resolve()
     with readable(f"{option} {config.path}"):
         is_folder, exists = path.is_dir(), path.exists()
+    if is_folder and path.name in ("", ".."):  # what is made from it is called by its name
+        path = path.resolve()
     if is_folder or path.suffix == ".gguf":
         if not exists:
             raise UserError(f"{option} {path} does not exist")

@@ -185,7 +185,9 @@ class World:
         if quota < own:
             words.append(f"its container may use {quota:g} of them (set OMP_NUM_THREADS to that)")
         try:
-            running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+            running = int(
+                Path("/proc/loadavg").read_text(encoding="utf-8").split()[3].partition("/")[0]
+            )
             # the mean of a minute holds this job's own past, the moment a passer-by
             others = min(os.getloadavg()[0], running - 1)
         except (OSError, ValueError):
@@ -253,7 +255,9 @@ def _quota() -> float:
     """Cores that the control group of this process may use; infinite without a limit."""
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            text = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files)
+            text = " ".join(
+                Path("/sys/fs/cgroup", name).read_text(encoding="utf-8") for name in files
+            )
             limit, period = map(int, text.split())
             return limit / period if limit > 0 else math.inf
     return math.inf

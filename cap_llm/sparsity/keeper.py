@@ -319,7 +319,9 @@ class _Kept:
             for weights, start in self.fragments() if model.numel() else ():  # else swapped out
                 here = model.reshape(-1)[start - begin :][: weights.numel()].to(weights.device)
                 made = weights.reshape(-1).to(here.dtype)
-                if bool(((made != here) & ~(made.isnan() & here.isnan())).any()):
+                if made.shape != here.shape or bool(
+                    ((made != here) & ~(made.isnan() & here.isnan())).any()
+                ):
                     return False
         return True
 

@@ -274,7 +274,7 @@ REFUSED = {
     ),
     "a large bank": (
         lambda a: {"recover.contrast.bank_gib": 1e-6},
-        ["recover.contrast.bank_gib 1e-06", "48 sequences x 12 units x 32", "lower"],
+        ["recover.contrast.bank_gib is 1e-06", "48 sequences x 12 units x 32", "lower"],
     ),
 }
 
