@@ -83,7 +83,7 @@ def _known_dense(source: Path, pruned: bool, config: Config, run: Run) -> Path |
     if config.model.dense:
         dense = further_model("model.dense", config.model.dense, run)
     elif pruned and not config.start("recover") and "recover" in config.stages:
-        teacher = found_here(config.recover.teacher, "recover.teacher")
+        teacher = found_here("recover.teacher", config.recover.teacher, config, run.world)
         if teacher and _shapes(teacher) == _shapes(source):
             dense = further_model("recover.teacher", config.recover.teacher, run)
     other = bool(dense) and fingerprint(dense) != fingerprint(source)
