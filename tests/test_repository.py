@@ -1,9 +1,13 @@
-"""What the repository promises about itself: imports, the README's table."""
+"""What the repository promises about itself: imports, public names, generated pages."""
 
 import ast
+import subprocess
 import sys
 
-from support import ROOT
+import pytest
+from support import ROOT, environment
+
+import cap_llm
 
 ORDER = ["runtime", "sparsity", "config", "text", "models", "solvers", "blockwise", "contrast"]
 ORDER += ["training", "tasks", "recovery", "evaluation", "report", "preflight", "pipeline", "cli"]
@@ -35,8 +39,30 @@ def test_no_module_beside_the_entry_is_named_like_a_library():
     assert not names & set(sys.stdlib_module_names)
 
 
-def test_the_readme_holds_the_current_options():
-    from option_table import with_table
+def test_the_page_of_options_is_current():
+    from option_table import PAGE, option_page
 
-    readme = (ROOT / "README.md").read_text()
-    assert readme == with_table(readme), "run python eval/option_table.py"
+    assert PAGE.read_text() == option_page(), "run python eval/option_table.py"
+
+
+def test_public_names_are_loaded_on_first_use():
+    code = "import sys, cap_llm; assert 'torch' not in sys.modules; print(cap_llm.prune.__name__)"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True)
+    assert ended.stdout == b"prune\n"
+    with pytest.raises(AttributeError):
+        cap_llm.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", cap_llm.__all__)
+def test_public_names_are_there(name):
+    assert callable(getattr(cap_llm, name))
+
+
+def test_the_pages_of_results_are_current():
+    from results_pages import PAGES, PICTURES, with_tables
+
+    for name in PAGES:
+        page = (ROOT / "docs" / "results" / name).read_text()
+        assert page == with_tables(page), "run python eval/results_pages.py"
+    for source, copy in PICTURES.items():
+        assert copy.read_bytes() == source.read_bytes(), "run python eval/results_pages.py"
