@@ -22,7 +22,11 @@ def option_table() -> str:
     for action in make_parser()._actions:
         option = action.option_strings[0].removeprefix("--") if action.option_strings else ""
         section = action.metavar == "CONFIG" or "Path to a configuration file" in str(action.help)
-        if not option or option in ("help", "-h", "config", "print_config", "dry-run") or section:
+        if (
+            not option
+            or option in ("help", "-h", "config", "print_config", "dry-run", "quiet")
+            or section
+        ):
             continue
         default = {None: "", "": "", True: "true", False: "false"}.get(_key(action.default))
         default = str(action.default) if default is None else default
