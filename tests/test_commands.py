@@ -124,6 +124,8 @@ def test_a_model_directory_without_its_option_gets_a_hint(call, tiny):
         ("cap-llm --oneshot.met", {"--oneshot.method"}),
         ("cap-llm run --oneshot.meth", {"--oneshot.method"}),
         ("cap-llm --oneshot.method al", {"alps"}),
+        ("cap-llm run --evaluate.dense f", {"false"}),
+        ("cap-llm --config own", {"own"}),
     ],
 )
 def test_completion(line, expected, tmp_path):

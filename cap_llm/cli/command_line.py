@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import os
 import re
 import reprlib
 import textwrap
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -92,7 +94,22 @@ def make_parser() -> jsonargparse.ArgumentParser:
         help="Print only warnings, errors and the path of the report; log.txt has all.",
     )
     parser.add_class_arguments(Config)
+    if "_ARGCOMPLETE" in os.environ:
+        for action in parser._actions:
+            action.completer = functools.partial(_values, action.dest)
     return parser
+
+
+def _values(option: str, **options) -> list[str]:
+    """What the shell offers as the value of an option: jsonargparse itself knows no literals."""
+    from argcomplete.completers import FilesCompleter
+
+    kind = str if option in ("config", "print_config") else _field_type(option)
+    if kind is bool:
+        return ["true", "false"]
+    choices = [c for k in (kind, *get_args(kind)) for c in get_args(k) if isinstance(c, str)]
+    names = recipes() if option == "config" else []
+    return choices or [*names, *FilesCompleter()(**options)]
 
 
 def recipes() -> list[str]:

@@ -91,7 +91,6 @@ def _hint(word: str) -> str:
 
 def _words_to_complete() -> list[str]:
     """The subcommand of the line that argcomplete reads, which it is told to read behind that."""
-    os.environ.setdefault("COMP_TYPE", "9")  # jsonargparse reads it, which zsh does not set
     line = os.environ["COMP_LINE"][: int(os.environ.get("COMP_POINT", 10**6))]
     words = (line + "|").split()[1:]  # the last one is being written
     if len(words) > 1 and words[0] in COMMANDS:
