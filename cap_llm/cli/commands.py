@@ -15,17 +15,17 @@ from cap_llm.cli.options import make_parser, parse
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 
-# name: the module, whose `main(argv, console)` does the work, and one line of help
+# name: one line of help; the module of that name has `main(argv, console)`, which does the work
 COMMANDS = {
-    "run": ("run", "prune, recover and evaluate a model (the default)"),
-    "status": ("status", "show how far a run is"),
-    "prefetch": ("prefetch", "download what a recipe needs, for jobs without internet"),
-    "compare": ("compare", "write one report over several runs"),
-    "perplexity": ("perplexity", "measure the perplexity of a model"),
-    "zeroshot": ("zeroshot", "measure the zero-shot accuracy of a model with lm-eval"),
-    "bench": ("bench", "measure what the zeros of a pruned model save on this machine"),
-    "demo": ("demo", "prune and recover a real 135M model on two CPU cores"),
-    "push": ("push", "upload a finished model and its card to the Hugging Face hub"),
+    "run": "prune, recover and evaluate a model (the default)",
+    "status": "show how far a run is",
+    "prefetch": "download what a recipe needs, for jobs without internet",
+    "compare": "write one report over several runs",
+    "perplexity": "measure the perplexity of a model",
+    "zeroshot": "measure the zero-shot accuracy of a model with lm-eval",
+    "bench": "measure what the zeros of a pruned model save on this machine",
+    "demo": "prune and recover a real 135M model on two CPU cores",
+    "push": "upload a finished model and its card to the Hugging Face hub",
 }
 _EXAMPLES = (
     "--config opt-125m-50 --output_dir runs/opt",
@@ -53,8 +53,7 @@ def dispatch(argv: list[str], console: Console) -> None:
     argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
     first = argv[0] if argv else ""
     if first in COMMANDS:
-        module, _ = COMMANDS[first]
-        importlib.import_module(f"cap_llm.cli.{module}").main(argv[1:], console)
+        importlib.import_module(f"cap_llm.cli.{first}").main(argv[1:], console)
     elif argv == ["--version"]:
         console.say(f"cap-llm {cap_llm.__version__}")
     elif argv in ([], ["-h"], ["--help"]):
@@ -71,7 +70,7 @@ def _parser():
     """The parser of the help over all subcommands."""
     what = "Prune transformer language models and recover their quality."
     parser = make_parser("", what, _EXAMPLES, usage="cap-llm [SUBCOMMAND] [ARGUMENTS]")
-    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
     parser.epilog = "subcommands:\n" + "\n".join(lines) + "\n" + _MORE
     parser.add_argument("--version", action="store_true", help="show the version")
     command = parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="SUBCOMMAND")

@@ -29,7 +29,7 @@ def make_parser(
 
 def describe(prog: str, what: str, examples: Sequence[str]) -> str:
     """The top of a help: examples, then a line of what the command does."""
-    lines = [f"  {prog} {example}" for example in examples]
+    lines = [f"  {prog} {example}".rstrip() for example in examples]
     return "\n".join(["examples:", *lines, "", what])
 
 
