@@ -8,10 +8,10 @@ INSTALLED := $(VENV)/installed
 .PHONY: demo demo-full test test-slurm test-faults study acceptance lint types docs clean
 
 demo: $(INSTALLED)  ## prune a real pretrained model, reconstruct and recover it, compare: six minutes
-	$(BIN)/python eval/demo.py runs/demo
+	$(BIN)/cap-llm demo runs/demo
 
 demo-full: $(INSTALLED)  ## the demo with more methods, after `make demo` only those
-	$(BIN)/python eval/demo.py runs/demo --full
+	$(BIN)/cap-llm demo runs/demo --full
 
 test: $(INSTALLED)  ## the tests
 	$(BIN)/ruff check .

@@ -54,6 +54,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.evaluation.lm_eval_tasks import find_tasks
     from cap_llm.models.files import has_weights
     from cap_llm.models.hub import contents, locate, prepare
+    from cap_llm.report.card import write_cards
     from cap_llm.report.runs import collect
     from cap_llm.report.write import write_report
     from cap_llm.runtime.rundir import Run, refuse_strangers
@@ -83,6 +84,8 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         keep, models = config.runtime.keep_intermediate, {}
         for stage in [s for s in MODELS if s in config.stages]:
             folder = make(stage, source, texts, config, run)
+            if world.first:
+                write_cards(run.path)
             if models and not keep:
                 earlier, path = models.popitem()  # what it came from
                 if "evaluate" in config.stages and has_weights(path, world):
@@ -102,10 +105,11 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             drop(source, world)
         world.barrier()
         if world.first:
+            write_cards(run.path)  # again, with the scores
             results = collect(run.path)
             title = config.name or results[-1].name
             page = write_report(results, run.path, title, console)
-            console.say(f"report: {page}")
+            console.say(f"report: {page}", loud=True)
     except BaseException as error:
         error = explained(error)
         with held_back():  # the launcher ends all ranks once one has failed

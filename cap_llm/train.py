@@ -1,12 +1,11 @@
-"""The entry: reads a recipe and runs its pipeline, one call a stage.
+"""The entry: runs a subcommand and turns what ends it into an exit code.
 
     cap-llm --config opt-125m-50 --output_dir runs/opt
     deepspeed cap_llm/train.py --config opt-125m-50 --output_dir runs/opt
     torchrun --nproc_per_node 2 cap_llm/train.py --config my.yaml
-    cap-llm status runs/opt
-    cap-llm prefetch opt-125m-50 --to fetched
+    python -m cap_llm status runs/opt
 
-On one GPU, several, or CPUs; the same command goes on where an earlier one stopped.
+`cap_llm/cli/commands.py` has the subcommands.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import time  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
-from cap_llm.cli.command_line import read_config  # noqa: E402
+from cap_llm.cli.commands import dispatch  # noqa: E402
 from cap_llm.runtime.errors import RankLost, UserError, explained  # noqa: E402
 from cap_llm.runtime.interrupt import (  # noqa: E402
     exit_code,
@@ -43,27 +42,7 @@ from cap_llm.runtime.launcher import launched  # noqa: E402
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-
-    def work(console: Console) -> None:
-        if sys.argv[1:2] == ["status"]:
-            from cap_llm.cli.status import main as show_status
-
-            show_status(sys.argv[2:])
-        elif sys.argv[1:2] == ["prefetch"]:
-            from cap_llm.cli.prefetch import main as prefetch
-
-            prefetch(sys.argv[2:])
-        else:
-            from cap_llm.pipeline import dry_run, pipeline  # late, so that `--help` is quick
-
-            config, config_yaml, only_check = read_config()
-            config.check(makes_run=not only_check)
-            if only_check:
-                dry_run(config, console)
-            else:
-                pipeline(config, config_yaml, console)
-
-    return guarded(work, "cap-llm")
+    return guarded(lambda console: dispatch(sys.argv[1:], console), "cap-llm")
 
 
 def guarded(work: Callable[[Console], None], program: str) -> int:

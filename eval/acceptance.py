@@ -16,8 +16,9 @@ import math
 import sys
 from pathlib import Path
 
-from matrix import DENSE, Matrix, Row, arguments
+from tables import arguments
 
+from cap_llm.cli.matrix import DENSE, Matrix, Row
 from cap_llm.report.runs import Result, collect
 from cap_llm.report.write import write_report
 from cap_llm.runtime.console import Console

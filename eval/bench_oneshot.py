@@ -34,11 +34,12 @@ import time
 from pathlib import Path
 
 import torch
-from matrix import Matrix, Row, arguments
 from safetensors.torch import save_file
 from shapes import BELOW, SHAPES, TEXT, random_model
+from tables import arguments
 
 from cap_llm.blockwise.perplexity import streamed_nll
+from cap_llm.cli.matrix import Matrix, Row
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import Checkpoint
 from cap_llm.runtime.files import read_json, write_json

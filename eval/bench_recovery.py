@@ -35,8 +35,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from matrix import arguments
 from shapes import SHAPES, TEXT, random_model
+from tables import arguments
 
 from cap_llm.runtime.console import Console, size
 
@@ -66,8 +66,9 @@ def main() -> int:
     args = parse()
     if args.work:
         return measure(json.loads(args.work))
-    import assets
     import torch
+
+    from cap_llm.cli import assets
 
     console = Console()
     if args.random_shape:

@@ -21,8 +21,9 @@ import tempfile
 from pathlib import Path
 
 from bench_oneshot import GIB, IDLE, alone, say, truncate
-from matrix import Matrix, Row, arguments
+from tables import arguments
 
+from cap_llm.cli.matrix import Matrix, Row
 from cap_llm.runtime.files import read_json, write_json
 
 BASE = Row("SparseGPT")

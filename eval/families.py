@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from matrix import RESULTS, arguments, markdown
+from tables import RESULTS, arguments, markdown
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
 from transformers.utils.logging import disable_progress_bar
 

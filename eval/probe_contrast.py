@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from matrix import arguments
+from tables import arguments
 from transformers import AutoModelForCausalLM
 
 from cap_llm.config import ContrastConfig, RecoverConfig

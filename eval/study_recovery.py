@@ -42,16 +42,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import assets
-import matrix
+import tables
 import torch
-from matrix import DENSE, Matrix, Row, arguments, markdown, mean_and_spread
+from tables import arguments, markdown, mean_and_spread
 
+from cap_llm.cli import assets
+from cap_llm.cli.matrix import DENSE, Matrix, Row
 from cap_llm.config import ObjectiveConfig
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.files import atomic, read_json
 
-RESULTS = matrix.RESULTS / "study_recovery.json"
+RESULTS = tables.RESULTS / "study_recovery.json"
 UP, TO_2_4 = "0.3, 0.4, 0.5", "3:4, 2:4"
 PRUNED, PRUNED_2_4, TUNED = "no training", "no training; 2:4", "dense + cross-entropy"
 OFF = dict.fromkeys(ObjectiveConfig.TERMS, 0.0)
@@ -161,7 +162,7 @@ def main() -> int:
         cell = todo[row.name]
         if code := study.measure(row):
             return code
-        matrix.record(RESULTS, study.key(cell), study.figures(cell, row))
+        tables.record(RESULTS, study.key(cell), study.figures(cell, row))
         shutil.rmtree(study.runs.folder(row) / "recover" / "banks", ignore_errors=True)
         write_page(study)
         console.say("\n".join(quality(study)))
@@ -356,7 +357,7 @@ class Study:
 
 def results() -> dict:
     """The figures that are measured already, by key."""
-    return matrix.read_results(RESULTS)
+    return tables.read_results(RESULTS)
 
 
 def quality(study: Study) -> list[str]:

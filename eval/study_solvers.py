@@ -33,16 +33,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import assets
-import matrix
-from matrix import DENSE, Matrix, Row, arguments, markdown, mean_and_spread
+import tables
+from tables import arguments, markdown, mean_and_spread
 
+from cap_llm.cli import assets
+from cap_llm.cli.matrix import DENSE, Matrix, Row
 from cap_llm.models import mask_file as masks
 from cap_llm.models.files import remove_weights
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.files import atomic, read_json
 
-RESULTS = matrix.RESULTS / "study_solvers.json"
+RESULTS = tables.RESULTS / "study_solvers.json"
 SEEDS = range(3)
 Cell = tuple[str, str, int]  # arm, pattern, seed
 
@@ -131,7 +132,7 @@ def main() -> int:
             if code := runs.run(row, options):
                 return code
             figures = results().get(row.name, {}) | measured(cell, runs, keys)
-            matrix.record(RESULTS, row.name, figures)
+            tables.record(RESULTS, row.name, figures)
             write_tables()
             console.say("\n".join(summary()))
         clear(list(cells.values()), runs)
@@ -213,7 +214,7 @@ def clear(cells: list[Cell], runs: Matrix) -> None:
 
 def results() -> dict:
     """The figures that are measured already, by cell."""
-    return matrix.read_results(RESULTS)
+    return tables.read_results(RESULTS)
 
 
 def measured(cell: Cell, runs: Matrix, keys: dict[str, str]) -> dict:

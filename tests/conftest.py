@@ -22,7 +22,7 @@ from support import FAMILIES, POSITIONS, ROOT, VOCABULARY, environment  # noqa: 
 
 sys.path.insert(0, str(ROOT / "eval"))
 
-import assets  # noqa: E402
+from cap_llm.cli import assets  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -207,8 +207,6 @@ def test_two_nodes_train_as_one_does_though_one_of_them_goes_down(cluster, recip
 
 
 def test_the_array_and_its_comparison_give_one_report(cluster, recipe):
-    if not (cluster.project / "eval" / "compare.py").exists():
-        pytest.skip("there is no eval/compare.py")
     job = cluster.submit("slurm/baselines.sbatch", recipe, "runs/baselines", RANKS="1")
     until(lambda: not cluster.run("squeue", "-h", "-o", "%i"))
     runs = cluster.project / "runs" / "baselines"

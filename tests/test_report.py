@@ -85,7 +85,7 @@ def test_a_model_is_traced_to_the_job_that_made_it_and_not_to_the_last_one(copy)
 
 
 def test_a_score_is_traced_to_the_job_that_scored_it(copy, report):
-    by = {"command": "python eval/perplexity.py 'a b'", "directory": "/elsewhere"}
+    by = {"command": "cap-llm perplexity 'a b'", "directory": "/elsewhere"}
     by["hardware"] = {"processor": "another one", "cores": 3, "ranks": 2}
     out = report(copy("a", {PERPLEXITY: scored(**by)}))
     lines = list(csv.DictReader((out / "report.csv").open()))
@@ -516,8 +516,9 @@ def test_the_verdict_is_within_or_outside_the_range(tmp_path):
 
 @pytest.mark.parametrize("columns", [64, 37])
 def test_every_format_gives_the_dense_product(columns):
-    import bench_sparse
     import torch
+
+    from cap_llm.evaluation import bench_sparse
 
     torch.manual_seed(0)
     weight = torch.randn(48, columns).bfloat16()
@@ -539,7 +540,7 @@ def test_every_format_gives_the_dense_product(columns):
 
 
 def test_the_benchmark_runs_and_says_what_is_slower(real, tmp_path):
-    result = script("bench_sparse.py", real / "oneshot", "--repeats", 1, "--out", tmp_path / "b")
+    result = script("bench", real / "oneshot", "--repeats", 1, "--out", tmp_path / "b")
     assert result.returncode == 0, result.stderr
     assert "2:4: not measured, the zeros do not follow that pattern" in result.stdout
     assert re.search(r"(slower|faster|the same)", result.stdout)
@@ -562,7 +563,7 @@ def test_the_benchmark_refuses_what_is_not_pruned_in_one_line(tiny, tmp_path):
         ([bare], "bare/model.safetensors does not exist"),
         ([whole, "--out", tmp_path / "missing" / "file"], "--out"),
     ):
-        result = script("bench_sparse.py", *args)
+        result = script("bench", *args)
         assert result.returncode == 2 and words in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1
 
@@ -571,14 +572,14 @@ def test_the_benchmark_refuses_what_is_not_pruned_in_one_line(tiny, tmp_path):
 
 
 def script(name: str, *args) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "eval" / name), *map(str, args)]
+    command = [sys.executable, "-m", "cap_llm", name, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_command_takes_runs_or_a_folder_of_them(copy, tmp_path):
     copy("runs/a", named("first"))
     copy("runs/b", named("second"))
-    result = script("compare.py", tmp_path / "runs", "-o", tmp_path / "out", "--title", "Two runs")
+    result = script("compare", tmp_path / "runs", "-o", tmp_path / "out", "--title", "Two runs")
     assert result.returncode == 0, result.stderr
     assert "first" in result.stdout and "second" in result.stdout
     assert "Two runs" in (tmp_path / "out" / "report.html").read_text()
@@ -625,7 +626,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, real):
         ([tmp_path / ("a" * 300)], ["does not exist"]),
         ([real, "-o", tmp_path / "file" / "out"], ["cannot be written", "file"]),
     ):
-        result = script("compare.py", *args)
+        result = script("compare", *args)
         assert result.returncode == 2, result.stderr
         assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
         assert all(word in result.stderr for word in words), result.stderr

@@ -572,7 +572,7 @@ def test_prefetch_brings_all_that_a_recipe_names(settings, tmp_path, monkeypatch
 
 def test_prefetch_ends_with_a_dry_run_without_the_hub(recipe, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HF_HOME", "restored afterwards")
-    prefetch.main([str(recipe), "--to", str(tmp_path / "fetched")])
+    prefetch.main([str(recipe), "--to", str(tmp_path / "fetched")], Console())
     said = capfd.readouterr().out
     assert "dry run: nothing was written" in said
     assert f"CAP_LLM_DATA={tmp_path / 'fetched' / 'data'}" in said
@@ -582,4 +582,4 @@ def test_prefetch_names_what_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", "restored afterwards")
     with pytest.raises(UserError, match="model 'facebook/opt-125m' is neither a directory nor"):
-        prefetch.main(["opt-125m-50", "--to", str(tmp_path / "fetched")])
+        prefetch.main(["opt-125m-50", "--to", str(tmp_path / "fetched")], QUIET)

@@ -4,15 +4,16 @@ import json
 
 import acceptance
 import bench_solvers
-import demo
-import matrix
 import pytest
 import shapes
 import study_solvers as study
-from matrix import DENSE, Matrix, Row
+import tables
 from transformers import AutoModelForCausalLM
 
+from cap_llm.cli import demo, matrix
 from cap_llm.cli.command_line import make_parser
+from cap_llm.cli.matrix import DENSE, Matrix, Row
+from cap_llm.models.files import INDEX
 
 EVERY = study.plan(study.ARMS, study.PATTERNS, study.SEEDS)
 
@@ -26,7 +27,7 @@ def known(tmp_path, monkeypatch):
         for arm, values in ppls.items():
             for seed, ppl in enumerate(values):
                 figures = {"wikitext2": ppl, "c4": ppl, "seconds": 1.0, "peak_memory_bytes": 1}
-                matrix.record(study.RESULTS, study.name_of((arm, pattern, seed)), figures)
+                tables.record(study.RESULTS, study.name_of((arm, pattern, seed)), figures)
 
     return write
 
@@ -63,14 +64,14 @@ def test_all_recorded_rows_are_cells_of_the_study():
 def test_names_of_earlier_versions_are_read_and_replaced(tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"Wanda, 50 %, seed 0": {"c4": 1}, "dense": {"c4": 2}}')
-    matrix.record(path, "dense", {"c4": 3})
+    tables.record(path, "dense", {"c4": 3})
     assert json.loads(path.read_text()) == {"Wanda, 50%, seed 0": {"c4": 1}, "dense": {"c4": 3}}
 
 
 @pytest.mark.parametrize(
     "rows",
     [
-        *(demo.ROWS + demo.MORE, acceptance.ROWS, list(bench_solvers.ROWS.values())),
+        *(demo.rows(full=True), acceptance.ROWS, list(bench_solvers.ROWS.values())),
         [study.row_of(cell) for cell in EVERY],
     ],
     ids=["demo", "acceptance", "bench", "study"],
@@ -84,7 +85,7 @@ def test_every_row_has_a_folder_of_its_own_and_follows_what_it_needs(rows, tmp_p
         before.add(row.name)
 
 
-@pytest.mark.parametrize("rows", [demo.ROWS + demo.MORE, acceptance.ROWS])
+@pytest.mark.parametrize("rows", [demo.rows(full=True), acceptance.ROWS])
 def test_every_row_is_a_command_that_the_entry_reads(rows, tmp_path):
     parser = make_parser()
     for row in rows:
@@ -98,7 +99,7 @@ def test_every_row_is_a_command_that_the_entry_reads(rows, tmp_path):
 
 
 def test_the_demo_tells_its_story_in_six_rows():
-    names = [row.name for row in demo.ROWS]
+    names = [row.name for row in demo.rows()]
     assert names[:3] == ["dense", "SparseGPT 50%", "ALPS 50%"]
     assert names[3:] == [
         "ALPS 50% + reconstruction",
@@ -128,7 +129,7 @@ def test_weights_go_once_they_are_scored_and_no_cell_starts_from_them(tmp_path, 
 def finish(runs: Matrix, row: Row, *others: str) -> None:
     """Writes the files of a finished model."""
     folder = runs.model_of(row)
-    for name in ("done.json", matrix.INDEX, *others):
+    for name in ("done.json", INDEX, *others):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
 
@@ -153,7 +154,7 @@ def test_a_deleted_model_is_made_again_and_a_complete_one_is_not(tmp_path, calle
     finish(runs, base)
     runs.run(later)
     assert folders == ["a-b"]
-    (runs.model_of(base) / matrix.INDEX).unlink()
+    (runs.model_of(base) / INDEX).unlink()
     runs.run(later)
     assert folders[1:] == ["a", "a-b"] and not (runs.model_of(base) / "done.json").exists()
 

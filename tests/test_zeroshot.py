@@ -199,7 +199,7 @@ def prompts(member) -> list[tuple]:
 
 
 def script(*args, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Runs a script for users in processes of its own."""
+    """Runs a subcommand in processes of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.run(
         [sys.executable, *(launcher if ranks > 1 else []), *map(str, args)],
@@ -211,8 +211,8 @@ def script(*args, ranks: int = 1) -> subprocess.CompletedProcess:
     )
 
 
-ZEROSHOT = ROOT / "eval" / "zeroshot.py"
-PERPLEXITY = ROOT / "eval" / "perplexity.py"
+ZEROSHOT = (ROOT / "cap_llm" / "train.py", "zeroshot")
+PERPLEXITY = (ROOT / "cap_llm" / "train.py", "perplexity")
 
 
 # prompts and metrics are lm-eval's
@@ -326,14 +326,14 @@ def test_two_ranks_give_what_one_gives(llama, rows, tmp_path):
     """Of all three kinds of requests; sums of log-likelihoods are equal to the bit."""
     names = ["arc_easy", "boolq", "lambada_openai", "wikitext", str(rows / "colours.yaml")]
     one = score(llama, rows, *names)
-    args = [ZEROSHOT, llama, "--data", rows, "--output", tmp_path / "two.json", "--tasks", *names]
+    args = [*ZEROSHOT, llama, "--data", rows, "--out", tmp_path / "two.json", "--tasks", *names]
     done = script(*args, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("arc_easy: acc ") == 1  # the second rank is silent
     assert "it/s" not in done.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     assert list(two["tasks"]) == ["arc_easy", "boolq", "lambada_openai", "wikitext", "colours"]
-    assert all("zeroshot.py" in entry["command"] for entry in two["tasks"].values())
+    assert all("zeroshot" in entry["command"] for entry in two["tasks"].values())
     assert all(entry["hardware"]["ranks"] == 2 for entry in two["tasks"].values())
     assert all(entry["versions"]["lm_eval"] for entry in two["tasks"].values())
     for entry in (*one["tasks"].values(), *two["tasks"].values()):
@@ -614,7 +614,7 @@ def test_a_dry_run_names_what_is_missing(llama, rows, tmp_path, monkeypatch, cap
 
 def test_the_perplexity_script_gives_the_stages_figure(llama, text_file, tmp_path, monkeypatch):
     model = Path(shutil.copytree(llama, tmp_path / "model"))
-    done = script(PERPLEXITY, model, "--corpora", text_file, "--window", 64, ranks=2)
+    done = script(*PERPLEXITY, model, "--corpora", text_file, "--window", 64, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ppl_token@64") == 1
     (key,) = json.loads((model / "perplexity.json").read_text())["corpora"]
@@ -630,13 +630,11 @@ def test_the_perplexity_script_gives_the_stages_figure(llama, text_file, tmp_pat
 
 
 def test_figures_of_other_weights_are_not_taken(tiny, text_file, tmp_path, monkeypatch):
-    import perplexity as perplexity_script
-
     file, figures = tmp_path / "perplexity.json", []
     for model in (tiny("llama"), tiny("llama", seed=1)):
-        args = [model, "--corpora", text_file, "--window", 64, "--output", file]
-        monkeypatch.setattr(sys, "argv", ["perplexity.py", *map(str, args)])
-        assert perplexity_script.main() == 0
+        args = [model, "--corpora", text_file, "--window", 64, "--out", file]
+        monkeypatch.setattr(sys, "argv", ["cap-llm", "perplexity", *map(str, args)])
+        assert train.main() == 0
         (entry,) = json.loads(file.read_text())["corpora"].values()
         figures.append(entry["ppl_token"])
     assert figures[0] != figures[1]
@@ -664,13 +662,11 @@ def test_a_run_scores_a_model_anew_that_has_changed_in_its_place(
 def test_a_file_that_holds_no_perplexities_is_refused(
     content, llama, text_file, tmp_path, monkeypatch, capfd
 ):
-    import perplexity as perplexity_script
-
     file = tmp_path / "perplexity.json"
     file.write_text(json.dumps(content))
-    args = [llama, "--corpora", text_file, "--window", 64, "--output", file]
-    monkeypatch.setattr(sys, "argv", ["perplexity.py", *map(str, args)])
-    assert perplexity_script.main() == 2
+    args = [llama, "--corpora", text_file, "--window", 64, "--out", file]
+    monkeypatch.setattr(sys, "argv", ["cap-llm", "perplexity", *map(str, args)])
+    assert train.main() == 2
     said = capfd.readouterr().err
     assert (
         "holds no scores as this version writes them; remove it" in said and said.count("\n") == 1
@@ -678,23 +674,20 @@ def test_a_file_that_holds_no_perplexities_is_refused(
 
 
 def test_the_scripts_refuse_in_one_line(tiny, llama, rows, text_file, tmp_path, monkeypatch, capfd):
-    import perplexity as perplexity_script
-    import zeroshot as zeroshot_script
-
     for command, *args in (
-        (zeroshot_script, tiny("bert"), "--tasks", "copa"),
-        (zeroshot_script, llama, "--tasks", "copa", "--output", tmp_path / "none" / "x.json"),
-        (zeroshot_script, llama, "--tasks", ","),
-        (perplexity_script, tmp_path / "nothing"),
-        (perplexity_script, llama, "--window", "4096", "--corpora", __file__),
-        (perplexity_script, llama, "--window", "4096", "--corpora", text_file),
-        (perplexity_script, llama, "--corpora", "nothing"),
-        (perplexity_script, llama, "--device", "tpu"),
-        (zeroshot_script, llama, "--data", rows / "nothing"),
+        ("zeroshot", tiny("bert"), "--tasks", "copa"),
+        ("zeroshot", llama, "--tasks", "copa", "--out", tmp_path / "none" / "x.json"),
+        ("zeroshot", llama, "--tasks", ","),
+        ("perplexity", tmp_path / "nothing"),
+        ("perplexity", llama, "--window", "4096", "--corpora", __file__),
+        ("perplexity", llama, "--window", "4096", "--corpora", text_file),
+        ("perplexity", llama, "--corpora", "nothing"),
+        ("perplexity", llama, "--device", "tpu"),
+        ("zeroshot", llama, "--data", rows / "nothing"),
     ):
-        monkeypatch.setattr(sys, "argv", [command.__file__, *map(str, args)])
-        assert command.main() == 2
+        monkeypatch.setattr(sys, "argv", ["cap-llm", command, *map(str, args)])
+        assert train.main() == 2
         said = capfd.readouterr().err
-        assert said.count("\n") == 1 and ".py: error: " in said
+        assert said.count("\n") == 1 and said.startswith("cap-llm: error: ")
         assert "evaluate." not in said and "runtime." not in said  # which they have not
     assert not (llama / "zeroshot.json").exists()

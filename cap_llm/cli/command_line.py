@@ -9,25 +9,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import os
 import re
 import reprlib
-import sys
+import textwrap
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import jsonargparse
 import yaml
 
+from cap_llm.cli.options import describe
 from cap_llm.config import Config
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.sections import refused
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+_EXAMPLES = (
+    "--config opt-125m-50 --output_dir runs/opt",
+    "--config opt-125m-50 --output_dir runs/opt --oneshot.sparsity 0.6 --dry-run",
+    "--model.path MODEL --output_dir runs/mine --stages [oneshot] --calibration.corpus my.txt",
+)
 
-def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
-    """Reads the command line: a recipe or file, then overrides.
+
+class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    pass
+
+
+def read_config(argv: list[str]) -> tuple[Config, str, bool]:
+    """Reads the arguments of `cap-llm run`: a recipe or file, then overrides.
 
     Returns:
         The settings, the same as YAML, and whether only a dry run was asked for.
@@ -35,9 +48,9 @@ def read_config(argv: list[str] | None = None) -> tuple[Config, str, bool]:
     Raises:
         UserError: an option is unknown, misspelt, or its value is of the wrong type or range.
     """
-    file, argv = _resolve_recipe(list(sys.argv[1:] if argv is None else argv))
+    file, argv = _resolve_recipe(argv)
     dry_run = "--dry-run" in argv  # not a setting: --print_config leaves it out
-    argv = [a for a in argv if a != "--dry-run"]
+    argv = [a for a in argv if a not in ("--dry-run", "--quiet")]
     parser = make_parser()
     try:
         content = parser.parse_object(_read_file(file)) if file else None
@@ -56,10 +69,14 @@ def as_yaml(config: Config) -> str:
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser of the command; its help shows every option with meaning and default."""
+    what = "Prune a language model, recover its quality and evaluate it. The recipes:\n"
+    what += textwrap.fill(", ".join(recipes()), 78, initial_indent="  ", subsequent_indent="  ")
     parser = jsonargparse.ArgumentParser(
         prog="cap-llm",
+        usage="cap-llm [run] [--config RECIPE_OR_FILE] [--section.field VALUE ...]",
         exit_on_error=False,
-        description="Prunes a language model and measures it. Recipes: " + ", ".join(recipes()),
+        description=describe("cap-llm", what, _EXAMPLES),
+        formatter_class=_Help,
     )
     parser.add_argument(
         "--config", action=jsonargparse.ActionConfigFile, help="A recipe's name or a YAML file."
@@ -70,8 +87,29 @@ def make_parser() -> jsonargparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="Check all that can be checked, predict memory, disk and hours, and stop.",
     )
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Print only warnings, errors and the path of the report; log.txt has all.",
+    )
     parser.add_class_arguments(Config)
+    if "_ARGCOMPLETE" in os.environ:
+        for action in parser._actions:
+            action.completer = functools.partial(_values, action.dest)
     return parser
+
+
+def _values(option: str, **options) -> list[str]:
+    """What the shell offers as the value of an option: jsonargparse itself knows no literals."""
+    from argcomplete.completers import FilesCompleter
+
+    kind = str if option in ("config", "print_config") else _field_type(option)
+    if kind is bool:
+        return ["true", "false"]
+    choices = [c for k in (kind, *get_args(kind)) for c in get_args(k) if isinstance(c, str)]
+    names = recipes() if option == "config" else []
+    return choices or [*names, *FilesCompleter()(**options)]
 
 
 def recipes() -> list[str]:
@@ -82,11 +120,7 @@ def recipes() -> list[str]:
 
 
 def _resolve_recipe(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """The file that `--config` names, also by a recipe's name, and the other arguments.
-
-    Drops `--local_rank=N`, which the deepspeed launcher adds: `LOCAL_RANK` says the same.
-    """
-    argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
+    """The file that `--config` names, also by a recipe's name, and the other arguments."""
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if argv.count("--config") > 1:
         raise UserError("--config is given twice; give one recipe or file, and options after it")
@@ -191,12 +225,27 @@ def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
         if kind is str:
             text += " (put it in quotes: YAML reads it as something else)"
         return text
+    whole = re.search(r'Parser key "(\w+)": Unable to load', message)
+    if whole and (first := next((o for o in _options(parser) if o.startswith(f"{whole[1]}.")), "")):
+        return f"--{whole[1]} is a section of settings; did you mean --{first}?"
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         option = unknown.group(1).split("=")[0]
+        if not option.startswith("-"):
+            return f"{option} does not belong to an option{misplaced(option) or ' (see --help)'}"
         known = [f"--{o}" for o in _options(parser)]
         return f"unknown option {option}{_near(option, known)} (see --help)"
     return f"{message} (see --help)"
+
+
+def misplaced(word: str) -> str:
+    """What a word that does not belong to an option may have meant; empty if nothing is near."""
+    if word in recipes() or (word.endswith((".yaml", ".yml")) and Path(word).is_file()):
+        return f"; did you mean --config {word}?"
+    if (Path(word) / "config.json").is_file():
+        return f"; did you mean --model.path {word}?"
+    near = difflib.get_close_matches(word, recipes(), n=1)
+    return f"; did you mean --config {near[0]}?" if near else ""
 
 
 def _options(parser: jsonargparse.ArgumentParser) -> list[str]:

@@ -8,46 +8,49 @@ Face cache; corpora to DIR/data. Jobs find them with HF_HOME=DIR and CAP_LLM_DAT
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from cap_llm.cli.command_line import read_config
+from cap_llm.cli.options import make_parser, parse
 from cap_llm.config import Config, ModelConfig
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 
+_EXAMPLES = (
+    "opt-125m-50",
+    "llama-3-8b-50 --to $SCRATCH/fetched",
+    "my.yaml --evaluate.corpora [wikitext2, c4]",
+)
+_MORE = """For clusters whose jobs have no internet access: run it on a login node. Models go to
+DIR/hub, the Hugging Face cache, corpora to DIR/data. Jobs find them with HF_HOME=DIR and
+CAP_LLM_DATA=DIR/data. All options of cap-llm run are allowed behind the recipe."""
 
-def main(argv: list[str]) -> None:
+
+def main(argv: list[str], console: Console) -> None:
     """Fetches all, then checks that a job without the hub finds it.
 
     Raises:
-        UserError: something cannot be had.
+        UserError: something cannot be downloaded.
     """
-    parser = argparse.ArgumentParser(
-        prog="cap-llm prefetch", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("recipe", help="A recipe's name or a YAML file.")
-    parser.add_argument("--to", type=Path, default=Path("fetched"), help="Default: fetched.")
-    args, options = parser.parse_known_args(argv)
+    what = "Download the models and texts that a recipe needs."
+    parser = make_parser("prefetch", what, _EXAMPLES, _MORE)
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a YAML file")
+    folder = parser.add_argument("--to", type=Path, metavar="DIR", default=Path("fetched"))
+    folder.help = "where to; default: fetched"
+    args, options = parse(parser, argv, others=True)
     command = ["--config", args.recipe, "--output_dir", "runs/none", *options]
     config, *_ = read_config(command)
     config.check()
     root = args.to.resolve()
     os.environ["HF_HOME"] = str(root)  # before the hub's library reads it
-    console = Console()
     fetch(config, root / "data", console)
     places = {"HF_HOME": str(root), "CAP_LLM_DATA": str(root / "data")}
     console.say("without the hub:")
     check = subprocess.run(
-        [
-            sys.executable,
-            str(Path(__file__).resolve().parents[1] / "train.py"),
-            *command,
-            "--dry-run",
-        ],
+        [sys.executable, str(Path(__file__).parents[1] / "train.py"), *command, "--dry-run"],
         env=os.environ | places | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
         check=False,
     )

@@ -8,7 +8,6 @@ scores, the metrics, the lock and `ended.json`.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from cap_llm.cli.options import make_parser, parse
 from cap_llm.config import MODELS, STAGES
 from cap_llm.runtime.console import Console, duration
 from cap_llm.runtime.errors import UserError
@@ -29,18 +29,20 @@ from cap_llm.runtime.lock import (
     holder,
 )
 
+_EXAMPLES = ("runs/opt", "runs/opt --json", "$SCRATCH/runs/llama-3-8b")
 
-def main(argv: list[str]) -> None:
+
+def main(argv: list[str], console: Console) -> None:
     """Prints the status of the run directory that `argv` names.
 
     Raises:
-        UserError: it is no run directory.
+        UserError: it is not a run directory.
     """
-    parser = argparse.ArgumentParser(prog="cap-llm status", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="The run directory.")
-    parser.add_argument("--json", action="store_true", help="For programs.")
-    args = parser.parse_args(argv)
-    found, console = status(args.run), Console()
+    parser = make_parser("status", "Show how far each stage of a run is.", _EXAMPLES)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    args = parse(parser, argv)
+    found = status(args.run)
     if args.json:
         console.say(json.dumps(found, indent=2))
         return

@@ -81,7 +81,10 @@ def _compares(results: list[Result], console: Console) -> bool:
         compare(copy.deepcopy(results))
     except Exception as error:  # of any kind: the files are not as any version writes them
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        console.say(f"{results[0].run} is skipped: it is not as this version writes it ({why})")
+        console.say(
+            f"{results[0].run} is skipped: it is not as this version writes it ({why})",
+            style="yellow",
+        )
         return False
     return True
 

@@ -54,11 +54,31 @@ class _Plain(RichConsole):
         raise Stopped(signal.SIGPIPE)
 
 
+class _Stamped(io.TextIOBase):
+    """A log file that writes the time before each line."""
+
+    def __init__(self, path: Path):
+        # open as long as the process
+        self._file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """Writes whole lines."""
+        now = time.strftime("%H:%M:%S ")
+        return self._file.write(re.sub("^(?!\\Z)", now, text, flags=re.MULTILINE))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 class Console:
-    """Prints on the first rank, keeps quiet on the others."""
+    """Prints on the first rank only.
+
+    Attributes:
+        quiet: print only what has the style of a warning, and what is `loud`; the log has all.
+    """
 
     def __init__(self, speaks: bool = True):
-        self._speaks = speaks
+        self._speaks, self.quiet = speaks, False
         if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold what is no text
             sys.stdout.reconfigure(errors="backslashreplace")
         self._out = _Plain()
@@ -67,20 +87,18 @@ class Console:
         self._log: RichConsole | None = None
 
     def log_to(self, path: Path) -> None:
-        """Also writes everything that is said from now on to `path`, without colours."""
+        """Also writes everything that is said from now on to `path`, with times, without colors."""
         if self._speaks:
-            # open as long as the process
-            file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-            self._log = _Plain(file=file, width=PLAIN_WIDTH)
+            self._log = _Plain(file=_Stamped(path), width=PLAIN_WIDTH)
 
     @property
     def width(self) -> int:
         """Columns that a table may take, on the screen and in the log."""
         return min(out.width for out in (self._out, self._log) if out)
 
-    def say(self, text: str, style: str | None = None) -> None:
-        """Prints a line of plain text."""
-        self._print(printable(text), style=style)
+    def say(self, text: str, style: str | None = None, loud: bool = False) -> None:
+        """Prints a line of plain text; yellow and red are for warnings and failures."""
+        self._print(printable(text), style=style, loud=loud or style in ("yellow", "red"))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table; the first column is text, the others are figures."""
@@ -95,7 +113,7 @@ class Console:
     @contextlib.contextmanager
     def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
         """A bar over `total` units, for the body of the `with`."""
-        if not (self._speaks and self._out.is_terminal):
+        if self.quiet or not (self._speaks and self._out.is_terminal):
             yield _LoggedBar(self, title, total, unit) if self._speaks else Bar(None, None)
             return
         columns = (
@@ -112,10 +130,10 @@ class Console:
         with Progress(*columns, console=self._out, transient=True, expand=True) as progress:
             yield Bar(progress, progress.add_task(printable(title), total=total, phase=""))
 
-    def _print(self, *args, **options) -> None:
+    def _print(self, *args, loud: bool = False, **options) -> None:
         if not self._speaks:
             return
-        for out in filter(None, (self._out, self._log)):
+        for out in filter(None, (None if self.quiet and not loud else self._out, self._log)):
             with contextlib.suppress(OSError):  # a full disk is reported where results are written
                 out.print(*args, **options)
 

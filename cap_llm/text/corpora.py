@@ -219,7 +219,8 @@ def json_lines(path: Path, console: Console) -> Iterator[tuple[int, object]]:
     if replaced:
         console.say(
             f"{path}: {replaced} characters are not Unicode text (lone surrogates) and are "
-            f"replaced by U+FFFD, the first in line {first}"
+            f"replaced by U+FFFD, the first in line {first}",
+            style="yellow",
         )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import sys
 from types import SimpleNamespace
 
-import assets
 import pytest
 import torch
 import transformers
@@ -12,6 +11,7 @@ from commands import options
 from support import weights
 
 import cap_llm.blockwise.reconstruct as reconstruct_module
+from cap_llm.cli import assets
 from cap_llm.models.mask_file import FILE
 from cap_llm.runtime.files import read_json
 from cap_llm.train import main

@@ -1,19 +1,15 @@
 """What a pruned model's zeros buy at inference on this machine: bytes, and times beside dense bf16.
 
-    python eval/bench_sparse.py MODEL [--repeats 15] [--out FILE.json]
-
-MODEL is a pruned model directory, such as `runs/mine/oneshot`. Its pruned matrices are stored in
-turn dense, bit-packed (non-zero values and one bit per weight; expanded anew at each use), as CSR,
-and as 2:4 semi-structured where the pattern fits and the card has it. Timed are single products and
-a decoding step of the whole model, for 1 and 64 sequences of one token each. All formats take turns
-in each repetition; ratios are of medians of this one run. Leave the machine alone meanwhile.
+`cap-llm bench` prints them. The pruned matrices of a model directory are stored in turn dense,
+bit-packed (non-zero values and one bit per weight; expanded anew at each use), as CSR, and as 2:4
+semi-structured where the pattern fits and the card has it. Timed are single products and a decoding
+step of the whole model, for 1 and 64 sequences of one token each. All formats take turns in each
+repetition; ratios are of medians of this one run. Leave the machine alone meanwhile.
 Nothing here is tuned: it is what PyTorch's own kernels give.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +18,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from matrix import arguments
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
@@ -37,7 +32,6 @@ from cap_llm.models.skeleton import (
 )
 from cap_llm.runtime.console import Console, size
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import write_json
 
 warnings.filterwarnings("ignore", message=".*([Ss]parse|prototype)")
 
@@ -94,30 +88,6 @@ def two_of_four(weight: torch.Tensor) -> Stored:
     return Stored(
         weight.nbytes * 9 // 16, lambda x: linear(x, sparse)
     )  # values and 2 bits of 4 x 16
-
-
-def main() -> int:
-    """Measures and prints the tables; returns the exit code: 0, or 2 for bad input."""
-    parser = arguments(__doc__)
-    parser.add_argument("model", type=Path, help="a pruned model directory")
-    parser.add_argument("--repeats", type=int, default=15, help="timed turns of each format")
-    parser.add_argument("--out", type=Path, help="JSON file for all figures")
-    args = parser.parse_args()
-    console = Console()
-    try:
-        if args.repeats < 1:
-            raise UserError(f"--repeats is {args.repeats}; it must be at least 1")
-        if out := args.out:
-            parent = out.absolute().parent
-            if out.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise UserError(f"--out {out} is not a file in a writable directory")
-        result = bench(args.model, args.repeats, console)
-        if args.out:
-            write_json(args.out, result)
-    except UserError as error:
-        print(f"bench_sparse.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 @torch.inference_mode()
@@ -338,7 +308,3 @@ def _machine(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{torch.get_num_threads()} threads ({instructions}), torch {torch.__version__}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

