@@ -17,7 +17,7 @@ from pathlib import Path
 import families
 import study_recovery
 import study_solvers
-from matrix import RESULTS, ROOT
+from tables import RESULTS, ROOT
 
 DOCS = ROOT / "docs" / "results"
 PAGES = ("solvers.md", "recovery.md", "families.md")
