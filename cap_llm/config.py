@@ -98,7 +98,7 @@ class OneshotConfig:
     layers: dict[str, Annotated[float, Interval(ge=0, lt=1)]] = field(default_factory=dict)
     """Sparsity by hand: {"*.down_proj": 0.4, "model.layers.0.*": 0}; 0 leaves a layer dense."""
     earlier_mask: Literal["auto", "zeros", "ignore"] = "auto"
-    """Prune inside an earlier mask: auto reads masks.safetensors of the model if it has one, zeros
+    """Prune inside an earlier mask: auto reads the masks beside the model if there are any, zeros
     takes the zeros of its weights as the mask."""
 
     def __post_init__(self):

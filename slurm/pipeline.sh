@@ -18,10 +18,11 @@ if ! command -v deepspeed >/dev/null && [ -f .venv/bin/activate ]; then . .venv/
 
 # The recipe's stages, with the options read and checked here instead of after a night in the queue.
 stages=$(python -c '
+import sys
 from cap_llm.cli.command_line import UserError, read_config
 from cap_llm.models.hub import refuse_another_run
 try:
-    config, *_ = read_config()
+    config, *_ = read_config(sys.argv[1:])
     config.check()
     refuse_another_run(config)
 except UserError as error:

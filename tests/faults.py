@@ -132,7 +132,7 @@ def result(folder: Path) -> dict:
     from safetensors.numpy import load_file
 
     found = {}
-    for path in sorted(folder.glob("*/*.safetensors")):
+    for path in sorted([*folder.glob("*/*.safetensors"), *folder.glob("*/masks/*.safetensors")]):
         sha = hashlib.sha256()
         for name, tensor in sorted(load_file(path).items()):
             sha.update(name.encode() + tensor.tobytes())

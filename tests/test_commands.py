@@ -141,15 +141,16 @@ def test_completion(line, expected, tmp_path):
 # the console and the log
 
 
-def test_a_quiet_run_prints_only_warnings_and_the_report(real, call):
+def test_a_quiet_run_prints_only_warnings_and_the_report(copy, call):
     """The same run again: all of it is done."""
-    before = (real / "log.txt").read_text()
-    code, out, err = call("--config", real / "config.yaml", "--quiet")
+    run = copy("run")
+    before = (run / "log.txt").read_text()
+    code, out, err = call("--config", run / "config.yaml", "--output_dir", run, "--quiet")
     assert (code, err) == (0, "")
     # other work on this machine is worth a warning
     lines = [line for line in out.splitlines() if not line.startswith("cores:")]
-    assert lines == [f"report: {real / 'report.html'}"]
-    assert len((real / "log.txt").read_text()) > len(before)
+    assert lines == [f"report: {run / 'report.html'}"]
+    assert len((run / "log.txt").read_text()) > len(before)
 
 
 def test_warnings_and_loud_lines_are_printed_when_quiet(capsys):

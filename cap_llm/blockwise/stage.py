@@ -106,7 +106,7 @@ class BlockStage:
         # The first rank's view counts, as for `done`. The clock goes on from its last block, and
         # so does the most memory: a job that only joins the parts needs next to none.
         self.finished: set[int]
-        self.finished, spent, self._peaks = run.world.gather(self._finished())[0]
+        self.finished, spent, self._peaks = run.world.decide(self._finished)
         self._start = time.monotonic() - spent
         n_blocks = len(self.model)
         self.resumed_at = next((i for i in range(n_blocks) if i not in self.finished), n_blocks)

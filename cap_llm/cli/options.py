@@ -66,7 +66,7 @@ def without_sections() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(r"\b(evaluate|runtime)\.(?=[a-z_]+\b)", "", str(error))
+        text = re.sub(r"(?:(?<=--)|(?<= )|^)(evaluate|runtime)\.(?=[a-z_]+\b)", "", str(error))
         raise UserError(text.replace("[FILE]", "FILE")) from None
 
 

@@ -17,7 +17,7 @@ _JOB = ("command", "directory", "versions", "commit", "hardware")  # of `environ
 
 def facts_of(folder: Path, config: Config, world: World) -> dict:
     """Which model a directory holds, by name and weights, and who scores it on what."""
-    weights = world.gather(weights_digest(folder) if world.first else None)[0]
+    weights = world.decide(lambda: weights_digest(folder))
     return {"model": config.model.path, "weights_sha256": weights} | environment(world)
 
 
@@ -36,7 +36,7 @@ def earlier(
     Raises:
         UserError: it is another kind of file.
     """
-    return world.gather(_read(path, parts, facts, console) if world.first else None)[0]
+    return world.decide(lambda: _read(path, parts, facts, console))
 
 
 def _read(

@@ -124,7 +124,7 @@ def has_weights(folder: Path, world: World) -> bool:
 
     As the first rank sees it: a shared file system may show ranks different things.
     """
-    return world.gather(_entry(folder) is not None)[0]
+    return world.decide(lambda: _entry(folder) is not None)
 
 
 def remove_weights(folder: Path) -> None:

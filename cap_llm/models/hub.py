@@ -78,7 +78,7 @@ def locate(config: ModelConfig, download: bool = True, option: str = "model.path
                 near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"{option} {config.path} is not a directory{hint}")
-    folder = _download(config, download)
+    folder = _download(config, download, option)
     return folder and _sound(folder, option)
 
 
@@ -256,17 +256,8 @@ def check_files(option: str, folder: Path, config: Config, world: World) -> None
         UserError: it is not whole.
     """
     name = "source" if option == "model.path" else f"{option.rpartition('.')[2]}-source"
-    if (Path(config.output_dir) / name / "done.json").exists():
-        return
-    problem = None
-    if world.first:
-        try:
-            _check_files(option, folder)
-        except UserError as error:
-            problem = error
-    problem = world.gather(problem)[0]
-    if problem:
-        raise problem
+    converted = Path(config.output_dir) / name / "done.json"
+    world.decide(lambda: converted.exists() or _check_files(option, folder))
 
 
 def _check_files(option: str, folder: Path) -> None:
@@ -368,7 +359,7 @@ def load_whole(source: Path, **options) -> PreTrainedModel:
     return model
 
 
-def _download(config: ModelConfig, download: bool) -> Path | None:
+def _download(config: ModelConfig, download: bool, option: str) -> Path | None:
     import huggingface_hub
     from huggingface_hub.utils import logging
 
@@ -400,7 +391,7 @@ def _download(config: ModelConfig, download: bool) -> Path | None:
             )
         else:
             reason = _first_line(error)
-        raise _not_on_hub("model", config, reason) from None
+        raise _not_on_hub(option, config, reason) from None
     return folder
 
 

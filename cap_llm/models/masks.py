@@ -162,7 +162,7 @@ def count_zeros(
     shapes = {name: checkpoint.shape(keys[name]) for name in names}
     shares = {n: zeros[n] / math.prod(shapes[n]) for n in transposed if n in zeros}
     # with a file of masks, few zeros are masks too
-    least = NOTED if (folder / mask_files.FILE).exists() else PRUNED
+    least = NOTED if mask_files.path_of(folder).exists() else PRUNED
     pruned = max(shares.values(), default=0.0) >= least
     least = least if pruned else NOTED
     found = {

@@ -12,7 +12,7 @@ from cap_llm.blockwise.estimate import check_disk
 from cap_llm.config import Config, RecoverConfig, Rung
 from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.files import text_settings
+from cap_llm.models.files import has_weights, text_settings
 from cap_llm.models.hub import found_here, is_whole, needs_conversion
 from cap_llm.models.masks import Masks
 from cap_llm.models.rehearsal import check_lengths
@@ -70,8 +70,9 @@ def check_recovery(
             check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
     earlier = config.start("recover")
     start = Path(config.output_dir) / earlier if earlier else located
-    if settings.rungs and mask_files.path_of(start).exists():
-        check_first_rung(settings.rungs, start, Masks(start, world).sparsity)
+    has_masks = settings.rungs and world.decide(mask_files.path_of(start).exists)
+    if has_masks and has_weights(start, world) and (masks := Masks(start, world)):
+        check_first_rung(settings.rungs, start, masks.sparsity)
     if is_whole(located) and not needs_conversion(located):  # what is converted: afterwards
         with contextlib.suppress(NamesDiffer):
             refuse_changed_logits(located, world)
@@ -200,22 +201,14 @@ def refuse_changed_logits(folder: Path, world: World) -> None:
     Raises:
         UserError: its class does more, or cannot be walked block by block.
     """
-    problem = None
-    if world.first:  # one rank is enough, and holds the embedding
-        try:
-            problem = _changed_logits(folder)
-        except UserError as error:
-            problem = error
-    problem = world.gather(problem)[0]
-    if problem:
-        raise problem
+    world.decide(lambda: _refuse_changed_logits(folder))  # one rank holds the embedding
 
 
-def _changed_logits(folder: Path) -> UserError | None:
+def _refuse_changed_logits(folder: Path) -> None:
     model = BlockModel.open(folder, torch.device("cpu"))
     name, head = type(model.model).__name__, model.model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        return UserError(f"{name} has no linear head; it cannot be recovered")
+        raise UserError(f"{name} has no linear head; it cannot be recovered")
     seen: list[torch.Tensor] = []
     decoder = model.model.get_decoder()
     handles = [decoder.register_forward_hook(lambda _, __, out: seen.append(out[0]))]
@@ -226,8 +219,8 @@ def _changed_logits(folder: Path) -> UserError | None:
         handle.remove()
     # the decoder's final states, what the head reads, what it gives
     if len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[2], logits):
-        return None
-    return UserError(
+        return
+    raise UserError(
         f"{name} does more than apply a linear head to its final states (it scales or caps its "
         "logits, say), which recovery would leave out; it can be pruned, but not recovered"
     )

@@ -42,10 +42,14 @@ def write_cards(run: Path) -> None:
     dense = next((result for result in results if result.stage == "dense"), None)
     for result in results:
         path = run / result.stage / FILE
-        changed = path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")
-        if (path.parent / "done.json").exists() and not changed:
+        if not (path.parent / "done.json").exists():
+            continue
+        old, new = "", card(result, dense)
+        if path.exists():
+            old = path.read_text(encoding="utf-8", errors="replace")
+        if old != new and (not old or _MARK in old):
             with atomic(path) as temporary:
-                temporary.write_text(card(result, dense), encoding="utf-8")
+                temporary.write_text(new, encoding="utf-8")
 
 
 def card(result: Result, dense: Result | None = None) -> str:

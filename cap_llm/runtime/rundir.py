@@ -112,25 +112,19 @@ class Run:
                 since it was finished.
         """
         folder = self.path / name
-        done = changed = problem = None
-        if self.world.first:
-            try:
-                refuse_other(folder, self._known(recipe))
-                path = folder / "done.json"
-                done = read_json(path, _whole) if path.exists() else None
-                changed = self._changed(folder, done) if done else None
-                if changed:
-                    raise UserError(
-                        f"{folder / changed}. Restore the file, or delete {folder} and rerun"
-                    )
-            except UserError as error:
-                problem = error
-        # The first rank's view counts: a shared file system may show ranks different things. All
-        # have met, too, before the first one writes.
-        done, problem = self.world.gather((done, problem))[0]
-        if problem:
-            raise problem
-        return folder, done
+
+        def look() -> dict | None:
+            refuse_other(folder, self._known(recipe))
+            path = folder / "done.json"
+            done = read_json(path, _whole) if path.exists() else None
+            if done and (changed := self._changed(folder, done)):
+                raise UserError(
+                    f"{folder / changed}. Restore the file, or delete {folder} and rerun"
+                )
+            return done
+
+        # all have met, too, before the first one writes
+        return folder, self.world.decide(look)
 
     def _changed(self, folder: Path, done: dict) -> str | None:
         """What is wrong with the files of a finished stage; looked at once per process."""

@@ -130,6 +130,26 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def decide(self, work: Callable):
+        """What `work` returns on the first rank, on every rank.
+
+        The first rank's view counts: a shared file system may show ranks different things. Small
+        Python objects only.
+
+        Raises:
+            UserError: what `work` raises there, on every rank, so that none waits for it.
+        """
+        value = problem = None
+        if self.first:
+            try:
+                value = work()
+            except UserError as error:
+                problem = error
+        value, problem = self.gather((value, problem))[0]
+        if problem:
+            raise problem
+        return value
+
     def concat(self, tensor: torch.Tensor) -> torch.Tensor:
         """The ranks' tensors, equal in shape, one after another along the first dimension."""
         if self.size == 1:

@@ -52,7 +52,7 @@ def masks_of_zeros(model: nn.Module, names: list[str] | None = None) -> dict[str
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise UserError(
             "masks_of_zeros: the model is sharded by ZeRO-3, and a shard does not show its zeros; "
-            "take the masks before deepspeed.initialize, or read them from masks.safetensors"
+            "take the masks before deepspeed.initialize, or read them from masks/masks.safetensors"
         )
     unknown = set(names or ()) - {name for name, _ in model.named_parameters()}
     if unknown:

@@ -131,15 +131,7 @@ def find(
         for path in folder.glob("*-*"):
             if not (path / COMPLETE).exists():
                 shutil.rmtree(path)  # its writer was killed
-    path = problem = None
-    if world.first:
-        try:
-            path = _chosen(folder, config)
-        except UserError as error:
-            problem = error
-    path, problem = world.gather((path, problem))[0]  # the first rank's view counts
-    if problem:
-        raise problem
+    path = world.decide(lambda: _chosen(folder, config))
     if path is None:
         return None
     facts = _facts(path)
