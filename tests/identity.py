@@ -163,9 +163,9 @@ def test_identity(place):
         pytest.skip(f"recorded {sum(map(len, found.values()))} values in {record}")
     was = json.loads(record.read_text())
     different = {
-        f"{name}, {key}": (value, found.get(name, {}).get(key))
-        for name, values in was.items()
-        for key, value in values.items()
-        if found.get(name, {}).get(key) != value
+        f"{name}, {key}": (was.get(name, {}).get(key), found.get(name, {}).get(key))
+        for name in was | found
+        for key in was.get(name, {}) | found.get(name, {})
+        if was.get(name, {}).get(key) != found.get(name, {}).get(key)
     }
     assert not different, f"{len(different)} values differ: {list(different.items())[:8]}"

@@ -85,7 +85,7 @@ class Banks:
         made = ContrastiveObjective(self.extractor, extra, settings.batch, self.run.world, share)
         if o.prc:
             bank = self._bank("pretrained", self.dense)
-            if online_teacher:  # its rows come with the steps; here only its center
+            if online_teacher is not None:  # its rows come with the steps; here only its center
                 self._fill(made, bank, online_teacher, "PrC", share[:0])
             else:
                 self._fill_from(made, bank, self.dense, "PrC")
@@ -98,7 +98,7 @@ class Banks:
         if o.snc and snapshots:
             banks = self._snapshots(made, snapshots)
             made.terms.append(ContrastTerm("snc", o.snc / len(banks), banks))
-        return made
+        return made if made.terms else NoContrast()
 
     def _snapshots(self, made: ContrastiveObjective, snapshots: dict[int, Path]) -> list[Bank]:
         """The banks of the latest students, filled; those of earlier ones are removed."""

@@ -11,6 +11,7 @@ recover/                 the recovered model directory; done.json is written las
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import shutil
 import tempfile
@@ -312,8 +313,11 @@ class _Recovery:
         trained = train(job, config, self.run)
         self.began = trained.began
         dtype = ds_config.DTYPES.get(config.save_dtype)
-        export(trained.engine, job.student, target, masks, self.world, dtype)
-        engines.release(trained.engine)
+        engine, trained.engine = trained.engine, None  # its memory is needed from here on
+        export(engine, job.student, target, masks, self.world, dtype)
+        engines.release(engine)
+        del engine
+        gc.collect()
         return trained
 
     def _checkpoints(self, rung: int | str) -> Path:

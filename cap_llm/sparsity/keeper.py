@@ -316,7 +316,7 @@ class _Kept:
     def agrees(self) -> bool:
         """Whether the fp32 fragments are what the model's weights are made from."""
         for model, begin in self.model_weights():
-            for weights, start in self.fragments() if model.numel() else ():  # else swapped out
+            for weights, start in self.fragments():
                 here = model.reshape(-1)[start - begin :][: weights.numel()].to(weights.device)
                 made = weights.reshape(-1).to(here.dtype)
                 if made.shape != here.shape or bool(
@@ -342,7 +342,10 @@ class _Kept:
         """The weights that the model computes with, as this rank holds them, and where in the
         parameter they begin."""
         p = self.parameter
-        yield self._shard(p.ds_tensor) if hasattr(p, "ds_tensor") else (p.data, 0)
+        if not hasattr(p, "ds_tensor"):
+            yield p.data, 0
+        elif p.ds_tensor.status.name == "AVAILABLE":  # else swapped out, to nvme
+            yield self._shard(p.ds_tensor)
 
     def _fp32_shard(self) -> torch.Tensor:
         # the shard itself: the public function gives a copy where the optimizer is offloaded

@@ -179,12 +179,19 @@ class CausalLMWithLosses(CausalLM):
 class LossHead(nn.Module):
     """A model's head that gives losses instead of logits; its parameters are the head's own.
 
-    A module, so that ZeRO-3 gathers them for its forward.
+    A module, so that ZeRO-3 gathers them for its forward. Checkpoints know them by the head's name
+    alone.
     """
 
     def __init__(self, head: nn.Linear):
         super().__init__()
         self.weight, self.bias = head.weight, head.bias
+
+    def _save_to_state_dict(self, *_) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_) -> None:
+        pass
 
     def forward(self, states: torch.Tensor, targets: torch.Tensor, teacher, factors: tuple):
         """See `head_loss`; `factors` are the weights of CE and KL, and the temperature."""

@@ -13,6 +13,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,13 +69,13 @@ class Trained:
     """What a training gives.
 
     Attributes:
-        engine: with the trained model as `engine.module.model`.
+        engine: with the trained model as `engine.module.model`; None once it is released.
         held_out: the task's metric on held-out data, by step.
         began: when the work began, the time of earlier jobs included.
         summary: steps, units, throughput, and the step it resumed at.
     """
 
-    engine: object
+    engine: Any
     held_out: dict[int, float] = field(default_factory=dict)
     began: float = 0.0
     summary: dict = field(default_factory=dict)
