@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import cap_llm
 from cap_llm.runtime.world import World
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy", "lm_eval")
@@ -20,7 +21,7 @@ LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "n
 
 def environment(world: World) -> dict:
     """Versions, commit, hardware and command of this process."""
-    versions = {"python": platform.python_version(), "cap_llm": _version("cap_llm")}
+    versions = {"python": platform.python_version(), "cap_llm": cap_llm.__version__}
     versions |= {name: _version(name) for name in LIBRARIES}
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],

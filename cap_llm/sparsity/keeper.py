@@ -344,7 +344,9 @@ class _Kept:
         p = self.parameter
         if not hasattr(p, "ds_tensor"):
             yield p.data, 0
-        elif p.ds_tensor.status.name == "AVAILABLE":  # else swapped out, to nvme
+            return
+        status = getattr(p.ds_tensor, "status", None)
+        if status is None or status.name == "AVAILABLE":  # else swapped out, to nvme
             yield self._shard(p.ds_tensor)
 
     def _fp32_shard(self) -> torch.Tensor:

@@ -20,7 +20,7 @@ from support import environment, signalled
 from cap_llm import preflight as plan
 from cap_llm import train
 from cap_llm.blockwise import oneshot as oneshot_stage
-from cap_llm.runtime import interrupt, lock, world
+from cap_llm.runtime import interrupt, lock
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.launcher import launched
@@ -210,16 +210,24 @@ def test_an_earlier_jobs_time_limit_does_not_stop_this_one(launch):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_a_rank_that_waits_names_who_is_missing(launch, monkeypatch, capsys):
+def test_a_rank_that_waits_names_who_is_missing():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch(TWO | {"RANK": "0", "WORLD_SIZE": "12", "MASTER_PORT": port})
-    monkeypatch.setattr(world, "MEETING", 1.0)
-    monkeypatch.setattr(world, "PATIENT", 0.2)
-    with pytest.raises(UserError, match=r"ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more did not come"):
-        world.World("cpu")
-    assert capsys.readouterr().err.count("waiting for ranks 1, 2") == 1
+    rank = TWO | {"RANK": "0", "WORLD_SIZE": "12", "MASTER_PORT": port}
+    code = "from cap_llm.runtime import world\nworld.MEETING, world.PATIENT = 1.0, 0.2\n"
+    code += "world.World('cpu')"
+    command = [sys.executable, "-c", code]
+    waiting = subprocess.run(
+        command,
+        env=environment() | rank,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more did not come" in waiting.stderr
+    assert waiting.stderr.count("waiting for ranks 1, 2") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -27,7 +27,7 @@ import torch.distributed as dist  # noqa: E402
 from cap_llm import train  # noqa: E402
 
 with simulated():
-    if "WORLD_SIZE" in os.environ:  # once for all cases
+    if "MASTER_ADDR" in os.environ:  # once for all cases
         dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=90))
     for name, arguments in json.loads((folder / "cases.json").read_text()).items():
         words = ["--output_dir", str(folder / device / name), "--runtime.device", device]
