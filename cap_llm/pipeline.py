@@ -22,8 +22,8 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
 
     The first is what the stage before it made in this run directory, now or in an earlier job;
     without one, the run's model. The second is then `model.dense`, or the run's model where the
-    first was made of it here (and is kept), or is not pruned yet and about to climb a ladder. Else
-    recover takes its teacher for it.
+    first was made of it here (and is kept), or is still dense and about to be pruned on a schedule.
+    Otherwise the teacher of recover counts as dense.
 
     Raises:
         UserError: nothing says which model is the dense one.
@@ -36,7 +36,7 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
     if start is not source:
         dense_is_here = has_weights(source, run.world)
     else:
-        climbs = recovers and bool(config.recover.ladder)
+        climbs = recovers and bool(config.recover.masks.schedule)
         dense_is_here = climbs and not Masks(source, run.world)
     if recovers and config.recover.teacher and not dense_is_here:
         return start, further_model("recover.teacher", config.recover.teacher, run)

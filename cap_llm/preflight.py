@@ -88,7 +88,7 @@ def check_everything(
         )
     if {"oneshot", "sds"} & set(config.stages):
         plan = plan_sparsities(model, config.oneshot)
-        if "oneshot" in config.stages and config.oneshot.budget == "uniform":
+        if "oneshot" in config.stages and config.oneshot.allocation == "uniform":
             earlier_mask(located, config.oneshot, plan)
     if dense := found_here("model.dense", config.model.dense, config, world):
         starts = [s for s in ("sds", "reconstruct") if s in config.stages and not config.start(s)]

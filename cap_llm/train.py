@@ -75,7 +75,7 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
             text = (
                 f"{program}: error: out of memory ({said or type(error).__name__}): lower "
                 "--runtime.activation_gib or --calibration.sequences; while recover trains, "
-                "--recover.micro_batch, or set --recover.gradient_checkpointing true"
+                "--recover.engine.micro_batch, or set --recover.engine.gradient_checkpointing true"
             )
         else:
             text = traceback.format_exc()

@@ -236,7 +236,7 @@ def steps(work: dict, world) -> dict[str, dict]:
     """Seconds of each timed step of the training's own code, and the peak memory of one, by arm."""
     import torch
 
-    from cap_llm.config import ObjectiveConfig, RecoverConfig
+    from cap_llm.config import EngineConfig, ObjectiveConfig, OptimizerConfig, RecoverConfig
     from cap_llm.contrast.terms import NoContrast
     from cap_llm.runtime.memory import forget, highest, peaks
     from cap_llm.sparsity.keeper import keep_zeros
@@ -254,13 +254,17 @@ def steps(work: dict, world) -> dict[str, dict]:
     configs = {
         arm: RecoverConfig(
             length=work["length"],
-            batch=batch,
-            micro_batch=work["micro_batch"],
-            tokens=batch * work["length"] * (work["rounds"] + 1),
             held_out=1,
-            dtype=work["dtype"],
-            gradient_checkpointing=work["gradient_checkpointing"],
-            deepspeed=work["deepspeed"],
+            optimizer=OptimizerConfig(
+                batch=batch,
+                tokens=batch * work["length"] * (work["rounds"] + 1),
+                dtype=work["dtype"],
+            ),
+            engine=EngineConfig(
+                micro_batch=work["micro_batch"],
+                gradient_checkpointing=work["gradient_checkpointing"],
+                deepspeed=work["deepspeed"],
+            ),
             finetuned="given",
             objective=ObjectiveConfig(**dict.fromkeys(ObjectiveConfig.TERMS, 0.0) | ARMS[arm]),
         )
@@ -273,7 +277,9 @@ def steps(work: dict, world) -> dict[str, dict]:
     corpus = read_corpus(work["text"], "train")
     text = pack(load_tokenizer(str(model)), corpus, 32, 1, config.length, 0)
     tasks = {
-        arm: LanguageModeling(text, config.objective, config.SKIP, config.seed, world.device)
+        arm: LanguageModeling(
+            text, config.objective, config.SKIP, config.optimizer.seed, world.device
+        )
         for arm, config in configs.items()
     }
     first = next(iter(tasks.values()))
@@ -336,9 +342,9 @@ def filled(config, text, model: Path, folder: Path, world):
     from cap_llm.recovery.check import state_width
     from cap_llm.tasks.language_modeling import TextUnits
 
-    width, extra = state_width(model), config.contrast.extra_sequences
+    width, extra = state_width(model), config.contrast.extra_negatives
     units = TextUnits(text, config.contrast, width, config.SKIP, 0, world.device)
-    contrasts = ContrastiveObjective(units, extra, config.batch, world)
+    contrasts = ContrastiveObjective(units, extra, config.optimizer.batch, world)
     for name in CONTRASTS:
         bank = random_bank(units, folder / name, world)
         contrasts.terms.append(ContrastTerm(name, CONTRASTS[name], [bank], name == "prc"))

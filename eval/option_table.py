@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from cap_llm.cli.command_line import make_parser  # noqa: E402
 from cap_llm.config import Config  # noqa: E402
-from cap_llm.runtime.sections import describe  # noqa: E402
+from cap_llm.config.section import describe  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "options.md"
 INTRO = """\

@@ -44,10 +44,10 @@ ARMS = {
     "tokens, temperature 0.03": TOKENS | {"token_temperature": 0.03},
     "tokens, temperature 0.2": TOKENS | {"token_temperature": 0.2},
     "tokens, no labels": TOKENS | {"supervised": 0.0},
-    "tokens, no further sequences": TOKENS | {"extra_sequences": 0},
+    "tokens, no further sequences": TOKENS | {"extra_negatives": 0},
     "segments only": SEGMENTS,
 }
-EXTRA = ContrastConfig().extra_sequences
+EXTRA = ContrastConfig().extra_negatives
 
 
 def main() -> int:
@@ -123,7 +123,7 @@ def contrast(text, dense: torch.Tensor, n: int, changes: dict, folder: Path, wor
     units = TextUnits(text, settings, dense.shape[-1], RecoverConfig.SKIP, 0, world.device)
     bank = Bank(folder, {}, (len(text.ids), units.n_units, units.dim), world)
     others = torch.arange(n, len(text.ids))
-    contrasts = ContrastiveObjective(units, settings.extra_sequences, n, world, share=others)
+    contrasts = ContrastiveObjective(units, settings.extra_negatives, n, world, share=others)
     everyone = torch.arange(len(text.ids))
     contrasts.fill(bank, lambda ids: dense[ids], everyone, 4, "banking", Console(speaks=False))
     contrasts.terms.append(ContrastTerm("prc", 1.0, [bank]))

@@ -1,7 +1,7 @@
 """The README's recovery table: what each term of the objective is worth, on SmolLM2-135M.
 
     CAP_LLM_DATA=... python eval/study_recovery.py [WORK_DIR] [--arms "KL,KL + PrC"] [--seeds 0,1]
-                     [--tokens 98304] [--whole] [--model DIR] [--set recover.lr=1e-4 ...]
+                     [--tokens 98304] [--whole] [--model DIR] [--set recover.optimizer.lr=1e-4 ...]
 
 The arms of a seed start from one pruned model (SparseGPT + refit), see the same tokens in the same
 order, and differ only in their objective; the seed draws calibration, text, order and units. Arms
@@ -117,14 +117,14 @@ COMMON = {
 }
 TRAINING = {
     "recover.length": LENGTH,
-    "recover.batch": BATCH,
-    "recover.micro_batch": 2,
-    "recover.lr": 2e-4,
-    "recover.deepspeed": "zero2" if ON_GPU else "cpu",
-    "recover.dtype": "bfloat16",
-    "recover.evaluate_steps": 25,
-    "recover.checkpoint_steps": 25,
-    "recover.keep_checkpoints": 1,
+    "recover.optimizer.batch": BATCH,
+    "recover.engine.micro_batch": 2,
+    "recover.optimizer.lr": 2e-4,
+    "recover.engine.deepspeed": "zero2" if ON_GPU else "cpu",
+    "recover.optimizer.dtype": "bfloat16",
+    "recover.log.evaluate_every": 25,
+    "recover.checkpoint.every": 25,
+    "recover.checkpoint.keep": 1,
 }
 
 
@@ -284,12 +284,12 @@ class Study:
         options |= {
             "model.path": needs.get(arm.start, self.runs.model),
             "recover.teacher": needs.get(arm.teacher, self.runs.model),
-            "recover.seed": cell.seed,
+            "recover.optimizer.seed": cell.seed,
             "recover.corpus": self.texts.get("training"),
             # A ladder has the text of all its rungs: as many distinct tokens as the other arms.
             "recover.sequences": tokens // LENGTH,
-            "recover.tokens": tokens // n_rungs,
-            "recover.ladder": arm.ladder,
+            "recover.optimizer.tokens": tokens // n_rungs,
+            "recover.masks.schedule": arm.ladder,
         }
         weights = (OFF | arm.objective).items()
         options |= TRAINING | {f"recover.objective.{name}": weight for name, weight in weights}

@@ -154,7 +154,7 @@ def trial(n: int, seed: int, recipe: Path, folder: Path) -> dict:
     phase = list(PHASES)[n // len(ZERO) % len(PHASES)]
     calls = json.loads((folder / f"plain-{zero}.json").read_text())[phase]
     plain = json.loads((folder / f"plain-{zero}-result.json").read_text())
-    args = ["--config", str(recipe), "--recover.deepspeed", f"zero{zero}"]
+    args = ["--config", str(recipe), "--recover.engine.deepspeed", f"zero{zero}"]
     draw = random.Random(f"{seed} {n}")
     log = folder / f"trial-{n}.log"
     for _ in range(20):  # a kill that comes after the end is none
@@ -218,7 +218,7 @@ def main() -> None:
         out = args.folder / f"plain-{zero}"
         if not (args.folder / f"plain-{zero}-result.json").exists():
             shutil.rmtree(out, ignore_errors=True)
-            command = ["--config", str(args.recipe), "--recover.deepspeed", f"zero{zero}"]
+            command = ["--config", str(args.recipe), "--recover.engine.deepspeed", f"zero{zero}"]
             codes, _ = run([*command, "--output_dir", str(out)], out.with_suffix(".log"))
             assert codes == [0, 0], out.with_suffix(".log").read_text()[-3000:]
             for name in out.with_suffix(".modules").read_text().split():
@@ -255,9 +255,9 @@ def test_no_kill_loses_anything_and_none_hangs(tiny, text_file):
         (folder / "text.txt").write_text("".join(lines[:400]))
         (folder / "scored.txt").write_text("".join(lines[400:480]))
         text = {"corpus": str(folder / "text.txt"), "length": 64}
-        recover = {"batch": 4, "tokens": 6 * 4 * 64, "held_out": 4, "ladder": "0.6"}
+        recover = {"batch": 4, "tokens": 6 * 4 * 64, "held_out": 4, "schedule": "0.6"}
         recover |= {"checkpoint_steps": 2, "evaluate_steps": 4, "micro_batch": 1}
-        recover |= {"contrast": {"segments": 4, "token_positions": 8, "extra_sequences": 4}}
+        recover |= {"contrast": {"segments": 4, "token_positions": 8, "extra_negatives": 4}}
         settings = {
             "stages": ["oneshot", "reconstruct", "recover", "evaluate"],
             "model": {"path": str(folder / "model")},

@@ -98,11 +98,11 @@ def place(tmp_path, text_file, tiny, monkeypatch):
 
 RECOVER = {
     "recover__length": 32,
-    "recover__tokens": 6 * 4 * 32,
-    "recover__batch": 4,
-    "recover__micro_batch": 2,
+    "recover__optimizer__tokens": 6 * 4 * 32,
+    "recover__optimizer__batch": 4,
+    "recover__engine__micro_batch": 2,
     "recover__held_out": 4,
-    "recover__lr": 0.003,
+    "recover__optimizer__lr": 0.003,
     "recover__objective__ce": 0.2,
     "recover__objective__kl": 0.8,
     "recover__objective__feature": 0.5,
@@ -110,12 +110,12 @@ RECOVER = {
     "recover__objective__snc": 0.1,
     "recover__objective__fic": 0.1,
     "recover__finetuned": "train",
-    "recover__ladder": "0.6, 0.7",
+    "recover__masks__schedule": "0.6, 0.7",
     "recover__contrast__segments": 4,
     "recover__contrast__token_positions": 8,
     "recover__contrast__frequent_ids": 5,
-    "recover__contrast__extra_sequences": 4,
-    "recover__evaluate_steps": 3,
+    "recover__contrast__extra_negatives": 4,
+    "recover__log__evaluate_every": 3,
 }
 
 
@@ -132,7 +132,7 @@ def runs(run) -> dict[str, dict]:
             add(f"{method} {pattern.replace(':', 'of')}", **prune, **options)
     add("wanda refit", **prune, oneshot__method="wanda", oneshot__refit="true")
     add("sparsegpt refit", **prune, oneshot__refit="true", oneshot__pattern="4:8")
-    add("owl", **prune, oneshot__budget="owl", oneshot__owl__guard_sequences=4)
+    add("owl", **prune, oneshot__allocation="owl", oneshot__owl__guard_sequences=4)
     add("by layer", **prune, oneshot__layers='{"*.down_proj": 0.4, "model.layers.0.*": 0}')
     for model in ("gpt2", "opt", "llama-bf16"):
         for method in ("sparsegpt", "alps", "wanda"):
@@ -142,16 +142,16 @@ def runs(run) -> dict[str, dict]:
     add("sds gram", **chain)
     add("sds dense", "gpt2", **chain, sds__data="dense", oneshot__pattern="2:4")
     add("sds paper", **chain, sds__mode="paper", reconstruct__inputs="dense")
-    add("halves", "opt", **chain, reconstruct__halves="true", oneshot__method="wanda")
+    add("halves", "opt", **chain, reconstruct__split_attention="true", oneshot__method="wanda")
     add("two ranks", "llama", 2, **chain)
     if data := os.environ.get("CAP_LLM_DATA"):
         tasks = {"evaluate__tasks": "[arc_easy, piqa]", "evaluate__limit": 6}
         add("zero-shot", **prune, **tasks, evaluate__task_data=f"{data}/zeroshot")
     recover = {"stages": "[oneshot, recover, evaluate]"} | RECOVER
-    add("recover", **recover, recover__deepspeed="zero0")
-    add("recover zero2", "llama", 2, **recover, recover__deepspeed="zero2")
-    add("recover zero3", "gpt2", 2, **recover, recover__deepspeed="zero3")
-    add("recover bf16", "llama-bf16", 2, **recover, recover__dtype="bfloat16")
+    add("recover", **recover, recover__engine__deepspeed="zero0")
+    add("recover zero2", "llama", 2, **recover, recover__engine__deepspeed="zero2")
+    add("recover zero3", "gpt2", 2, **recover, recover__engine__deepspeed="zero3")
+    add("recover bf16", "llama-bf16", 2, **recover, recover__optimizer__dtype="bfloat16")
     return found
 
 

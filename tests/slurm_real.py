@@ -119,12 +119,11 @@ def recipe(cluster, tiny, text_file) -> Path:
         "recover": {
             "corpus": str(text),
             "length": LENGTH,
-            "tokens": STEPS * BATCH * LENGTH,
-            "batch": BATCH,
+            "optimizer": {"tokens": STEPS * BATCH * LENGTH, "batch": BATCH},
             "held_out": 4,
-            "checkpoint_steps": 10,
+            "checkpoint": {"every": 10},
             "sequences": 40,
-            "contrast": {"segments": 4, "token_positions": 8, "extra_sequences": 4},
+            "contrast": {"segments": 4, "token_positions": 8, "extra_negatives": 4},
         },
         "evaluate": {"corpora": [str(scored)], "window": LENGTH},
     }
@@ -186,8 +185,8 @@ def test_a_pipeline_that_was_killed_half_way_completes_only_what_is_missing(clus
 
 def test_two_nodes_train_as_one_does_though_one_of_them_goes_down(cluster, recipe):
     one, two, steps = "runs/one-node", "runs/two-nodes", 60
-    options = ["--recover.micro_batch", 2, "--recover.deepspeed", "zero3"]
-    options += ["--recover.tokens", steps * BATCH * LENGTH]
+    options = ["--recover.engine.micro_batch", 2, "--recover.engine.deepspeed", "zero3"]
+    options += ["--recover.optimizer.tokens", steps * BATCH * LENGTH]
     made = [cluster.submit("slurm/oneshot.sbatch", recipe, run, *options) for run in (one, two)]
     first = cluster.submit(
         f"--dependency=afterok:{made[0]}", "slurm/recover.sbatch", recipe, one, *options
@@ -203,7 +202,7 @@ def test_two_nodes_train_as_one_does_though_one_of_them_goes_down(cluster, recip
     cluster.wait(job)
     one, two = cluster.project / one, cluster.project / two
     assert losses(one) == losses(two) and len(losses(one)) == steps
-    assert json.loads((two / "recover" / "done.json").read_text())["rungs"][0]["resumed_at_step"]
+    assert json.loads((two / "recover" / "done.json").read_text())["levels"][0]["resumed_at_step"]
 
 
 def test_the_array_and_its_comparison_give_one_report(cluster, recipe):
@@ -217,8 +216,13 @@ def test_the_array_and_its_comparison_give_one_report(cluster, recipe):
 def test_a_training_stopped_by_its_limit_and_pre_empted_thrice_loses_nothing(cluster, recipe):
     rates = [m["value"] for m in metrics(cluster.project / PIPELINE, "tokens_per_second")]
     steps = max(60, round(100 * statistics.median(rates) / (BATCH * LENGTH)))  # about 100 seconds
-    options = ["--recover.micro_batch", 2, "--recover.tokens", steps * BATCH * LENGTH]
-    options += ["--recover.checkpoint_steps", 1000, "--recover.evaluate_steps", 1000]
+    options = [
+        "--recover.engine.micro_batch",
+        2,
+        "--recover.optimizer.tokens",
+        steps * BATCH * LENGTH,
+    ]
+    options += ["--recover.checkpoint.every", 1000, "--recover.log.evaluate_every", 1000]
     disturbed, plain = "runs/disturbed", "runs/undisturbed"
     made = [
         cluster.submit("slurm/oneshot.sbatch", recipe, run, *options) for run in (disturbed, plain)

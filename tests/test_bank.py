@@ -179,10 +179,10 @@ def of_examples(model):
 
 
 def contrasts(**sizes) -> ContrastiveObjective:
-    sizes = {"segments": 2, "token_positions": 5, "dim": 8, "extra_sequences": 6} | sizes
-    sizes = ContrastConfig(**({"frequent_ids": 5} | sizes))
+    sizes = {"segments": 2, "token_positions": 5, "dim": 8, "extra_negatives": 6} | sizes
+    sizes = ContrastConfig(**({"n_unlabeled_frequent": 5} | sizes))
     units = TextUnits(text(), sizes, WIDTH, 4, 0, ALONE.device)
-    return ContrastiveObjective(units, sizes.extra_sequences, BATCH, ALONE)
+    return ContrastiveObjective(units, sizes.extra_negatives, BATCH, ALONE)
 
 
 def bank_of(c: ContrastiveObjective, folder, model=None, ids=None) -> WatchedBank:
@@ -312,7 +312,7 @@ def test_the_further_rows_of_a_step_are_the_same_on_every_repeat(tmp_path):
 
 
 def test_a_row_of_the_step_itself_that_cannot_be_seen_is_an_error(tmp_path):
-    c = contrasts(extra_sequences=0)
+    c = contrasts(extra_negatives=0)
     bank = bank_of(c, tmp_path, Model())
     c.terms = [ContrastTerm("fic", 0.1, [bank])]
     step_losses(c, Model(1), None, 0)
@@ -348,7 +348,7 @@ def test_every_contrast_of_a_step_has_the_same_further_sequences(tmp_path):
 
 
 def test_rows_of_an_online_contrast_are_only_of_steps_before(tmp_path):
-    c, teacher = contrasts(extra_sequences=N), Model()
+    c, teacher = contrasts(extra_negatives=N), Model()
     bank = bank_of(c, tmp_path, teacher, torch.arange(0))
     c.terms = [ContrastTerm("prc", 0.1, [bank], online=True)]
     assert bank.center is not None and not bank.has(torch.arange(N)).any()
@@ -362,7 +362,7 @@ def test_rows_of_an_online_contrast_are_only_of_steps_before(tmp_path):
 
 
 def test_an_online_contrast_draws_as_many_as_are_asked_for_once_they_are_there(tmp_path):
-    c, teacher = contrasts(extra_sequences=6), Model()
+    c, teacher = contrasts(extra_negatives=6), Model()
     bank = bank_of(c, tmp_path, teacher, torch.arange(0))
     c.terms = [ContrastTerm("prc", 0.1, [bank], online=True)]
     for step in range(5):

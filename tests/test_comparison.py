@@ -160,7 +160,7 @@ def test_the_share_of_the_loss_won_back(copy):
     changed = {
         "model": recipe["model"],
         "start": "oneshot",
-        "recover": {"batch": 4, "length": 8, "seed": 0},
+        "recover": {"optimizer": {"batch": 4, "seed": 0}, "length": 8},
     }
     (run / "recover" / "recipe.json").write_text(json.dumps(changed))
     scores = json.loads((run / "recover" / "perplexity.json").read_text())
@@ -180,13 +180,13 @@ def test_the_share_of_the_loss_won_back(copy):
     assert {"75.0", "50.0"} < {c.text for c in shown} and not any(c.best for c in shown)
 
 
-def test_a_ladder_that_went_on_has_no_gap_to_what_it_came_from(copy):
+def test_a_schedule_that_went_on_has_no_gap_to_what_it_came_from(copy):
     """The model it started from is 50 % sparse, by whatever hand; itself it is 70 %."""
     scores = {"dense/perplexity.json": scored(ppl_token=20.0), PERPLEXITY: scored(ppl_token=40.0)}
     run = copy("a", scores)
     shutil.copytree(run / "oneshot", run / "recover")
-    ladder = {"start": "oneshot", "recover": {"ladder": "0.7"}}
-    (run / "recover" / "recipe.json").write_text(json.dumps(ladder))
+    schedule = {"start": "oneshot", "recover": {"masks": {"schedule": "0.7"}}}
+    (run / "recover" / "recipe.json").write_text(json.dumps(schedule))
     counts = json.loads((run / "recover" / "sparsity.json").read_text())
     for share, closes in ((0.5, True), (0.7, False)):
         counts["pruned_matrices"]["sparsity"] = share

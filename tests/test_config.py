@@ -136,10 +136,10 @@ def test_an_option_before_config_wins_too(tmp_path):
 
 
 def test_an_override_keeps_its_neighbours_in_a_nested_section(tmp_path):
-    file = write(tmp_path / "mine.yaml", "oneshot: {budget: owl, owl: {strength: 0.1}}\n")
+    file = write(tmp_path / "mine.yaml", "oneshot: {allocation: owl, owl: {strength: 0.1}}\n")
     config, _, _ = read_config(["--config", file, "--oneshot.owl.threshold", "7", *HERE])
     assert (config.oneshot.owl.strength, config.oneshot.owl.threshold) == (0.1, 7.0)
-    assert config.oneshot.budget == "owl"
+    assert config.oneshot.allocation == "owl"
 
 
 def test_options_take_an_equals_sign_too():
@@ -163,7 +163,7 @@ RESOLVED = {
     "defaults": [],
     "2:4": ["--oneshot.pattern", "2:4"],
     "layers": ["--oneshot.layers", '{"*.q_proj": 0.25, "model.layers.0.*": 0}'],
-    "owl": ["--oneshot.budget", "owl", "--oneshot.owl.strength", "0.04"],
+    "owl": ["--oneshot.allocation", "owl", "--oneshot.owl.strength", "0.04"],
     "nulls": ["--runtime.activation_gib", "null", "--evaluate.max_windows", "null"],
     "numbers": ["--runtime.activation_gib", "0.5", "--oneshot.damping", "1e-3"],
     "words": ["--name", "yes: #1 'quoted' 2:4", "--evaluate.corpora", "[a b.txt, c4]"],
@@ -185,22 +185,22 @@ def test_the_written_settings_read_back_as_the_same_run(tmp_path, options):
 
 def test_a_pattern_of_half_leaves_no_sparsity_to_give():
     config, _, _ = read_config([*HERE, "--oneshot.pattern", "4:8"])
-    assert config.oneshot.sparsity is None and config.oneshot.amount == 0.5
+    assert config.oneshot.sparsity is None and config.oneshot.target_sparsity == 0.5
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "3:4", "2:8", "1:16"])
 def test_any_pattern_can_be_given_without_a_sparsity(tmp_path, pattern):
     config, _, _ = read_config([*HERE, "--oneshot.pattern", pattern])
     n, m = map(int, pattern.split(":"))
-    assert config.oneshot.amount == 1 - n / m
+    assert config.oneshot.target_sparsity == 1 - n / m
     file = write(tmp_path / "mine.yaml", f"oneshot: {{pattern: '{pattern}'}}\n")
     assert read_config(["--config", file, *HERE])[0].oneshot.pattern == pattern
 
 
 def test_a_pattern_alone_is_enough_for_the_dataclass():
     assert OneshotConfig(pattern="1:4").sparsity is None
-    assert OneshotConfig(pattern="1:4").amount == 0.75
-    assert OneshotConfig().amount == 0.5
+    assert OneshotConfig(pattern="1:4").target_sparsity == 0.75
+    assert OneshotConfig().target_sparsity == 0.5
 
 
 # derived quantities
@@ -213,7 +213,7 @@ def test_a_pattern_alone_is_enough_for_the_dataclass():
         ({}, ["evaluate"], False),
         ({"method": "magnitude"}, ["oneshot"], False),
         ({"method": "magnitude", "refit": True}, ["oneshot"], True),
-        ({"method": "magnitude", "budget": "owl"}, ["oneshot"], True),
+        ({"method": "magnitude", "allocation": "owl"}, ["oneshot"], True),
     ],
 )
 def test_only_methods_that_read_text_ask_for_calibration(oneshot, stages, expected):
@@ -281,7 +281,7 @@ def test_the_help_names_every_field_with_its_text(capsys):
         ("Reconstruct", {"lr": 0}, ["reconstruct.lr is 0", "above 0"]),
         ("Objective", {"kl": -1}, ["recover.objective.kl is -1", "at least 0"]),
         ("Contrast", {"dim": 1}, ["recover.contrast.dim is 1", "at least 2"]),
-        ("Recover", {"warmup": 1}, ["recover.warmup is 1", "[0, 1)"]),
+        ("Recover", {"warmup": 1}, ["recover.optimizer.warmup is 1", "[0, 1)"]),
         ("Recover", {"teacher": "a\0b"}, ["recover.teacher", "null byte"]),
         ("Runtime", {"device": "gpu"}, ["runtime.device", "auto, cpu, cuda"]),
         ("", {"stages": ["onesho"]}, ["stages[0] is 'onesho'", "mean oneshot?"]),
@@ -327,7 +327,13 @@ def test_an_unknown_pattern_is_refused_in_python_too(values):
 
 
 def test_the_printed_settings_read_back(tmp_path, capsys):
-    options = ["--oneshot.layers", '{"*.q_proj": 0.25}', "--recover.resume", "false", *HERE]
+    options = [
+        "--oneshot.layers",
+        '{"*.q_proj": 0.25}',
+        "--recover.checkpoint.resume",
+        "false",
+        *HERE,
+    ]
     with pytest.raises(SystemExit):
         read_config([*options, "--dry-run", "--print_config"])
     file = write(tmp_path / "printed.yaml", capsys.readouterr().out)

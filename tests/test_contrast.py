@@ -271,7 +271,7 @@ def text(seed: int = 0, n: int = N, length: int = T) -> PackedText:
 def encoder(
     packed: PackedText | None = None, width: int = WIDTH, seed: int = 0, **sizes
 ) -> TextUnits:
-    sizes = {"segments": 3, "token_positions": 7, "frequent_ids": 2, "dim": width} | sizes
+    sizes = {"segments": 3, "token_positions": 7, "n_unlabeled_frequent": 2, "dim": width} | sizes
     return TextUnits(packed or text(), ContrastConfig(**sizes), width, SKIP, seed, CPU)
 
 
@@ -367,8 +367,8 @@ def test_the_batch_that_a_sequence_comes_in_does_not_change_its_units():
 def test_frequent_ids_are_no_labels_and_without_such_ids_every_token_has_one():
     packed = text()
     every = torch.arange(N)
-    assert (encoder(packed, frequent_ids=0).units(every).label[:, 3:] >= 0).all()
-    assert (encoder(packed, frequent_ids=10**6).units(every).label == -1).all()
+    assert (encoder(packed, n_unlabeled_frequent=0).units(every).label[:, 3:] >= 0).all()
+    assert (encoder(packed, n_unlabeled_frequent=10**6).units(every).label == -1).all()
 
 
 @pytest.mark.parametrize("sizes", [{"segments": 0}, {"token_positions": 0}, {"segments": 1}])

@@ -125,7 +125,7 @@ def test_a_later_pass_prunes_inside_the_earlier_mask(tiny, entry):
 def test_the_zeros_of_a_model_pruned_elsewhere_are_a_mask(tiny, entry):
     first, _ = entry(tiny("llama"), out="first")
     (first / "oneshot" / FILE).unlink()
-    options = ["--oneshot.pattern", "2:4", "--oneshot.earlier_mask", "zeros"]
+    options = ["--oneshot.pattern", "2:4", "--oneshot.initial_mask", "zeros"]
     second, code = entry(first / "oneshot", *options, out="second")
     assert code == 0
     old, new = weights(first / "oneshot"), weights(second / "oneshot")
@@ -155,7 +155,7 @@ def test_magnitude_reads_no_calibration_text(tiny, entry):
 
 @pytest.mark.parametrize("guard", [0, 8])
 def test_owl_keeps_the_overall_sparsity(tiny, entry, guard):
-    options = ["--oneshot.budget", "owl", "--oneshot.owl.guard_sequences", guard]
+    options = ["--oneshot.allocation", "owl", "--oneshot.owl.guard_sequences", guard]
     folder, code = entry(tiny("llama", num_hidden_layers=4), *options)
     assert code == 0
     report = json.loads((folder / "oneshot" / "sparsity.json").read_text())
@@ -170,7 +170,7 @@ def test_owl_keeps_the_overall_sparsity(tiny, entry, guard):
 
 def test_owl_spreads_what_is_not_set_by_hand(tiny, entry):
     layers = json.dumps({"*.up_proj": 0.25, "model.layers.0.*": 0})
-    options = ["--oneshot.budget", "owl", "--oneshot.owl.guard_sequences", "0"]
+    options = ["--oneshot.allocation", "owl", "--oneshot.owl.guard_sequences", "0"]
     folder, code = entry(tiny("llama", num_hidden_layers=4), *options, "--oneshot.layers", layers)
     assert code == 0
     rows = json.loads((folder / "oneshot" / "sparsity.json").read_text())["rows"]
@@ -181,8 +181,8 @@ def test_owl_spreads_what_is_not_set_by_hand(tiny, entry):
     assert not any(r["name"].startswith("model.layers.0.") for r in rows)
 
 
-def test_owl_on_a_ladder_never_asks_for_less_than_is_gone(tiny, entry):
-    owl = ("--oneshot.budget", "owl", "--oneshot.owl.guard_sequences", 0)
+def test_owl_on_a_schedule_never_asks_for_less_than_is_gone(tiny, entry):
+    owl = ("--oneshot.allocation", "owl", "--oneshot.owl.guard_sequences", 0)
     strong = ("--oneshot.owl.strength", 0.3, "--oneshot.sparsity", 0.5)
     first, code = entry(tiny("llama", num_hidden_layers=4), *owl, *strong, out="first")
     assert code == 0

@@ -232,7 +232,9 @@ def test_recoveries_on_other_text_are_not_drawn_together(copy, report):
     for name, corpus in (("first", "a.txt"), ("second", "a.txt"), ("third", "b.txt")):
         run = copy(name, named(name))
         (run / "oneshot").rename(run / "recover")
-        recipe = {"recover": {"corpus": corpus, "length": 64, "batch": 4, "weight": name}}
+        recipe = {
+            "recover": {"corpus": corpus, "length": 64, "optimizer": {"batch": 4}, "weight": name}
+        }
         (run / "recover" / "recipe.json").write_text(json.dumps(recipe | {"model": MODEL}))
         points = [
             {"stage": "recover", "step": s, "name": "held_out_ppl", "value": 9.0 - s, "time": 0}
@@ -371,7 +373,7 @@ def test_damaged_and_foreign_files_are_named_and_the_rest_is_shown(copy, report)
 FOREIGN = {
     "calibration": ("oneshot/recipe.json", {"calibration": 3}),
     "method": ("oneshot/recipe.json", {"oneshot": {"method": ["a"]}}),
-    "ladder": ("oneshot/recipe.json", {"recover": {"ladder": 5}}),
+    "schedule": ("oneshot/recipe.json", {"recover": {"masks": {"schedule": 5}}}),
     "recover": ("oneshot/recipe.json", {"recover": 3}),
     "environment": ("oneshot/done.json", {"environment": "y"}),
     "versions": ("environment.json", {"versions": 3}),

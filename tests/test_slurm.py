@@ -50,11 +50,10 @@ def settings(tiny, text_file, tmp_path_factory) -> dict:
         "recover": {
             "corpus": str(folder / "text.txt"),
             "length": LENGTH,
-            "tokens": 12 * BATCH * LENGTH,
-            "batch": BATCH,
+            "optimizer": {"tokens": 12 * BATCH * LENGTH, "batch": BATCH},
             "held_out": 4,
             "sequences": 40,
-            "contrast": {"segments": 4, "token_positions": 8, "extra_sequences": 4},
+            "contrast": {"segments": 4, "token_positions": 8, "extra_negatives": 4},
         },
         "evaluate": {"corpora": [str(folder / "scored.txt")], "window": LENGTH},
     }
@@ -156,12 +155,14 @@ def test_the_first_gpus_of_several_nodes_are_not_taken_for_the_jobs(stubs, tmp_p
 
 def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_path):
     run = tmp_path / "run"
-    first = pipeline(stubs, recipe, run, "--recover.deepspeed", "zero3")
+    first = pipeline(stubs, recipe, run, "--recover.engine.deepspeed", "zero3")
     assert first.stdout == "oneshot: job 1\nrecover: job 2\nevaluate: job 3\n", first.stderr
     jobs = (stubs / "submitted").read_text().splitlines()
     assert "--dependency" not in jobs[0]
     assert "--dependency=afterok:1 --kill-on-invalid-dep=yes slurm/recover.sbatch" in jobs[1]
-    assert jobs[2].endswith(f"slurm/evaluate.sbatch {recipe} {run} --recover.deepspeed zero3")
+    assert jobs[2].endswith(
+        f"slurm/evaluate.sbatch {recipe} {run} --recover.engine.deepspeed zero3"
+    )
     again = pipeline(stubs, recipe, run)
     assert again.stdout.count("in the queue already") == 3
     # the second has ended badly, the first well; the third was dropped from the queue with it
@@ -231,7 +232,8 @@ def test_the_pipeline_reads_the_options_before_it_submits(stubs, recipe, tmp_pat
     done = pipeline(stubs, recipe, tmp_path / "run", "--recover.btch", "3")
     assert done.returncode != 0 and not (stubs / "submitted").exists()
     assert (
-        "pipeline.sh: unknown option --recover.btch; did you mean --recover.batch?" in done.stderr
+        "pipeline.sh: unknown option --recover.btch; did you mean --recover.optimizer.batch?"
+        in done.stderr
     )
 
 
@@ -335,7 +337,7 @@ else:
 def test_bad_input_is_no_reason_to_requeue(stubs, long, tmp_path):
     folder = tmp_path / "run"
     with open(tmp_path / "said", "w", encoding="utf-8") as out:
-        code = job(stubs, folder, out, *long, "--recover.lr", "-1").wait(timeout=PATIENCE)
+        code = job(stubs, folder, out, *long, "--recover.optimizer.lr", "-1").wait(timeout=PATIENCE)
     assert code == 2 and not (stubs / "asked").exists()
 
 

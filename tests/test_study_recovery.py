@@ -50,13 +50,13 @@ def test_more_windows_are_scored_of_the_same_run(options):
 
 
 def test_what_an_arm_reads_is_made_before_it_and_has_the_default_settings(options):
-    todo = plan(options("--arms", "KL + FiC", "--seeds", "4", "--set", "recover.lr=1e-4"))
+    todo = plan(options("--arms", "KL + FiC", "--seeds", "4", "--set", "recover.optimizer.lr=1e-4"))
     made = [(cell.arm, cell.settings) for cell in todo]
     assert made == [
         ("dense", ()),
         ("no training", ()),
         ("dense + cross-entropy", ()),
-        ("KL + FiC", ("recover.lr=1e-4",)),
+        ("KL + FiC", ("recover.optimizer.lr=1e-4",)),
     ]
 
 
@@ -82,7 +82,7 @@ def test_differences_are_those_of_the_same_seed(options, monkeypatch, tmp_path):
     """Seeds differ by 10, the arms by 1 and 3: the spread of the difference is that of 1 and 3."""
     study = Study(options(str(tmp_path)), ROOT, {})
     monkeypatch.setattr(study_recovery, "RESULTS", tmp_path / "results.json")
-    lever = ("recover.lr=1e-4",)
+    lever = ("recover.optimizer.lr=1e-4",)
     scores = {
         Cell("dense", 0): 20.0,
         Cell("no training", 0): 60.0,
@@ -95,7 +95,7 @@ def test_differences_are_those_of_the_same_seed(options, monkeypatch, tmp_path):
         Cell("KL + PrC", 2): 9.0,  # KL has no such seed
         Cell("KL + PrC", 0, lever): 28.0,
         Cell("KL + FiC", 0, lever): 35.0,
-        Cell("KL + FiC", 0, ("recover.clip=2",)): 35.0,
+        Cell("KL + FiC", 0, ("recover.optimizer.clip=2",)): 35.0,
     }
     results = {}
     for cell, ppl in scores.items():
@@ -111,9 +111,9 @@ def test_differences_are_those_of_the_same_seed(options, monkeypatch, tmp_path):
     cells = {row[0]: row[1:4] for row in rows[2:]}
     assert cells["KL"] == ["45.00 ± 7.07", "", "45 ± 7%"]
     assert cells["KL + PrC"][1] == "-2.00 ± 1.41"
-    assert cells["KL (recover.lr=1e-4)"][1] == "-10.00"
-    assert cells["KL + PrC (recover.lr=1e-4)"][1] == "-2.00"  # to KL at that rate
-    assert cells["KL + FiC (recover.clip=2)"][1] == "-5.00"  # there is no KL with that
+    assert cells["KL (recover.optimizer.lr=1e-4)"][1] == "-10.00"
+    assert cells["KL + PrC (recover.optimizer.lr=1e-4)"][1] == "-2.00"  # to KL at that rate
+    assert cells["KL + FiC (recover.optimizer.clip=2)"][1] == "-5.00"  # there is no KL with that
 
 
 def test_the_probe_finds_no_pull_of_the_kl_at_the_dense_model(

@@ -113,7 +113,7 @@ def _operations(
     if made and config.uses_calibration:
         n = config.calibration.sequences * config.calibration.length
         # walks of the text: one for oneshot, three more for OWL and its guard, two for sds
-        walks = ("oneshot" in made) * (4 if config.oneshot.budget == "owl" else 1)
+        walks = ("oneshot" in made) * (4 if config.oneshot.allocation == "owl" else 1)
         walks += 2 * ("sds" in made)
         forwards = walks
         if "reconstruct" in made:  # a backward counts twice
@@ -195,7 +195,9 @@ def _stream_tokens(stage: str, config: Config, world: World) -> int:
     every, share = (c.sequences + c.held_out) * c.length, c.sequences * c.length // world.size
     if stage == "reconstruct":
         dense = config.reconstruct.inputs == "dense"  # every rank needs all of the text
-        return (4 if config.reconstruct.halves else 3) * (every if dense else every // world.size)
+        return (4 if config.reconstruct.split_attention else 3) * (
+            every if dense else every // world.size
+        )
     if stage == "sds":
         return share * config.sds.redensify + every // world.size
     return share

@@ -63,7 +63,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
     model = work.model
     plan, budget = plan_sparsities(model, settings), "uniform"
     windows = texts.calibration if settings.uses_calibration else None
-    if settings.budget == "owl":
+    if settings.allocation == "owl":
         gone = Masks(source, world).shares if _grows(source, settings) else {}
         plan, budget = _owl(model, plan, gone, windows, config, run, work.folder)
     earlier = earlier_mask(source, settings, plan)
@@ -99,7 +99,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
             bar.advance()
         if walk and walk.hidden.spilled:
             run.console.say(f"oneshot: {size(walk.hidden.spilled)} of activations went to disk")
-    return work.finish(budget=budget)
+    return work.finish(allocation=budget)
 
 
 def _left(
@@ -110,7 +110,7 @@ def _left(
     settings: OneshotConfig,
 ) -> dict[str, torch.Tensor]:
     """The earlier masks [R, C] of block i's linears that this prune leaves as they are."""
-    least = PRUNED if settings.earlier_mask == "zeros" else 0.0
+    least = PRUNED if settings.initial_mask == "zeros" else 0.0
     masks = {}
     for n, linear in model.linears(i).items():
         name = model.weight_name(i, n)
@@ -134,7 +134,7 @@ def _owl(
     Neither brings back what is `gone` by an earlier mask. The second value says which it is.
     """
     path = folder / "owl.json"
-    known = path.exists() and read_json(path, lambda c: (dict(c["sparsity"]), c["budget"]))
+    known = path.exists() and read_json(path, lambda c: (dict(c["sparsity"]), c["allocation"]))
     if known := run.world.gather(known)[0]:
         return known
     settings = config.oneshot.owl
@@ -159,7 +159,7 @@ def _owl(
             shares = owl.outlier_shares(model, walk, settings.threshold, run.world, bar.advance)
         uneven = plan | _owl_sparsities(model, named, shares, gone, config.oneshot)
         even = plan | _owl_sparsities(model, named, [0.0] * len(shares), gone, config.oneshot)
-        record = {"outlier_percent": shares, "sparsity": uneven, "budget": "owl"}
+        record = {"outlier_percent": shares, "sparsity": uneven, "allocation": "owl"}
         if guard:
             nll = {}
             for name, candidate in (("uniform", even), ("owl", uneven)):
@@ -169,16 +169,16 @@ def _owl(
                     )
             record |= {"guard_nll": nll, "guard_sequences": guard}
             if nll["owl"] >= nll["uniform"]:
-                record |= {"sparsity": even, "budget": "uniform"}
+                record |= {"sparsity": even, "allocation": "uniform"}
             run.console.say(
                 f"OWL guard: held-out loss {nll['owl']:.4f} against {nll['uniform']:.4f} uniform; "
-                f"{'OWL' if record['budget'] == 'owl' else 'uniform'} is used"
+                f"{'OWL' if record['allocation'] == 'owl' else 'uniform'} is used"
             )
     run.bind(folder, config.recipe(STAGE))
     if run.world.first:
         write_json(path, record)
     run.world.barrier()
-    return record["sparsity"], record["budget"]
+    return record["sparsity"], record["allocation"]
 
 
 def _owl_sparsities(
@@ -198,15 +198,17 @@ def _owl_sparsities(
         return {}
     sizes = [sum(names.values()) for _, names in left]
     least = [max(gone.get(n, 0.0) for n in names) for _, names in left]
-    chosen = owl.allocate([s for s, _ in left], sizes, settings.amount, settings.owl, least)
+    chosen = owl.allocate(
+        [s for s, _ in left], sizes, settings.target_sparsity, settings.owl, least
+    )
     pairs = zip(left, chosen, strict=True)
     return {n: round(s, 6) for (_, names), s in pairs for n in names}
 
 
 def _grows(source: Path, settings: OneshotConfig) -> bool:
     """Whether the new masks must lie inside those of the model in `source`."""
-    by_file = settings.earlier_mask == "auto" and mask_files.path_of(source).exists()
-    return by_file or settings.earlier_mask == "zeros"
+    by_file = settings.initial_mask == "auto" and mask_files.path_of(source).exists()
+    return by_file or settings.initial_mask == "zeros"
 
 
 def _proxy_nll(
@@ -245,7 +247,7 @@ def earlier_mask(
             so, else when its turn comes.
     """
     file = mask_files.path_of(source)
-    masks = mask_files.MaskFile(file) if settings.earlier_mask == "auto" and file.exists() else None
+    masks = mask_files.MaskFile(file) if settings.initial_mask == "auto" and file.exists() else None
     pattern = Pattern.parse(settings.pattern)
     for name in masks.columns.keys() - plan.keys() if masks else ():
         raise UserError(
@@ -258,14 +260,14 @@ def earlier_mask(
         if not pattern.m and round(zeros, 6) > asked + 1e-3:
             raise UserError(
                 f"{name} is {100 * zeros:.1f} % zeros already and {100 * asked:g} % are asked "
-                "for; masks only grow: ask for more, or set --oneshot.earlier_mask ignore"
+                "for; masks only grow: ask for more, or set --oneshot.initial_mask ignore"
             )
 
     for row in recorded(source) if masks else ():
         refuse_more(row["name"], removed(row))
 
     def earlier(name: str, weight: torch.Tensor) -> torch.Tensor | None:
-        if settings.earlier_mask == "zeros":
+        if settings.initial_mask == "zeros":
             inside = weight != 0
         elif masks and name in masks:
             inside = masks.read(name).to(weight.device)

@@ -69,9 +69,9 @@ def prune(
     """
     # anew: what was changed in place is held against its range, too
     config = dataclasses.replace(config) if config else OneshotConfig()
-    if config.budget != "uniform":
+    if config.allocation != "uniform":
         raise UserError(
-            f"prune() takes no budget {config.budget!r}: give oneshot.layers, or run "
+            f"prune() takes no budget {config.allocation!r}: give oneshot.layers, or run "
             "the stage oneshot"
         )
     configs = (model.config, model.config.get_text_config())
@@ -118,7 +118,7 @@ def plan_sparsities(model: BlockModel, settings: OneshotConfig) -> dict[str, flo
 def uniform(model: BlockModel, config: OneshotConfig) -> dict[str, float]:
     """The same sparsity for every prunable weight, by name."""
     return {
-        model.weight_name(i, linear): config.amount
+        model.weight_name(i, linear): config.target_sparsity
         for i in range(len(model))
         for linear in model.linears(i)
     }
@@ -348,6 +348,6 @@ def _check(inside: torch.Tensor | None, name: str) -> torch.Tensor | None:
     if inside is not None and not bool(inside.any()):
         raise UserError(
             f"the earlier mask of {name} keeps no weight, and nothing is left to prune: leave it "
-            "dense by --oneshot.layers, or set --oneshot.earlier_mask ignore"
+            "dense by --oneshot.layers, or set --oneshot.initial_mask ignore"
         )
     return inside

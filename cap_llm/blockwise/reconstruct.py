@@ -166,7 +166,7 @@ class _Trainer:
         self.judges = range(len(mine), len(mine) + len(held_out))
         self.n_judges = len(texts.held_out)
         windows = torch.cat([texts.calibration[list(mine)], texts.held_out[list(held_out)]])
-        parts = 4 if self.settings.halves else 3
+        parts = 4 if self.settings.split_attention else 3
         memory = Memory.plan(device, config.runtime.activation_gib, parts)
         self.new_store = lambda: ActivationCache(device, memory, scratch)
         length = windows.shape[1]  # one sequence at a time, so that steps can mix them freely
@@ -217,7 +217,7 @@ class _Trainer:
         }
         *halves, whole = [
             _Section(self, i, block, module, parameters, keep)
-            for module, parameters in _sections(block, self.settings.halves)
+            for module, parameters in _sections(block, self.settings.split_attention)
         ]
         if halves:
             everything = list(block.parameters())
@@ -453,5 +453,5 @@ def _sections(block: nn.Module, halves: bool) -> list[tuple[str | None, list[nn.
             return [(name, inside), (None, rest)]
     raise UserError(
         f"{type(block).__name__} has no attention module to train by itself; leave out "
-        "--reconstruct.halves"
+        "--reconstruct.split_attention"
     )

@@ -330,7 +330,7 @@ class _Step:
         batches: list[Moments],
     ) -> dict[str, torch.Tensor]:
         """The free weights [R, C] of matrices that read one input, fp32; ranks take turns."""
-        settings, (l1, l2) = self.settings, self.settings.regularisers
+        settings, (l1, l2) = self.settings, self.settings.regularizers
         grams = self._grams(batches)
         if grams is None:
             name = prefix + names[0]

@@ -23,8 +23,8 @@ import yaml
 
 from cap_llm.cli.options import describe
 from cap_llm.config import Config
+from cap_llm.config.section import refused
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.sections import refused
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

@@ -123,18 +123,21 @@ def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str
     if not mine:
         return False, f"banking ({banks})" if banks else ""
     recover, now = config["recover"], mine[-1]
-    steps = recover["tokens"] // (recover["batch"] * recover["length"])
-    rungs = len([rung for rung in recover["ladder"].split(",") if rung.strip()])
-    rung = now["stage"].removeprefix("recover").removeprefix("/")
-    text = f"rung {rung} of {rungs}, " if rung.isdigit() else f"{rung}, " if rung else ""
+    each = recover["optimizer"]["batch"] * recover["length"]
+    steps = recover["optimizer"]["tokens"] // each
+    levels = len([level for level in recover["masks"]["schedule"].split(",") if level.strip()])
+    level = now["stage"].removeprefix("recover").removeprefix("/")
+    text = f"level {level} of {levels}, " if level.isdigit() else f"{level}, " if level else ""
     text += f"step {now['step']} of {steps}"
-    kept = sorted((folder / "recover" / "checkpoints" / (rung or "1")).glob("step-*/complete.json"))
+    kept = sorted(
+        (folder / "recover" / "checkpoints" / (level or "1")).glob("step-*/complete.json")
+    )
     text += f", checkpoint at {int(kept[-1].parent.name[5:])}" if kept else ", no checkpoint yet"
     left = steps - now["step"]
     speed = [m for m in metrics if m["stage"] == now["stage"] and m["name"] == "tokens_per_second"]
     if left and speed and speed[-1]["value"]:
-        seconds = left * recover["batch"] * recover["length"] / speed[-1]["value"]
-        text += f", about {duration(seconds)} left" + (" of this rung" if rungs > 1 else "")
+        seconds = left * each / speed[-1]["value"]
+        text += f", about {duration(seconds)} left" + (" of this level" if levels > 1 else "")
     return False, text
 
 

@@ -7,7 +7,7 @@ the bank's rows of the anchor's own unit; with labels also the candidates of the
 units of the anchor's own documents are neither.
 
 The three contrasts of CAP (Xu et al., AAAI 2022) are this one loss on three banks: of the
-pre-trained model (PrC), of the student at earlier rungs (SnC), and of a fine-tuned model (FiC).
+pre-trained model (PrC), of the student at earlier levels (SnC), and of a fine-tuned model (FiC).
 """
 
 from __future__ import annotations

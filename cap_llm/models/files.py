@@ -35,7 +35,7 @@ _NOT_COPIED = {"sparsity.json", "recipe.json", "done.json", "perplexity.json"} |
     "zeroshot.json",
     "owl.json",
     "calibration.json",
-    "rung.json",
+    "level.json",
     "recovery.json",
     "inputs.json",
     "adapter_config.json",  # its weights are not copied either

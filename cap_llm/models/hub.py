@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.config import Config, ModelConfig
+from cap_llm.config.section import places
 from cap_llm.models.checkpoint import Checkpoint, stored_prefix
 from cap_llm.models.files import (
     SINGLE,
@@ -41,7 +42,6 @@ from cap_llm.runtime.rundir import (
     refuse_other,
     with_contents,
 )
-from cap_llm.runtime.sections import places
 from cap_llm.runtime.world import World
 from cap_llm.text.corpora import NAMES
 

@@ -1,1 +1,1 @@
-"""End-to-end training of a pruned model: engines, objectives, contrast, the ladder of rungs."""
+"""End-to-end training of a pruned model: engines, objectives, contrast, the schedule of levels."""

@@ -81,8 +81,10 @@ class Banks:
         settings, o = self.settings, self.settings.objective
         if not settings.contrasts:
             return NoContrast()
-        extra = settings.contrast.extra_sequences
-        made = ContrastiveObjective(self.extractor, extra, settings.batch, self.run.world, share)
+        extra = settings.contrast.extra_negatives
+        made = ContrastiveObjective(
+            self.extractor, extra, settings.optimizer.batch, self.run.world, share
+        )
         if o.prc:
             bank = self._bank("pretrained", self.dense)
             if online_teacher is not None:  # its rows come with the steps; here only its center
@@ -125,7 +127,7 @@ class Banks:
             bank,
             lambda examples: self.task.states(engine, examples),
             ids,
-            self.settings.micro_batch,
+            self.settings.engine.micro_batch,
             f"{title}: banking",
             self.run.console,
         )

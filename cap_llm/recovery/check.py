@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cap_llm.blockwise.estimate import check_disk
-from cap_llm.config import Config, RecoverConfig, Rung
+from cap_llm.config import Config, Level, RecoverConfig
 from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.files import has_weights, text_settings
@@ -70,9 +70,9 @@ def check_recovery(
             check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
     earlier = config.start("recover")
     start = Path(config.output_dir) / earlier if earlier else located
-    has_masks = settings.rungs and world.decide(mask_files.path_of(start).exists)
+    has_masks = settings.levels and world.decide(mask_files.path_of(start).exists)
     if has_masks and has_weights(start, world) and (masks := Masks(start, world)):
-        check_first_rung(settings.rungs, start, masks.sparsity)
+        check_first_level(settings.levels, start, masks.sparsity)
     if is_whole(located) and not needs_conversion(located):  # what is converted: afterwards
         with contextlib.suppress(NamesDiffer):
             refuse_changed_logits(located, world)
@@ -105,14 +105,14 @@ def check_models(
         check_pair(student, dense, "model.dense", length, same_width=contrasted)
 
 
-def check_first_rung(rungs: list[Rung], start: Path, sparsity: float) -> None:
+def check_first_level(levels: list[Level], start: Path, sparsity: float) -> None:
     """Raises:
-    UserError: a ladder's first rung is no sparser than the model that it starts from.
+    UserError: a schedule's first level is no sparser than the model that it starts from.
     """
-    if rungs and rungs[0].sparsity <= sparsity + 1e-6:
+    if levels and levels[0].sparsity <= sparsity + 1e-6:
         raise UserError(
-            f"recover.ladder begins with {rungs[0]}, but {start} is {100 * sparsity:.1f} % sparse "
-            "already; masks only grow: begin above that"
+            f"recover.masks.schedule begins with {levels[0]}, but {start} is already "
+            f"{100 * sparsity:.1f}% sparse, and masks only grow. Begin above that."
         )
 
 
@@ -229,7 +229,7 @@ def _refuse_changed_logits(folder: Path) -> None:
 def _estimate(
     located: Path, teacher: Path | None, config: Config, world: World, stage: int
 ) -> tuple[float, int, float]:
-    """Bytes of memory a rank and of disk, and floating-point operations of all rungs, roughly."""
+    """Bytes of memory a rank and of disk, and floating-point operations of all levels, roughly."""
     settings, o = config.recover, config.recover.objective
     n = sum(p.numel() for p in skeleton(located).parameters())
     taught = bool(o.kl or o.feature)
@@ -241,26 +241,26 @@ def _estimate(
     states, gradients, weights = (1 / world.size if stage >= s else 1.0 for s in (1, 2, 3))
     memory = n * (12 * states + width * gradients + width * weights)
     memory += n_teacher * width * weights
-    tokens = settings.micro_batch * settings.length
+    tokens = settings.engine.micro_batch * settings.length
     hidden, layers = _first(facts, WIDTHS)[1] or 0, _first(facts, DEPTHS)[1] or 0
-    kept = 2 if settings.gradient_checkpointing else 20  # values of H that a block keeps a token
+    kept = 2 if settings.engine.gradient_checkpointing else 20  # of H per token
     memory += tokens * hidden * layers * kept * width
     # the head's gradient, summed in fp32, or of few tokens the logits'
     memory += (facts.get("vocab_size") or 0) * min(4 * hidden, tokens * width)
     # What was measured on a 135M model is that much above the sum of the parts: imports, buckets of
     # the reduction, copies while weights are loaded and moments made.
     memory = 1.3 * memory + 2**29
-    trained = (8 if settings.gradient_checkpointing else 6) * n
-    rungs, tuned = max(1, len(settings.rungs)), bool(o.fic) and settings.finetuned == "train"
+    trained = (8 if settings.engine.gradient_checkpointing else 6) * n
+    levels, tuned = max(1, len(settings.levels)), bool(o.fic) and settings.finetuned == "train"
     # checkpoints (fp32 weights, two moments, the model), with the one that is being written; two
-    # models a rung, and the fine-tuned one
-    disk = n * (12 + width) * (settings.keep_checkpoints + 1)
-    disk += 4 * n * (2 * rungs + tuned)
+    # models a level, and the fine-tuned one
+    disk = n * (12 + width) * (settings.checkpoint.keep + 1)
+    disk += 4 * n * (2 * levels + tuned)
     if settings.contrasts:
         c = settings.contrast
-        snapshots = min(c.snapshots, len(settings.rungs)) if o.snc else 0
+        snapshots = min(c.snapshots, len(settings.levels)) if o.snc else 0
         banks = bool(o.prc) + bool(o.fic and settings.finetuned) + snapshots
         units = settings.n_sequences * (c.segments + c.token_positions)
         disk += banks * 2 * units * min(c.dim, hidden or c.dim)
-    flops = settings.tokens * (rungs * (trained + 2 * n_teacher) + tuned * trained)
+    flops = settings.optimizer.tokens * (levels * (trained + 2 * n_teacher) + tuned * trained)
     return memory, disk, flops

@@ -1,10 +1,10 @@
-"""The stage `recover`: the ladder of rungs, each of them bank, prune, train.
+"""The stage `recover`: the schedule of levels, each of them bank, prune, train.
 
 recover/                 the recovered model directory; done.json is written last
-  recovery.json          held-out perplexity before and after each rung, tokens, seconds
-  banks/                 pretrained, finetuned, and a snapshot for each rung
-  rungs/1/pruned         the student, pruned to the rung
-  rungs/1/trained        and trained; the last rung's is the stage's own folder
+  recovery.json          held-out perplexity before and after each level, tokens, seconds
+  banks/                 pretrained, finetuned, and a snapshot for each level
+  levels/1/pruned         the student, pruned to the level
+  levels/1/trained        and trained; the last level's is the stage's own folder
   finetuned/             the dense model trained on the recovery text (recover.finetuned train)
 """
 
@@ -25,9 +25,10 @@ from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import (
     Config,
+    Level,
+    MasksConfig,
     ObjectiveConfig,
     RecoverConfig,
-    Rung,
 )
 from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
 from cap_llm.models.blocks import BlockModel
@@ -36,7 +37,7 @@ from cap_llm.models.hub import further_model
 from cap_llm.models.masks import Masks
 from cap_llm.recovery.banks import Banks
 from cap_llm.recovery.check import (
-    check_first_rung,
+    check_first_level,
     check_models,
     check_pair,
     refuse_changed_logits,
@@ -64,9 +65,9 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     """Recovers the model of directory `student`.
 
     Args:
-        student: a pruned model directory; a dense one with a ladder.
+        student: a pruned model directory; a dense one with a schedule.
         dense: the model it was pruned from; the teacher too, unless `recover.teacher` names one.
-        texts: with the recovery text, and the calibration ids for a ladder.
+        texts: with the recovery text, and the calibration ids for a schedule.
         config: the run's settings.
         run: the run directory.
 
@@ -90,8 +91,8 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     check_models(student, teacher, dense, settings)
     for model in dict.fromkeys((student, teacher, dense)):
         refuse_changed_logits(model, world)
-    rungs, text = settings.rungs, texts.recovery
-    times = settings.passed / len(text.ids)
+    levels, text = settings.levels, texts.recovery
+    times = settings.examples / len(text.ids)
     if times > 1:
         run.console.say(
             f"recover: {text.origin} fills {len(text.ids):,} sequences of {settings.length} "
@@ -102,30 +103,30 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     work.check()
     run.bind(folder, recipe)
     work.keep_inputs()
-    if settings.tensorboard and world.first:
+    if settings.log.tensorboard and world.first:
         run.track_with(TensorBoard(run.path))
-    if settings.wandb and world.first:
-        run.track_with(Wandb(run.path, settings.wandb, config.name or run.path.name, recipe))
-    for n, rung in enumerate(rungs or [None], 1):
-        last = n == max(1, len(rungs))
-        target = folder if last else folder / "rungs" / str(n) / "trained"
-        student = work.climb(student, rung, n, len(rungs), target, texts)
+    if settings.log.wandb and world.first:
+        run.track_with(Wandb(run.path, settings.log.wandb, config.name or run.path.name, recipe))
+    for n, level in enumerate(levels or [None], 1):
+        last = n == max(1, len(levels))
+        target = folder if last else folder / "levels" / str(n) / "trained"
+        student = work.climb(student, level, n, len(levels), target, texts)
     work.close()
     seconds = time.monotonic() - work.began
     summary = {
         "seconds": round(seconds, 2),
         **highest(work.records),
-        "calibration": texts.origin if rungs else None,
+        "calibration": texts.origin if levels else None,
         "recovery": text.origin,
-        "tokens": settings.passed * settings.length,
+        "tokens": settings.examples * settings.length,
         "distinct_tokens": text.ids.numel(),
-        "rungs": work.records,
+        "levels": work.records,
     }
     if world.first:
         write_json(folder / "recovery.json", summary)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if not config.runtime.keep_intermediate:
-            for path in (*folder.glob("rungs/*/*"), folder / "finetuned"):
+            for path in (*folder.glob("levels/*/*"), folder / "finetuned"):
                 remove_weights(path)
             shutil.rmtree(folder / "banks", ignore_errors=True)
     run.finish_stage(folder, summary, weights_and_masks(folder) if world.first else ())
@@ -134,7 +135,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
 
 
 class _Recovery:
-    """What the rungs of one ladder share: the teacher, the text, the banks."""
+    """What the levels of one schedule share: the teacher, the text, the banks."""
 
     def __init__(
         self,
@@ -154,14 +155,14 @@ class _Recovery:
         self.teacher_ds = ds_config.teacher_settings(self.settings, self.world, self.student_ds)
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
         self.records: list[dict] = []
-        self._students: dict[int, Path] = {}  # by rung, as it stood before: the snapshots
+        self._students: dict[int, Path] = {}  # by level, as it stood before: the snapshots
         self._teacher = None
         s = self.settings
-        self.task = LanguageModeling(text, s.objective, s.SKIP, s.seed, run.world.device)
+        self.task = LanguageModeling(text, s.objective, s.SKIP, s.optimizer.seed, run.world.device)
         self.banks = None
         if s.contrasts:
             units = TextUnits(
-                text, s.contrast, state_width(start), s.SKIP, s.seed, run.world.device
+                text, s.contrast, state_width(start), s.SKIP, s.optimizer.seed, run.world.device
             )
             self.banks = Banks(folder / "banks", dense, self.task, units, s, self.teacher_ds, run)
         self._dense_ppl: float | None = None
@@ -174,7 +175,7 @@ class _Recovery:
     def check(self) -> None:
         """Raises:
         UserError: a masked weight of the student is not zero, it is its own teacher, the first
-            rung is no sparser than it is, or a bank would be too large.
+            level is no sparser than it is, or a bank would be too large.
         """
         self.masks.check()
         own = [k for k in ("teacher", "dense") if self._inputs[k] == self._inputs["start"]]
@@ -185,7 +186,7 @@ class _Recovery:
                 "model that it was pruned from"
             )
         sparsity = self.masks.sparsity if self.masks else 0.0
-        check_first_rung(self.settings.rungs, self.start, sparsity)
+        check_first_level(self.settings.levels, self.start, sparsity)
         if self.banks:
             self.banks.check_size()
 
@@ -193,11 +194,11 @@ class _Recovery:
         """Writes what goes in: text and models, and to the run directory the DeepSpeed settings.
 
         Raises:
-            UserError: a rung is finished that was made from other ones.
+            UserError: a level is finished that was made from other ones.
         """
         path = self.folder / "inputs.json"
         known = read_json(path, holding(text=str)) if path.exists() else {}
-        finished = next(self.folder.glob("rungs/*/trained/rung.json"), None)
+        finished = next(self.folder.glob("levels/*/trained/level.json"), None)
         finished = finished or (self.folder / "finetuned" / "done.json").exists()
         changed = [k for k, now in self._inputs.items() if known.get(k, now) != now]
         changed = self.world.gather(changed if finished else [])[0]
@@ -205,7 +206,7 @@ class _Recovery:
             found = self._models.get(changed[0])
             what = f"the weights in {found} have" if found else "the recovery text has"
             raise UserError(
-                f"{what} changed since {self.folder} was begun, and a rung of it is finished; "
+                f"{what} changed since {self.folder} was begun, and a level of it is finished; "
                 "bring back what it was, or choose another output_dir"
             )
         if self.world.first:
@@ -215,12 +216,12 @@ class _Recovery:
                 write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
 
     def climb(
-        self, student: Path, rung: Rung | None, n: int, of: int, target: Path, texts: Texts
+        self, student: Path, level: Level | None, n: int, of: int, target: Path, texts: Texts
     ) -> Path:
-        """Banks, prunes and trains one rung; the directory of its model."""
+        """Banks, prunes and trains one level; the directory of its model."""
         run, config, settings = self.run, self.config, self.settings
-        title = f"rung {n}/{of} ({rung})" if rung else STAGE
-        record_file = target / "rung.json"
+        title = f"level {n}/{of} ({level})" if level else STAGE
+        record_file = target / "level.json"
         kinds = {"held_out_ppl": dict, "stage_seconds": float}
         known = read_json(record_file, holding(**kinds)) if record_file.exists() else None
         known = run.world.gather(known)[0]
@@ -230,14 +231,14 @@ class _Recovery:
         if known:
             self.records.append(known)
             self.began = time.monotonic() - known["stage_seconds"]
-            self._hold_gate(title, target, known)
+            self._check_ppl_ratio(title, target, known)
             return target
-        if rung:
-            asked = rung.apply(config.oneshot)
+        if level:
+            asked = level.apply(config.oneshot)
             if student == self.start and self.masks and self.masks.from_zeros:
-                asked = dataclasses.replace(asked, earlier_mask="zeros")
+                asked = dataclasses.replace(asked, initial_mask="zeros")
             changed = dataclasses.replace(config, oneshot=asked)
-            place = f"{STAGE}/rungs/{n}/pruned"
+            place = f"{STAGE}/levels/{n}/pruned"
             run.console.say(f"{title}: pruning", style="bold")
             pruned = oneshot(student, texts, changed, run, place)
         masks = self.masks if pruned == self.start else Masks(pruned, self.world)
@@ -266,12 +267,13 @@ class _Recovery:
             before=(n - 1) * settings.steps,
             began=self.began,
         )
-        settings = dataclasses.replace(settings, resume=self._resume(n))
+        checkpoint = dataclasses.replace(settings.checkpoint, resume=self._resume(n))
+        settings = dataclasses.replace(settings, checkpoint=checkpoint)
         trained = self._train(job, settings, target, masks)
         held_out = trained.held_out
         self._verify(target, held_out[settings.steps])
         record = {
-            "rung": str(rung) if rung else None,
+            "level": str(level) if level else None,
             "held_out_ppl": {str(k): round(v, 4) for k, v in held_out.items()},
             "dense_held_out_ppl": self._dense_ppl,
             "stage_seconds": round(time.monotonic() - self.began, 2),
@@ -282,29 +284,29 @@ class _Recovery:
         self._remove_checkpoints(n)
         self.world.barrier()
         self.records.append(record)
-        self._hold_gate(title, target, record)
+        self._check_ppl_ratio(title, target, record)
         return target
 
-    def _hold_gate(self, title: str, target: Path, record: dict) -> None:
-        """Ends the ladder at a rung that has lost too much, also when it is asked for again."""
-        gate, dense = self.settings.gate, record["dense_held_out_ppl"]
+    def _check_ppl_ratio(self, title: str, target: Path, record: dict) -> None:
+        """Stops the schedule after a level that has lost too much, also in a rerun."""
+        ratio, dense = self.settings.log.max_ppl_ratio, record["dense_held_out_ppl"]
         after = list(record["held_out_ppl"].values())[-1]
-        if gate and dense and after > gate * dense:
+        if ratio and dense and after > ratio * dense:
             raise UserError(
-                f"{title} ends with a held-out perplexity of {after:.2f}, more than {gate:g} "
-                f"(recover.gate) times {self._measure}'s {dense:.2f}; the ladder stops there, its "
-                f"model is {target}: raise the gate, or start anew with more recover.tokens or "
-                "smaller rungs"
+                f"recover.log.max_ppl_ratio is {ratio:g}, but {title} ends with a held-out "
+                f"perplexity of {after:.2f}, {after / dense:.2f} times {self._measure}'s "
+                f"{dense:.2f}. Its model is {target}: raise the ratio, or start over with more "
+                "recover.optimizer.tokens or smaller levels."
             )
 
     def _resume(self, n: int) -> bool | str:
-        """`recover.resume` as rung `n` takes it.
+        """`recover.checkpoint.resume` as level `n` takes it.
 
-        What is asked for is meant for the first rung that trains; those after it go on by
+        What is asked for is meant for the first level that trains; those after it go on by
         themselves, unless it is a checkpoint of theirs.
         """
-        asked = self.settings.resume
-        if not self.records or asked is False or checkpoints.rung_of(asked) == n:
+        asked = self.settings.checkpoint.resume
+        if not self.records or asked is False or checkpoints.level_of(asked) == n:
             return asked
         return "auto"
 
@@ -320,22 +322,22 @@ class _Recovery:
         gc.collect()
         return trained
 
-    def _checkpoints(self, rung: int | str) -> Path:
-        return self.folder / "checkpoints" / str(rung)
+    def _checkpoints(self, level: int | str) -> Path:
+        return self.folder / "checkpoints" / str(level)
 
-    def _remove_checkpoints(self, rung: int | str) -> None:
+    def _remove_checkpoints(self, level: int | str) -> None:
         """What is written needs them no more."""
         if self.world.first:
-            shutil.rmtree(self._checkpoints(rung), ignore_errors=True)
+            shutil.rmtree(self._checkpoints(level), ignore_errors=True)
 
-    def _recipe(self, rung: int | str, contrasts: ContrastiveObjective | NoContrast) -> dict:
+    def _recipe(self, level: int | str, contrasts: ContrastiveObjective | NoContrast) -> dict:
         """What a checkpoint must have been made with."""
         settings = self.config.recipe(STAGE)
         del settings["model"], settings["start"]  # fingerprints tell them, wherever they lie
         settings = with_contents(settings, self.run.contents)
-        recipe = {"settings": settings, "rung": rung} | self._inputs
+        recipe = {"settings": settings, "level": level} | self._inputs
         # Sequences that are contrasted with each other are part of what a training is.
-        at_once = self.world.size * self.settings.micro_batch if contrasts.terms else None
+        at_once = self.world.size * self.settings.engine.micro_batch if contrasts.terms else None
         return recipe | {"at_once": at_once}
 
     @property
@@ -365,16 +367,16 @@ class _Recovery:
             self._teacher = None
 
     def _contrasts(self, n: int) -> ContrastiveObjective | NoContrast:
-        """The contrasts of rung `n` that are on."""
+        """The contrasts of level `n` that are on."""
         settings, o = self.settings, self.settings.objective
         if o.fic and not settings.finetuned:
             self.run.console.say("FiC is off: recover.finetuned names no fine-tuned model")
         if o.snc and not self._students:
-            self.run.console.say("SnC is off on this rung: there is no snapshot before it")
+            self.run.console.say("SnC is off on this level: there is no snapshot before it")
         if not self.banks:
             return NoContrast()
-        per_rung = settings.steps * settings.batch
-        share = self.task.draws((n - 1) * per_rung, n * per_rung).unique()
+        per_level = settings.steps * settings.optimizer.batch
+        share = self.task.draws((n - 1) * per_level, n * per_level).unique()
         online = self._teacher if self._online and self._teacher_is_dense else None
         finetuned = self._finetuned if settings.finetuned else None
         return self.banks.contrasts(share, online, finetuned, self._students)
@@ -393,11 +395,13 @@ class _Recovery:
         only_ce = dataclasses.replace(
             settings,
             objective=ObjectiveConfig(ce=1.0, kl=0, feature=0, prc=0, snc=0, fic=0),
-            ladder="",
-            resume="auto" if settings.resume is not False else False,
+            masks=MasksConfig(),
+            checkpoint=dataclasses.replace(
+                settings.checkpoint, resume=settings.checkpoint.resume is not False and "auto"
+            ),
         )
         task = LanguageModeling(
-            self.text, only_ce.objective, settings.SKIP, settings.seed, self.world.device
+            self.text, only_ce.objective, settings.SKIP, settings.optimizer.seed, self.world.device
         )
         none = NoContrast()
         job = Job(
@@ -417,7 +421,7 @@ class _Recovery:
         if after > before:
             run.console.say(
                 f"FiC: the fine-tuned model's held-out ppl is {after:.3f}, worse than the dense "
-                f"model's {before:.3f}: lower --recover.lr, or name a better one by "
+                f"model's {before:.3f}: lower --recover.optimizer.lr, or name a better one by "
                 "--recover.finetuned",
                 style="yellow",
             )

@@ -285,7 +285,7 @@ def _add_gaps(rows: list[Row], columns: list[Column]) -> None:
             first = first or next(came, None)
             shares = [r.sparsity and round(100 * r.sparsity[0]) for r in (first, result) if r]
             if None not in shares and len(set(shares)) > 1:
-                continue  # a ladder has gone beyond what was one-shot
+                continue  # a schedule has gone beyond what was one-shot
             start, own = (Row("", [r]).value(column) if r else None for r in (first, result))
             if start is not None and own is not None and start > target:
                 gap = (start - own) / (start - target)

@@ -84,7 +84,7 @@ class Result:
         training: the text of the recovery and the length of its sequences.
         figures: what was measured.
         layers: name, sparsity and relative output error of each pruned matrix.
-        curve: (tokens, held-out perplexity) along the recovery, a list for each rung.
+        curve: (tokens, held-out perplexity) along the recovery, a list for each level.
         curve_dense: held-out perplexity of the dense model there.
         status: empty, or what is wrong: `unfinished`, `not scored`, ...
         environment: command, directory, versions and machine of the job that made it.
@@ -375,7 +375,7 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
         if oneshot.get("pattern") == "row" and oneshot.get("method") != "wanda":
             method += " by row"  # as Wanda always chooses
         method += " + refit" * bool(oneshot.get("refit"))
-        method += " + OWL" * (oneshot.get("budget") == "owl")
+        method += " + OWL" * (oneshot.get("allocation") == "owl")
         method += " by layer" * bool(oneshot.get("layers"))
         pattern, share = str(oneshot.get("pattern")), oneshot.get("sparsity")
         amount = pattern if ":" in pattern else f"{100 * share:g} %" if share else ""
@@ -388,11 +388,11 @@ def _describe(result: Result, recipe: dict, before: Result | None) -> None:
         if (recipe.get("reconstruct") or {}).get("inputs") == "student":
             added += " (own inputs)"  # not as published: there they are the dense model's
         method, name = f"{method} + {added}", f"{name} + {added}"
-    ladder = (recipe.get("recover") or {}).get("ladder")
-    if ladder:
-        amount = [rung.strip() for rung in ladder.split(",") if rung.strip()][-1]
+    schedule = ((recipe.get("recover") or {}).get("masks") or {}).get("schedule")
+    if schedule:
+        amount = [level.strip() for level in schedule.split(",") if level.strip()][-1]
         amount = amount if ":" in amount else f"{100 * float(amount):g} %"
-        method += " on a ladder"
+        method += " on a schedule"
         name = f"{method} {amount}"
     result.method, result.amount, result.name = method, amount, name
 
@@ -562,13 +562,13 @@ def _costs(done: dict, before: Result | None, environment: dict) -> list[Figure]
 
 
 def _curves(run: Path, recover: dict, done: dict, result: Result) -> None:
-    """Held-out perplexity over tokens, a line a rung, from `metrics.jsonl`."""
-    each = (recover.get("batch") or 0) * (recover.get("length") or 0)
-    rungs: dict[str, dict[int, float]] = {}
+    """Held-out perplexity over tokens, a line a level, from `metrics.jsonl`."""
+    each = (recover.get("optimizer") or {}).get("batch", 0) * (recover.get("length") or 0)
+    levels: dict[str, dict[int, float]] = {}
     try:
         for entry in read_metrics(run):
             if entry["name"] == "held_out_ppl" and re.fullmatch(r"recover(/\d+)?", entry["stage"]):
-                points = rungs.setdefault(entry["stage"], {})
+                points = levels.setdefault(entry["stage"], {})
                 # a job that went back to a checkpoint, or began anew, writes steps again
                 for step in [s for s in points if s >= entry["step"]]:
                     del points[step]
@@ -576,12 +576,12 @@ def _curves(run: Path, recover: dict, done: dict, result: Result) -> None:
     except Exception:
         result.status.append("metrics.jsonl cannot be read")
     start = 0
-    for points in rungs.values():
+    for points in levels.values():
         result.curve.append([(start + s * each, points[s]) for s in sorted(points)])
         start += max(points) * each
-    for rung in done.get("rungs") or []:
-        if rung.get("dense_held_out_ppl") is not None:
-            result.curve_dense = float(rung["dense_held_out_ppl"])
+    for level in done.get("levels") or []:
+        if level.get("dense_held_out_ppl") is not None:
+            result.curve_dense = float(level["dense_held_out_ppl"])
 
 
 def _without_seeds(settings):

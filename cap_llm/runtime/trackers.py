@@ -13,7 +13,7 @@ class TensorBoard:
     """Writes events to `<run>/tensorboard`."""
 
     def __init__(self, folder: Path):
-        require("tensorboard", "recover.tensorboard")
+        require("tensorboard", "recover.log.tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"))
@@ -32,7 +32,7 @@ class Wandb:
     """Logs to a project of Weights & Biases; `WANDB_MODE=offline` keeps it on this machine."""
 
     def __init__(self, folder: Path, project: str, title: str, settings: dict):
-        require("wandb", "recover.wandb")
+        require("wandb", "recover.log.wandb")
         import wandb
 
         self._stages: set[str] = set()
@@ -51,7 +51,8 @@ class Wandb:
             )
         except Exception as error:  # no key, no network, no such project
             raise UserError(
-                f"recover.wandb {project}: {type(error).__name__} {' '.join(str(error).split())}. "
+                f"recover.log.wandb {project}: {type(error).__name__} "
+                f"{' '.join(str(error).split())}. "
                 "Run `wandb login` first, or set WANDB_MODE=offline."
             ) from None
 

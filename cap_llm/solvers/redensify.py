@@ -1,6 +1,6 @@
 """Re-densification, Sparse-Dense-Sparse (Li et al. 2025), of one matrix on second moments alone.
 
-All weights are free again and go from the pruned W_s towards the dense W_d, as far as regularisers
+All weights are free again and go from the pruned W_s towards the dense W_d, as far as regularizers
 let them. Without any, the least-squares problem has W_d as its only solution; what SDS is lies in
 what keeps W from it. The paper says where its optimiser starts (W_s) and how many steps it takes,
 not which one it is. `redensify` makes that pull explicit, as (mu / 2) ||W - W_s||^2;

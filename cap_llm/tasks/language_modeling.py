@@ -239,7 +239,7 @@ class TextUnits(UnitExtractor):
             "skip": skip,
             "seed": seed,
         }
-        self._frequent = text.most_frequent(settings.frequent_ids)
+        self._frequent = text.most_frequent(settings.n_unlabeled_frequent)
         self._cuts = np.linspace(0, text.ids.shape[1], self.n_segments + 1).astype(int)
         self._cuts = self._cuts if self.n_segments else self._cuts[:0]
         self._cuts[:1] = skip

@@ -122,7 +122,7 @@ def read_texts(config: Config, model: Path, console: Console = SILENT) -> Texts:
         r = config.recover
         corpus = calibration_corpus(r.corpus, console)
         texts.recovery = pack(
-            tokenizer, corpus, r.n_sequences, r.held_out, r.length, r.seed, console
+            tokenizer, corpus, r.n_sequences, r.held_out, r.length, r.optimizer.seed, console
         )
     for ids in texts.ids:
         if vocab_size and len(ids) and (highest := int(ids.max())) >= vocab_size:

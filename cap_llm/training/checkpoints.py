@@ -37,7 +37,7 @@ from cap_llm.runtime.world import World
 from cap_llm.training.ds_config import stage_of
 
 COMPLETE = "complete.json"
-FREE = ("lr", "clip")  # what may be other after a checkpoint that was named: where a loss diverged
+FREE = ("lr", "clip")  # may change after a named checkpoint: the remedy where a loss diverged
 
 
 @dataclass
@@ -56,16 +56,18 @@ class Found:
 
 
 def named(config: RecoverConfig) -> Path | None:
-    """The checkpoint's folder that `recover.resume` names, if it names one.
+    """The checkpoint's folder that `recover.checkpoint.resume` names, if it names one.
 
     Raises:
         UserError: it is none.
     """
     if not _names_one(config):
         return None
-    path = Path(str(config.resume))
+    path = Path(str(config.checkpoint.resume))
     if not (path / COMPLETE).exists():
-        raise UserError(f"recover.resume {path} is no complete checkpoint: no {COMPLETE} in it")
+        raise UserError(
+            f"recover.checkpoint.resume {path} is not a complete checkpoint: {COMPLETE} is missing."
+        )
     _facts(path)
     return path
 
@@ -97,14 +99,14 @@ def _facts(path: Path) -> dict:
 def _unusable(path: Path, problem: str) -> UserError:
     return UserError(
         f"the checkpoint {path} cannot be loaded ({problem}): remove that folder to resume from "
-        "the one before it, or start anew with --recover.resume false"
+        "the one before it, or start anew with --recover.checkpoint.resume false"
     )
 
 
-def rung_of(asked: bool | str) -> int | str | None:
-    """The rung that the checkpoint of a `recover.resume` belongs to; None if it is none."""
+def level_of(asked: bool | str) -> int | str | None:
+    """The level of the checkpoint that `resume` names; None if it names none."""
     path = Path(str(asked)) / COMPLETE
-    return _facts(path.parent)["recipe"].get("rung") if path.exists() else None
+    return _facts(path.parent)["recipe"].get("level") if path.exists() else None
 
 
 def find(
@@ -115,7 +117,7 @@ def find(
     world: World,
     console: Console,
 ) -> Found | None:
-    """The checkpoint to resume from by `recover.resume`; call before the engine is made.
+    """The checkpoint to resume from by `recover.checkpoint.resume`; call before the engine is made.
 
     Where it names one, the latest in `folder` that has come from it is meant, if there is any: the
     same command goes on. From the named one itself it may go on with another rate or clip. Sets
@@ -125,7 +127,7 @@ def find(
         UserError: there is none where one must be, or it belongs to another recipe or ZeRO stage.
     """
     requeued = number("SLURM_RESTART_COUNT", 0) > 0  # the same job, which goes on
-    if world.first and config.resume is False and not requeued:
+    if world.first and config.checkpoint.resume is False and not requeued:
         shutil.rmtree(folder, ignore_errors=True)
     if world.first and folder.exists():
         for path in folder.glob("*-*"):
@@ -136,21 +138,23 @@ def find(
         return None
     facts = _facts(path)
     if _names_one(config):
-        facts["state"]["from"] = str(config.resume)
+        facts["state"]["from"] = str(config.checkpoint.resume)
     made_with = facts["recipe"] | {"zero_stage": facts["zero_stage"]}
     now = recipe | {"zero_stage": stage_of(settings)}
-    if _names_one(config) and path == Path(str(config.resume)):
-        was = made_with["settings"]["recover"]
-        for name in (name for name in FREE if was.get(name) != getattr(config, name)):
-            value, before = getattr(config, name), was.get(name)
-            console.say(f"recover.{name} was {before} up to {path} and is {value} from here on")
-            was[name] = value
+    if _names_one(config) and path == Path(str(config.checkpoint.resume)):
+        old = made_with["settings"]["recover"]["optimizer"]
+        new = {name: getattr(config.optimizer, name) for name in FREE}
+        for name in (name for name in FREE if old.get(name) != new[name]):
+            console.say(
+                f"recover.optimizer.{name} was {old.get(name)} up to {path} and is {new[name]} now"
+            )
+        old |= new
     if changed := difference(made_with, now):
         name, was, value = changed
-        name = {"at_once": "ranks x recover.micro_batch"}.get(name, name)
+        name = {"at_once": "ranks x recover.engine.micro_batch"}.get(name, name)
         raise UserError(
             f"the checkpoint {path} was made with another recipe: {name} was {was!r} and is "
-            f"{value!r} now; bring that back, or start anew with --recover.resume false"
+            f"{value!r} now; bring that back, or start anew with --recover.checkpoint.resume false"
         )
     _check_files(path, world)
     if facts["ranks"] != world.size and stage_of(settings) > 0:
@@ -164,18 +168,22 @@ def find(
 
 
 def _names_one(config: RecoverConfig) -> bool:
-    return config.resume not in (True, False, "auto")
+    return config.checkpoint.resume not in (True, False, "auto")
 
 
 def _chosen(folder: Path, config: RecoverConfig) -> Path | None:
     """The complete checkpoint to go on from, if there is one."""
     complete = _complete(folder)
     if _names_one(config):
-        complete = [p for p in complete if _begun_from(p) == Path(str(config.resume)).resolve()]
+        complete = [
+            p for p in complete if _begun_from(p) == Path(str(config.checkpoint.resume)).resolve()
+        ]
     if complete:
         return complete[-1]
-    if config.resume is True:
-        raise UserError(f"recover.resume is true, but {folder} holds no complete checkpoint")
+    if config.checkpoint.resume is True:
+        raise UserError(
+            f"recover.checkpoint.resume is true, but {folder} holds no complete checkpoint"
+        )
     return named(config)
 
 
@@ -206,7 +214,7 @@ def save(
     if world.first:
         facts = {"step": step, "ranks": world.size, "zero_stage": stage, "state": state}
         write_json(folder / tag / COMPLETE, facts | {"recipe": recipe, "files": files})
-        # of this training only: one begun by `recover.resume` may be behind an earlier one here
+        # of this training only: one started by `resume` may be behind an earlier one here
         own = [p for p in _complete(folder) if _begun_from(p) == _begun_from(folder / tag)]
         for path in own[:-keep]:
             _remove(path)
@@ -233,8 +241,7 @@ def _remove(path: Path) -> None:
 
 
 def _begun_from(path: Path) -> Path | None:
-    """The checkpoint that `recover.resume` named when the training of this one was begun, however
-    its path was spelled."""
+    """The checkpoint that `resume` named when this training started, as a resolved path."""
     with contextlib.suppress(UserError):  # a damaged one is refused where it is resumed from
         name = read_json(path / COMPLETE, holding(state=dict))["state"].get("from")
         return Path(name).resolve() if isinstance(name, str) else None
@@ -274,7 +281,7 @@ def check_weights(found: Found, weights: dict[str, list]) -> None:
             raise UserError(
                 f"the checkpoint {found.path} gives {name} other weights than were saved: bring "
                 "back the DeepSpeed settings that it was made with, or start anew with "
-                "--recover.resume false"
+                "--recover.checkpoint.resume false"
             )
 
 

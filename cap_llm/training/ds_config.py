@@ -23,9 +23,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def compute_dtype(settings: RecoverConfig, world: World) -> torch.dtype:
     """The type that the models compute in."""
-    if settings.dtype == "auto":
+    if settings.optimizer.dtype == "auto":
         return torch.float32 if world.device.type == "cpu" else torch.bfloat16
-    return DTYPES[settings.dtype]
+    return DTYPES[settings.optimizer.dtype]
 
 
 def student_settings(settings: RecoverConfig, world: World) -> dict:
@@ -34,17 +34,18 @@ def student_settings(settings: RecoverConfig, world: World) -> dict:
     Raises:
         UserError: the file is missing or malformed, or DeepSpeed refuses it.
     """
-    name = settings.deepspeed
-    if settings.dtype == "float16" and world.device.type == "cpu":
+    name = settings.engine.deepspeed
+    if settings.optimizer.dtype == "float16" and world.device.type == "cpu":
         raise UserError(
-            "recover.dtype float16 is not trained on CPUs by DeepSpeed; use bfloat16 or float32"
+            "recover.optimizer.dtype is float16, which DeepSpeed does not train on CPUs. "
+            "Use bfloat16 or float32."
         )
-    resolved = _resolve(name, "recover.deepspeed", settings, world, trains=True)
-    if settings.dtype == "float16" and stage_of(resolved) == 0:
+    resolved = _resolve(name, "recover.engine.deepspeed", settings, world, trains=True)
+    if settings.optimizer.dtype == "float16" and stage_of(resolved) == 0:
         # 0.19.8 divides gradients by a loss scale that it has not multiplied the loss by
         raise UserError(
-            f"recover.deepspeed {name} is ZeRO-0, under which DeepSpeed does not train float16 as "
-            "it should: give zero1, zero2 or zero3, or --recover.dtype bfloat16"
+            f"recover.engine.deepspeed {name} is ZeRO-0, where DeepSpeed scales float16 gradients "
+            "wrongly. Use zero1, zero2 or zero3, or --recover.optimizer.dtype bfloat16."
         )
     return resolved
 
@@ -56,17 +57,17 @@ def teacher_settings(settings: RecoverConfig, world: World, student: dict) -> di
     Raises:
         UserError: as for the student, or exactly one of the two is ZeRO-3.
     """
-    name = settings.teacher_deepspeed
+    name = settings.engine.teacher_deepspeed
     if name == "auto":
         if stage_of(student) != 3:
             return None
         offload = "_offload" if "offload_param" in student["zero_optimization"] else ""
         name = f"teacher_zero3{offload}"
-    resolved = _resolve(name, "recover.teacher_deepspeed", settings, world, trains=False)
+    resolved = _resolve(name, "recover.engine.teacher_deepspeed", settings, world, trains=False)
     if stage_of(resolved) != 3 or stage_of(student) != 3:
         raise UserError(
-            f"recover.deepspeed {settings.deepspeed} is ZeRO-{stage_of(student)} and "
-            f"recover.teacher_deepspeed {name} is ZeRO-{stage_of(resolved)}: a teacher has "
+            f"recover.engine.deepspeed {settings.engine.deepspeed} is ZeRO-{stage_of(student)} and "
+            f"recover.engine.teacher_deepspeed {name} is ZeRO-{stage_of(resolved)}: a teacher has "
             "settings only where both are ZeRO-3; leave teacher_deepspeed at auto"
         )
     return resolved
@@ -94,10 +95,10 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
         raise UserError(f"{option} {path} holds no settings")
     dtype = compute_dtype(settings, world)
     values = {
-        "train_batch_size": settings.batch,
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "train_batch_size": settings.optimizer.batch,
+        "train_micro_batch_size_per_gpu": settings.engine.micro_batch,
         "gradient_accumulation_steps": settings.accumulation(world.size),
-        "gradient_clipping": float(settings.clip),
+        "gradient_clipping": float(settings.optimizer.clip),
         "bf16.enabled": dtype == torch.bfloat16,
         "fp16.enabled": dtype == torch.float16,
     }
@@ -125,8 +126,8 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
     autocast = content.get("torch_autocast")
     if isinstance(autocast, dict) and autocast.get("enabled"):
         raise UserError(
-            f"{option} {path} sets torch_autocast; recovery computes in recover.dtype: take that "
-            "block out and give --recover.dtype bfloat16"
+            f"{option} {path} sets torch_autocast, but recover.optimizer.dtype sets the compute "
+            "type. Remove that block and pass --recover.optimizer.dtype bfloat16."
         )
     if old := next((key for key in zero if key.startswith("cpu_offload")), None):
         new = "offload_param" if "param" in old else "offload_optimizer"
@@ -158,7 +159,7 @@ def _resolve(name: str, option: str, settings: RecoverConfig, world: World, trai
         if "optimizer" in content or "scheduler" in content:
             raise UserError(
                 f"{option} {path} sets an optimizer or scheduler; recovery brings its own "
-                "(recover.lr, warmup, weight_decay): take that block out"
+                "(recover.optimizer.lr, warmup, weight_decay): take that block out"
             )
         if "offload_optimizer" in zero:  # it would insist on DeepSpeed's own Adam
             content.setdefault("zero_force_ds_cpu_optimizer", False)

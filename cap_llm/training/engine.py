@@ -65,7 +65,7 @@ def load_teacher(
     module = wrap(model.requires_grad_(False)).eval()
     if settings is None:
         return _Plain(module)
-    option = f"recover.teacher_deepspeed {config.teacher_deepspeed}"
+    option = f"recover.engine.teacher_deepspeed {config.engine.teacher_deepspeed}"
     engine = _initialize(option, model=module, config=settings)
     engine.eval()
     return engine
@@ -78,17 +78,17 @@ def load_student(folder: Path, settings: dict, config: RecoverConfig, world: Wor
         UserError: transformers cannot read it, or DeepSpeed refuses the settings.
     """
     model = _load(folder, settings, config, world)
-    if config.gradient_checkpointing:
+    if config.engine.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     student = wrap(model).train()
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad],
         lr=0.0,  # set at each step; DeepSpeed may step once while it makes the moments
         betas=(0.9, 0.95),
-        weight_decay=config.weight_decay,
+        weight_decay=config.optimizer.weight_decay,
         fused=True,  # on CPUs too: the plain one makes several copies of all weights a step
     )
-    option = f"recover.deepspeed {config.deepspeed}"
+    option = f"recover.engine.deepspeed {config.engine.deepspeed}"
     engine = _initialize(option, model=student, optimizer=optimizer, config=settings)
     for state in engine.basic_optimizer.state.values():
         # At stage 0 in 16 bits that step would shift the bias corrections of all to come by one.
@@ -100,8 +100,8 @@ def release(engine) -> None:
     """Lets go of an engine and of all its memory.
 
     After DeepSpeed 0.19.8's `destroy` a global list still holds the module of a ZeRO-3 engine, a
-    cache of one of its methods the submodules, and hooks of these the engine: each rung would leave
-    its shards, master weights, moments and buffers behind.
+    cache of one of its methods the submodules, and hooks of these the engine: each level would
+    leak its shards, master weights, moments and buffers.
     """
     module = engine.module
     optimizers = [getattr(engine, name, None) for name in ("optimizer", "basic_optimizer")]
@@ -194,7 +194,7 @@ def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: Wor
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # every format fails in a way of its own
-        how = f", sharded by {config.deepspeed}," if sharded else ""
+        how = f", sharded by {config.engine.deepspeed}," if sharded else ""
         raise UserError(
             f"{folder}{how} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
         ) from None

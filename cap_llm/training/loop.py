@@ -99,7 +99,7 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
 
     def evaluate(step: int, figures: dict) -> None:
         """Measures the held-out metric, counts the zeros, and logs how the training stands."""
-        value = task.evaluate(engine, config.micro_batch, world)
+        value = task.evaluate(engine, config.engine.micro_batch, world)
         trained.held_out[step] = value
         keeper.check()
         run.metric(job.stage, step, {task.metric: value})
@@ -116,7 +116,7 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
                 bank.flush()
         spent = round(time.monotonic() - trained.began, 2)
         state = {"held_out": trained.held_out, "stage_seconds": spent, "from": resumed_from}
-        stage, keep = engines.stage_of(settings), config.keep_checkpoints
+        stage, keep = engines.stage_of(settings), config.checkpoint.keep
         state["weights"] = keeper.checksums()
         checkpoints.save(engine, job.folder, step, state, job.recipe, stage, keep, world)
 
@@ -134,7 +134,7 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
         evaluate(0, {})
     # rows of the steps before, where the bank has been removed
     teacher_states = functools.partial(task.states, job.teacher)
-    job.contrasts.refill(teacher_states, job.before + first, config.micro_batch, run.console)
+    job.contrasts.refill(teacher_states, job.before + first, config.engine.micro_batch, run.console)
     seconds, units, overflows = 0.0, 0, 0
     longest = slowest = 0.0  # seconds of a step and of a checkpoint
     with held_back() as request, run.console.bar(job.title, config.steps, "steps") as bar:
@@ -145,7 +145,7 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
                 figures = step_once(engine, job, step - 1, config, world)
             overflows = count_overflows(overflows, step - 1, figures)
             seconds += time.monotonic() - start
-            units += config.batch * task.per_example
+            units += config.optimizer.batch * task.per_example
             figures["lr"] = learning_rate(step - 1, config)
             figures[f"{task.unit}_per_second"] = units / seconds
             figures |= peaks()
@@ -156,10 +156,10 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
             bar.advance()
             stop = max(world.gather(request.number))
             last = step == config.steps
-            if last or step % config.evaluate_steps == 0:
+            if last or step % config.log.evaluate_every == 0:
                 evaluate(step, figures)
             longest = max(longest, time.monotonic() - start)
-            if stop or last or step % config.checkpoint_steps == 0:
+            if stop or last or step % config.checkpoint.every == 0:
                 saving = time.monotonic()
                 save(step)
                 # A time limit must leave room for a last step and checkpoint.
@@ -171,7 +171,7 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
     keeper.remove()
     trained.summary = {
         "steps": config.steps,
-        task.unit: config.steps * config.batch * task.per_example,
+        task.unit: config.steps * config.optimizer.batch * task.per_example,
         f"{task.unit}_per_second": round(units / max(1e-9, seconds), 1),
         "resumed_at_step": first,
     }
@@ -182,14 +182,14 @@ def learning_rate(step: int, config: RecoverConfig) -> float:
     """The rate of a step (from 0): a linear warm-up, then a cosine to a tenth of the peak.
 
     A share of few steps would be no warm-up: Adam's first steps are as large as the rate, whatever
-    the gradient, and its second moments are new in each rung.
+    the gradient, and its second moments are new in each level.
     """
-    least = min(5, config.steps // 4) if config.warmup else 0
-    warm = max(least, round(config.warmup * config.steps))
+    least = min(5, config.steps // 4) if config.optimizer.warmup else 0
+    warm = max(least, round(config.optimizer.warmup * config.steps))
     if step < warm:
-        return config.lr * (step + 1) / warm
+        return config.optimizer.lr * (step + 1) / warm
     progress = (step - warm) / max(1, config.steps - warm)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    return config.optimizer.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def step_once(engine, job: Job, step: int, config: RecoverConfig, world: World) -> dict[str, float]:
@@ -203,16 +203,16 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, world: World) 
         UserError: the loss or the gradient is not finite, or fp16 overflows at its least scale.
     """
     place = job.before + step  # in the data
-    batch = job.task.draws(place * config.batch, (place + 1) * config.batch)
-    each = world.size * config.micro_batch
+    batch = job.task.draws(place * config.optimizer.batch, (place + 1) * config.optimizer.batch)
+    each = world.size * config.engine.micro_batch
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     n_micro = config.accumulation(world.size)
     total, norm, parts = torch.zeros(()), None, {}
     for micro in range(n_micro):
         everyone = batch[micro * each : (micro + 1) * each]
-        at = world.rank * config.micro_batch
-        mine = everyone[at : at + config.micro_batch]
+        at = world.rank * config.engine.micro_batch
+        mine = everyone[at : at + config.engine.micro_batch]
         loss, parts = _losses(engine, job, mine, everyone, place, micro)
         values = torch.stack([part.detach().double().cpu() for part in parts.values()])
         total = total + world.sum(values.to(world.device)).cpu() / world.size
@@ -236,7 +236,7 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, world: World) 
     figures = dict(zip(parts, (total / n_micro).tolist(), strict=True))
     if 0 <= norm < math.inf:
         return figures | {"grad_norm": float(norm)}
-    if config.dtype != "float16":
+    if config.optimizer.dtype != "float16":
         raise UserError(
             f"The gradient of step {step + 1} is not finite, though its loss is (examples "
             f"{batch.tolist()}). {_remedy(job)}"
@@ -247,10 +247,10 @@ def step_once(engine, job: Job, step: int, config: RecoverConfig, world: World) 
 def _remedy(job: Job) -> str:
     """What helps where a number is not finite: this directory holds what its settings made."""
     last = checkpoints.latest(job.folder)
-    there = f" and --recover.resume {last}" if last else ""
+    there = f" and --recover.checkpoint.resume {last}" if last else ""
     return (
-        f"Nothing of this step was saved. In another output_dir, lower --recover.lr{there}, or "
-        "start over with --recover.dtype float32."
+        f"Nothing of this step was saved. In another output_dir, lower "
+        f"--recover.optimizer.lr{there}, or start over with --recover.optimizer.dtype float32."
     )
 
 
@@ -269,7 +269,7 @@ def count_overflows(before: int, step: int, figures: dict[str, float]) -> int:
 def _overflow(step: int) -> UserError:
     return UserError(
         f"Step {step + 1} overflows in float16 at every loss scale. Start over in another "
-        "output_dir with --recover.dtype bfloat16 or float32."
+        "output_dir with --recover.optimizer.dtype bfloat16 or float32."
     )
 
 

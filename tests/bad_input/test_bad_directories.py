@@ -131,11 +131,11 @@ def test_a_mask_only_grows(accept, refuse, out, tmp_path):
     accept()
     args = ["--model.path", out / "oneshot", "--oneshot.sparsity", "0.3"]
     for source in ("auto", "zeros"):
-        attempt = ["--output_dir", tmp_path / source, "--oneshot.earlier_mask", source]
+        attempt = ["--output_dir", tmp_path / source, "--oneshot.initial_mask", source]
         message = refuse(*args, *attempt, started=True)
         assert "model.layers.0.self_attn.q_proj.weight is 50.0 % zeros already" in message
-        assert "30 %" in message and "--oneshot.earlier_mask ignore" in message
-    accept(*args, "--output_dir", tmp_path / "third", "--oneshot.earlier_mask", "ignore")
+        assert "30 %" in message and "--oneshot.initial_mask ignore" in message
+    accept(*args, "--output_dir", tmp_path / "third", "--oneshot.initial_mask", "ignore")
 
 
 def test_the_remedy_for_a_short_text_works_in_the_same_directory(refuse, accept, tmp_path):
@@ -149,8 +149,8 @@ def test_the_remedy_for_an_earlier_mask_works_in_the_same_directory(accept, refu
     accept()
     args = ["--model.path", out / "oneshot", "--oneshot.sparsity", "0.3"]
     args += ["--output_dir", tmp_path / "second"]
-    assert "set --oneshot.earlier_mask ignore" in refuse(*args, started=True)
-    accept(*args, "--oneshot.earlier_mask", "ignore")
+    assert "set --oneshot.initial_mask ignore" in refuse(*args, started=True)
+    accept(*args, "--oneshot.initial_mask", "ignore")
 
 
 def test_too_little_disk_is_refused_before_the_work(refuse, monkeypatch):

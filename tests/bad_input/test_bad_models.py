@@ -499,9 +499,21 @@ def test_masks_of_another_model_are_refused(refuse, broken):
 
 # what a dry run sees without the work
 
-RECOVER = ["--stages", "[oneshot, recover]", "--recover.tokens", "1152", "--recover.batch", "4"]
+RECOVER = [
+    "--stages",
+    "[oneshot, recover]",
+    "--recover.optimizer.tokens",
+    "1152",
+    "--recover.optimizer.batch",
+    "4",
+]
 RECOVER += ["--recover.length", "48", "--recover.held_out", "2", "--recover.contrast.segments", "4"]
-RECOVER += ["--recover.contrast.token_positions", "8", "--recover.contrast.frequent_ids", "5"]
+RECOVER += [
+    "--recover.contrast.token_positions",
+    "8",
+    "--recover.contrast.n_unlabeled_frequent",
+    "5",
+]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

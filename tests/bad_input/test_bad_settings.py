@@ -25,7 +25,10 @@ OPTIONS = {
     ),
     "unknown stage": (["--stages", "[prune]"], ["stages", "prune", "oneshot", "evaluate"]),
     "no stage": (["--stages", "[]"], ["stages is empty", "oneshot", "evaluate"]),
-    "unknown budget": (["--oneshot.budget", "even"], ["oneshot.budget", "even", "uniform", "owl"]),
+    "unknown budget": (
+        ["--oneshot.allocation", "even"],
+        ["oneshot.allocation", "even", "uniform", "owl"],
+    ),
     "unknown device": (["--runtime.device", "gpu"], ["runtime.device", "gpu", "cuda"]),
     "sparsity 0": (["--oneshot.sparsity", "0"], ["oneshot.sparsity is 0;", "(0, 1)"]),
     "sparsity 1": (["--oneshot.sparsity", "1"], ["oneshot.sparsity is 1;", "(0, 1)"]),
@@ -42,8 +45,8 @@ OPTIONS = {
         ["sparsity is 0.7", "2:4 fixes it at 0.5", "leave sparsity out"],
     ),
     "pattern and budget": (
-        ["--oneshot.pattern", "2:4", "--oneshot.budget", "owl"],
-        ["oneshot.budget owl", "2:4", "use budget uniform"],
+        ["--oneshot.pattern", "2:4", "--oneshot.allocation", "owl"],
+        ["oneshot.allocation owl", "2:4"],
     ),
     "block of none": (["--oneshot.block_size", "0"], ["oneshot.block_size is 0", "at least 1"]),
     "damping 0": (["--oneshot.damping", "0"], ["oneshot.damping is 0", "(0, 1)"]),

@@ -162,7 +162,7 @@ def test_halves_train_the_attention_first_and_the_rest_after(tiny, entry):
     model, stages = tiny("llama"), ("--stages", "[oneshot, reconstruct]")
     stages += ("--reconstruct.inputs", "dense")  # so that no block sees the ones before it
     whole, _ = entry(model, *stages, out="whole")
-    folder, code = entry(model, *stages, "--reconstruct.halves", "true", out="halves")
+    folder, code = entry(model, *stages, "--reconstruct.split_attention", "true", out="halves")
     assert code == 0
     for block, other in zip(blocks_of(folder), blocks_of(whole), strict=True):
         (attention,) = block["sections"]
@@ -182,7 +182,7 @@ def test_a_block_that_its_halves_make_worse_stays_as_it_was_pruned(tiny, entry, 
         return error
 
     monkeypatch.setattr(reconstruct_module._Section, "train", spoil)
-    more = ("--reconstruct.halves", "true", "--reconstruct.lr", "1e-7")
+    more = ("--reconstruct.split_attention", "true", "--reconstruct.lr", "1e-7")
     folder, code = entry(tiny("llama"), "--stages", "[oneshot, reconstruct]", *more)
     assert code == 0
     assert all(b["after"] == b["before"] and b["epoch"] == 0 for b in blocks_of(folder))

@@ -213,7 +213,7 @@ def test_sds_takes_a_start_of_its_own_pattern_and_any_uneven_budget(tiny, entry,
 
 
 def test_sds_stays_inside_an_earlier_mask(tiny, entry):
-    """The dense model of the second run is itself pruned, as on a ladder."""
+    """The dense model of the second run is itself pruned, as on a schedule."""
     earlier, _ = entry(tiny("llama"), "--stages", "[oneshot]", "--oneshot.sparsity", 0.3, out="a")
     more = ("--stages", "[oneshot, sds]", "--oneshot.sparsity", 0.6)
     folder, code = entry(earlier / "oneshot", *more, out="b")

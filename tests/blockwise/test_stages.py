@@ -24,13 +24,13 @@ from cap_llm.runtime.files import read_json
 @pytest.mark.parametrize(
     "family, more",
     [
-        ("llama", ["--reconstruct.halves", "true", "--reconstruct.inputs", "dense"]),
+        ("llama", ["--reconstruct.split_attention", "true", "--reconstruct.inputs", "dense"]),
         ("opt", ["--oneshot.pattern", "2:4", "--sds.data", "dense"]),
         ("gpt2", ["--oneshot.method", "wanda", "--sds.data", "redense"]),
         ("neox", ["--oneshot.method", "alps", "--reconstruct.inputs", "dense"]),
         ("opt350", ["--oneshot.pattern", "row", "--sds.mode", "paper"]),
         ("bloom", ["--oneshot.method", "admm_grad", "--oneshot.sparsity", "0.6"]),
-        ("bert", ["--oneshot.method", "magnitude", "--reconstruct.halves", "true"]),
+        ("bert", ["--oneshot.method", "magnitude", "--reconstruct.split_attention", "true"]),
     ],
 )
 def test_each_stage_leaves_a_model_that_transformers_loads_with_exact_zeros(
@@ -119,9 +119,23 @@ def test_a_dense_model_that_changed_on_the_way_is_refused(
 
 def test_the_stages_compose_up_to_recovery(tiny, text_file, tmp_path):
     more = ["--stages", "[oneshot, sds, reconstruct, recover]", "--recover.corpus", text_file]
-    more += ["--recover.length", 48, "--recover.tokens", 6 * 4 * 48, "--recover.batch", 4]
-    more += ["--recover.held_out", 2, "--recover.contrast.segments", 4, "--recover.lr", 0.003]
-    more += ["--recover.contrast.token_positions", 8, "--recover.contrast.frequent_ids", 5]
+    more += [
+        "--recover.length",
+        48,
+        "--recover.optimizer.tokens",
+        6 * 4 * 48,
+        "--recover.optimizer.batch",
+        4,
+    ]
+    more += [
+        "--recover.held_out",
+        2,
+        "--recover.contrast.segments",
+        4,
+        "--recover.optimizer.lr",
+        0.003,
+    ]
+    more += ["--recover.contrast.token_positions", 8, "--recover.contrast.n_unlabeled_frequent", 5]
     command = options(tiny("llama"), text_file, tmp_path / "run", *more)
     done = run_entry(command)
     assert done.returncode == 0, done.stderr

@@ -41,13 +41,17 @@ def options(model: Path, text: Path, stages: str, **more) -> list[str]:
     found |= {"calibration__sequences": 6, "calibration__held_out": 2}
     found |= {"evaluate__corpora": f"[{text.with_name('scored.txt')}]"}
     found |= {"evaluate__window": 64, "evaluate__max_windows": 4}
-    found |= {"reconstruct__dtype": "float32", "recover__dtype": "float32"}
-    found |= {"recover__corpus": text, "recover__tokens": 8 * 6 * 64, "recover__length": 64}
-    found |= {"recover__batch": 6, "recover__held_out": 6}
-    found |= {"recover__lr": 0.003, "recover__objective__feature": 0.5}
+    found |= {"reconstruct__dtype": "float32", "recover__optimizer__dtype": "float32"}
+    found |= {
+        "recover__corpus": text,
+        "recover__optimizer__tokens": 8 * 6 * 64,
+        "recover__length": 64,
+    }
+    found |= {"recover__optimizer__batch": 6, "recover__held_out": 6}
+    found |= {"recover__optimizer__lr": 0.003, "recover__objective__feature": 0.5}
     found |= {"recover__objective__prc": 0.1}
-    found |= {"recover__contrast__token_positions": 16, "recover__contrast__extra_sequences": 4}
-    found |= {"recover__checkpoint_steps": 2, "recover__evaluate_steps": 2, **more}
+    found |= {"recover__contrast__token_positions": 16, "recover__contrast__extra_negatives": 4}
+    found |= {"recover__checkpoint__every": 2, "recover__log__evaluate_every": 2, **more}
     return [w for k, v in found.items() for w in (f"--{k.replace('__', '.')}", str(v))]
 
 
@@ -58,35 +62,35 @@ BLOCKWISE = {
     "halves": (
         "llama",
         ALL,
-        {"reconstruct__halves": "true", "reconstruct__inputs": "dense"} | FIXED,
+        {"reconstruct__split_attention": "true", "reconstruct__inputs": "dense"} | FIXED,
     ),
     "spilled": ("opt", "oneshot", {"oneshot__pattern": "2:4", "runtime__activation_gib": 1e-6}),
-    "OWL": ("gpt2", "oneshot", {"oneshot__method": "wanda", "oneshot__budget": "owl"}),
+    "OWL": ("gpt2", "oneshot", {"oneshot__method": "wanda", "oneshot__allocation": "owl"}),
     "ADMM": ("neox", "oneshot", {"oneshot__method": "admm_grad"}),
     "ALPS": ("bloom", "oneshot", {"oneshot__method": "alps", "oneshot__refit": "true"}),
     "bfloat16": ("qwen3", ALL, {"reconstruct__dtype": "auto"}),
 }
-LADDER = {  # and all terms; of masks that no rounding error turns
+SCHEDULE = {  # and all terms; of masks that no rounding error turns
     "oneshot__method": "magnitude",
-    "recover__deepspeed": "zero3_offload",
-    "recover__tokens": 4 * 6 * 64,
-    "recover__gradient_checkpointing": "true",
-    "recover__ladder": "0.6, 0.7",
+    "recover__engine__deepspeed": "zero3_offload",
+    "recover__optimizer__tokens": 4 * 6 * 64,
+    "recover__engine__gradient_checkpointing": "true",
+    "recover__masks__schedule": "0.6, 0.7",
     "recover__finetuned": "train",
     "recover__objective__snc": 0.1,
 }
 RECOVERY = {
-    "zero0": {"recover__deepspeed": "zero0"},
-    "zero2": {"recover__deepspeed": "zero2"},
-    "zero3": {"recover__deepspeed": "zero3", "recover__dtype": "bfloat16"},
-    "ladder": LADDER,
+    "zero0": {"recover__engine__deepspeed": "zero0"},
+    "zero2": {"recover__engine__deepspeed": "zero2"},
+    "zero3": {"recover__engine__deepspeed": "zero3", "recover__optimizer__dtype": "bfloat16"},
+    "schedule": SCHEDULE,
 }
 # DeepSpeed trains it on cards alone; its loss scale begins too high.
 FLOAT16 = {
-    f"float16 {zero}": {"recover__deepspeed": zero, "recover__dtype": "float16"}
+    f"float16 {zero}": {"recover__engine__deepspeed": zero, "recover__optimizer__dtype": "float16"}
     for zero in ("zero2", "zero3")
 }
-ON_TWO = ("halves", "zero2", "ladder")
+ON_TWO = ("halves", "zero2", "schedule")
 SIXTEEN_BITS = ("bfloat16", "zero3", *FLOAT16)
 
 
@@ -114,7 +118,7 @@ def run(tiny, text_file, tmp_path_factory, env):
     def run(device: str, names: Iterable[str], ranks: int = 1) -> dict[str, Outcome]:
         folder = tmp_path_factory.mktemp(device)
         # a contrast's candidates are those of all ranks' micro-batches
-        each = ["--recover.micro_batch", str(2 // ranks)]
+        each = ["--recover.engine.micro_batch", str(2 // ranks)]
         (folder / "cases.json").write_text(json.dumps({n: cases[n] + each for n in names}))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command = [*(launcher if ranks > 1 else []), str(HERE / "worker.py"), str(folder), device]

@@ -28,20 +28,20 @@ STEPS, BATCH, LENGTH, HELD_OUT = 8, 6, 64, 6
 DOWN_0 = "model.layers.0.mlp.down_proj.weight"
 
 MIXED = {
-    "recover.tokens": 4 * BATCH * LENGTH,
-    "recover.micro_batch": 1,
-    "recover.dtype": "bfloat16",
-    "recover.weight_decay": 0.1,
-    "recover.clip": 0.5,
-    "recover.gradient_checkpointing": "true",
+    "recover.optimizer.tokens": 4 * BATCH * LENGTH,
+    "recover.engine.micro_batch": 1,
+    "recover.optimizer.dtype": "bfloat16",
+    "recover.optimizer.weight_decay": 0.1,
+    "recover.optimizer.clip": 0.5,
+    "recover.engine.gradient_checkpointing": "true",
     "recover.objective.feature": 0.5,
 }
-RUNG_STEPS = 5
-LADDER = {
-    "recover.ladder": "0.6, 0.7",
+LEVEL_STEPS = 5
+SCHEDULE = {
+    "recover.masks.schedule": "0.6, 0.7",
     "recover.finetuned": "train",
-    "recover.deepspeed": "zero3",
-    "recover.tokens": RUNG_STEPS * BATCH * LENGTH,
+    "recover.engine.deepspeed": "zero3",
+    "recover.optimizer.tokens": LEVEL_STEPS * BATCH * LENGTH,
 }
 # Checkpoints of two ranks, by the number that goes on: a conversion takes seconds.
 RESUMED_ON = {1: ("zero0", "zero1", "zero3"), 3: ("zero0", "zero2", "zero3")}
@@ -159,21 +159,21 @@ class Assets:
             "recover.teacher": self.dense,
             "recover.corpus": self.text,
             "recover.length": LENGTH,
-            "recover.tokens": STEPS * BATCH * LENGTH,
-            "recover.batch": BATCH,
-            "recover.micro_batch": BATCH // ranks,
+            "recover.optimizer.tokens": STEPS * BATCH * LENGTH,
+            "recover.optimizer.batch": BATCH,
+            "recover.engine.micro_batch": BATCH // ranks,
             "recover.held_out": HELD_OUT,
-            "recover.lr": 0.003,
+            "recover.optimizer.lr": 0.003,
             "recover.objective.ce": 0.2,
             "recover.objective.kl": 0.8,
             "recover.objective.prc": 0.1,
             "recover.objective.snc": 0.1,
-            "recover.checkpoint_steps": 3,
-            "recover.evaluate_steps": 3,
+            "recover.checkpoint.every": 3,
+            "recover.log.evaluate_every": 3,
             "recover.contrast.segments": 4,
             "recover.contrast.token_positions": 8,
-            "recover.contrast.frequent_ids": 5,
-            "recover.contrast.extra_sequences": 4,
+            "recover.contrast.n_unlabeled_frequent": 5,
+            "recover.contrast.extra_negatives": 4,
         }
 
     def write(self, name: str, content) -> Path:

@@ -84,9 +84,9 @@ def perplexity(folder: Path, windows: torch.Tensor) -> float:
 
 
 def record(run: Path) -> dict:
-    (rung,) = json.loads((run / "recover" / "recovery.json").read_text())["rungs"]
-    return rung
+    (level,) = json.loads((run / "recover" / "recovery.json").read_text())["levels"]
+    return level
 
 
-def checkpoints(run: Path, rung: str = "1") -> list[str]:
-    return sorted(p.name for p in (run / "recover" / "checkpoints" / rung).glob("*-*"))
+def checkpoints(run: Path, level: str = "1") -> list[str]:
+    return sorted(p.name for p in (run / "recover" / "checkpoints" / level).glob("*-*"))

@@ -16,7 +16,7 @@ from support import ROOT
 
 def deepspeed_file(assets: Assets, name: str, **changes) -> dict:
     content = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | changes
-    return {"recover.deepspeed": assets.write(f"{name}.json", content)}
+    return {"recover.engine.deepspeed": assets.write(f"{name}.json", content)}
 
 
 def changed_model(assets: Assets) -> Path:
@@ -108,33 +108,38 @@ REFUSED = {
         lambda a: {"model.path": changed_model(a)},
         [DOWN_0, "has 1 weights that are not zero where its mask says so", "prune again"],
     ),
-    "ladder down": (
-        lambda a: {"recover.ladder": "0.7, 0.6"},
-        ["recover.ladder goes from 0.7 to 0.6", "masks only grow"],
+    "schedule down": (
+        lambda a: {"recover.masks.schedule": "0.7, 0.6"},
+        ["recover.masks.schedule goes from 0.7 to 0.6", "masks only grow"],
     ),
-    "ladder down to a pattern": (
-        lambda a: {"recover.ladder": "0.6, 2:4"},
-        ["recover.ladder goes from 0.6 to 2:4", "sparser than the one before"],
+    "schedule down to a pattern": (
+        lambda a: {"recover.masks.schedule": "0.6, 2:4"},
+        ["recover.masks.schedule goes from 0.6 to 2:4", "sparser than the one before"],
     ),
-    "first rung": (
-        lambda a: {"recover.ladder": "0.4, 0.6"},
-        ["recover.ladder begins with 0.4", "50.0 % sparse already", "begin above that"],
+    "first level": (
+        lambda a: {"recover.masks.schedule": "0.4, 0.6"},
+        ["recover.masks.schedule begins with 0.4", "50.0 % sparse already", "begin above that"],
     ),
-    "no rung": (
-        lambda a: {"recover.ladder": "0.6, most"},
-        ["recover.ladder has the rung 'most'", "(0, 1) or N:M"],
+    "no level": (
+        lambda a: {"recover.masks.schedule": "0.6, most"},
+        ["recover.masks.schedule has the level 'most'", "(0, 1) or N:M"],
     ),
     "batch": (
-        lambda a: {"recover.micro_batch": 4},
-        ["recover.batch is 6", "1 ranks x micro_batch 4", "--recover.micro_batch"],
+        lambda a: {"recover.engine.micro_batch": 4},
+        ["recover.optimizer.batch is 6", "1 ranks x micro_batch 4", "--recover.engine.micro_batch"],
     ),
     "removed key": (
         lambda a: deepspeed_file(a, "removed", compression_training={"layer_reduction": {}}),
-        ["recover.deepspeed", "removed.json", "refused by DeepSpeed", "compression_training"],
+        [
+            "recover.engine.deepspeed",
+            "removed.json",
+            "refused by DeepSpeed",
+            "compression_training",
+        ],
     ),
     "misspelt key": (
         lambda a: deepspeed_file(a, "misspelt", zero_optimization={"stage": 2, "overlap_com": 1}),
-        ["recover.deepspeed", "misspelt.json", "refused by DeepSpeed", "overlap_com"],
+        ["recover.engine.deepspeed", "misspelt.json", "refused by DeepSpeed", "overlap_com"],
     ),
     "misspelt section": (
         lambda a: deepspeed_file(a, "section-name", zero_optimisation={"stage": 3}),
@@ -142,7 +147,11 @@ REFUSED = {
     ),
     "autocast": (
         lambda a: deepspeed_file(a, "autocast", torch_autocast={"enabled": True}),
-        ["autocast.json sets torch_autocast", "take that block out", "--recover.dtype bfloat16"],
+        [
+            "autocast.json sets torch_autocast",
+            "take that block out",
+            "--recover.optimizer.dtype bfloat16",
+        ],
     ),
     "an old name": (
         lambda a: deepspeed_file(a, "old", zero_optimization={"stage": 2, "cpu_offload": True}),
@@ -152,11 +161,15 @@ REFUSED = {
         lambda a: deepspeed_file(
             a, "auto", zero_optimization={"stage": 2, "reduce_bucket_size": "auto"}
         ),
-        ["recover.deepspeed", '"auto" for zero_optimization.reduce_bucket_size', "give a value"],
+        [
+            "recover.engine.deepspeed",
+            '"auto" for zero_optimization.reduce_bucket_size',
+            "give a value",
+        ],
     ),
     "optimizer": (
         lambda a: deepspeed_file(a, "optimizer", optimizer={"type": "Adam"}),
-        ["optimizer.json", "sets an optimizer", "recover.lr", "take that block out"],
+        ["optimizer.json", "sets an optimizer", "recover.optimizer.lr", "take that block out"],
     ),
     "another micro-batch": (
         lambda a: deepspeed_file(a, "micro", train_micro_batch_size_per_gpu=2),
@@ -179,38 +192,42 @@ REFUSED = {
         ["stage.json", "zero_optimization.stage is '2'", "0, 1, 2 or 3"],
     ),
     "no JSON": (
-        lambda a: {"recover.deepspeed": no_json(a)},
-        ["recover.deepspeed", "broken.json cannot be read as JSON"],
+        lambda a: {"recover.engine.deepspeed": no_json(a)},
+        ["recover.engine.deepspeed", "broken.json cannot be read as JSON"],
     ),
     "no file": (
-        lambda a: {"recover.deepspeed": a.folder / "nowhere.json"},
-        ["recover.deepspeed", "nowhere.json cannot be read"],
+        lambda a: {"recover.engine.deepspeed": a.folder / "nowhere.json"},
+        ["recover.engine.deepspeed", "nowhere.json cannot be read"],
     ),
     "no settings": (
-        lambda a: {"recover.deepspeed": a.write("list.json", [1, 2])},
-        ["recover.deepspeed", "list.json holds no settings"],
+        lambda a: {"recover.engine.deepspeed": a.write("list.json", [1, 2])},
+        ["recover.engine.deepspeed", "list.json holds no settings"],
     ),
     "unknown name": (
-        lambda a: {"recover.deepspeed": "zero4"},
-        ["recover.deepspeed is 'zero4'", "cpu, ", "zero0, zero1, zero2, zero3, zero3_offload"],
+        lambda a: {"recover.engine.deepspeed": "zero4"},
+        [
+            "recover.engine.deepspeed is 'zero4'",
+            "cpu, ",
+            "zero0, zero1, zero2, zero3, zero3_offload",
+        ],
     ),
     "unknown name of the teacher's": (
-        lambda a: {"recover.teacher_deepspeed": "sharded"},
-        ["recover.teacher_deepspeed is 'sharded'", "teacher_zero3"],
+        lambda a: {"recover.engine.teacher_deepspeed": "sharded"},
+        ["recover.engine.teacher_deepspeed is 'sharded'", "teacher_zero3"],
     ),
     "whole teacher of a sharded student": (
         lambda a: {
-            "recover.deepspeed": "zero3",
-            "recover.teacher_deepspeed": a.write("whole.json", {}),
+            "recover.engine.deepspeed": "zero3",
+            "recover.engine.teacher_deepspeed": a.write("whole.json", {}),
         },
-        ["recover.deepspeed zero3 is ZeRO-3", "whole.json is ZeRO-0", "at auto"],
+        ["recover.engine.deepspeed zero3 is ZeRO-3", "whole.json is ZeRO-0", "at auto"],
     ),
     "sharded teacher of a whole student": (
-        lambda a: {"recover.teacher_deepspeed": "teacher_zero3"},
-        ["recover.deepspeed zero2 is ZeRO-2", "teacher_zero3 is ZeRO-3", "at auto"],
+        lambda a: {"recover.engine.teacher_deepspeed": "teacher_zero3"},
+        ["recover.engine.deepspeed zero2 is ZeRO-2", "teacher_zero3 is ZeRO-3", "at auto"],
     ),
     "positions": (
-        lambda a: {"recover.length": 512, "recover.tokens": 512 * BATCH},
+        lambda a: {"recover.length": 512, "recover.optimizer.tokens": 512 * BATCH},
         ["recover.length is 512", "256 positions", "--recover.length 256"],
     ),
     "positions of the teacher": (
@@ -229,28 +246,28 @@ REFUSED = {
         ["recover.finetuned", "nobody is not a directory"],
     ),
     "no checkpoint there": (
-        lambda a: {"recover.resume": a.folder / "nowhere"},
-        ["recover.resume", "nowhere is no complete checkpoint"],
+        lambda a: {"recover.checkpoint.resume": a.folder / "nowhere"},
+        ["recover.checkpoint.resume", "nowhere is no complete checkpoint"],
     ),
-    "ladder below oneshot": (
+    "schedule below oneshot": (
         lambda a: {
             "model.path": a.dense,
             "stages": "[oneshot, recover]",
-            "recover.ladder": "0.3, 0.6",
+            "recover.masks.schedule": "0.3, 0.6",
         },
-        ["recover.ladder begins with 0.3, and oneshot prunes to 0.5", "leave oneshot out"],
+        ["recover.masks.schedule begins with 0.3, and oneshot prunes to 0.5", "leave oneshot out"],
     ),
     "a budget and a later pattern": (
-        lambda a: {"oneshot.budget": "owl", "recover.ladder": "0.6, 1:4"},
-        ["oneshot.budget owl", "1:4", "use budget uniform"],
+        lambda a: {"oneshot.allocation": "owl", "recover.masks.schedule": "0.6, 1:4"},
+        ["oneshot.allocation owl", "1:4"],
     ),
     "scored text": (
         lambda a: {"stages": "[recover, evaluate]", "evaluate.corpora": f"[{a.text}]"},
         ["recover.corpus", "also scored by evaluate", "another text"],
     ),
     "too few tokens": (
-        lambda a: {"recover.tokens": 300},
-        ["recover.tokens is 300", "one step of 6 x 64"],
+        lambda a: {"recover.optimizer.tokens": 300},
+        ["recover.optimizer.tokens is 300", "one step of 6 x 64"],
     ),
     "too little text": (
         lambda a: {"recover.held_out": 100_000},
@@ -285,7 +302,7 @@ def add_refusals(cases: Cases) -> None:
     for name, (changes, _) in REFUSED.items():
         cases.add(name, **changes(assets))
     if not importlib.util.find_spec("wandb"):
-        cases.add("wandb", recover__wandb="a-project")
+        cases.add("wandb", recover__log__wandb="a-project")
     refused_late = deepspeed_file(
         assets, "late", zero_optimization={"stage": 3}, prescale_gradients=True
     )
@@ -293,8 +310,8 @@ def add_refusals(cases: Cases) -> None:
     for name in ("bank of another seed", "bank of another text", "bank of another model"):
         recover = cases.out(name) / "recover"
         edits = [("copy", cases.out("plain"), cases.out(name))]
-        edits += [("remove", recover / file) for file in ("recipe.json", "done.json", "rung.json")]
-        changes = {"recover.seed": 1}
+        edits += [("remove", recover / file) for file in ("recipe.json", "done.json", "level.json")]
+        changes = {"recover.optimizer.seed": 1}
         if name == "bank of another text":
             words = assets.folder / "other.txt"
             words.write_text(assets.text.read_text().replace("a", "e"))

@@ -1,4 +1,4 @@
-"""The stage `recover` in real gloo processes: ZeRO 0 to 3, resume, the ladder, and what is refused.
+"""The stage `recover` in real gloo processes: ZeRO 0 to 3, resume, schedules, bad input.
 
 Three launches of `worker.py` (two ranks; then one and three) run all cases, since a start costs
 more than a case; the tests look at what the run directories hold.
@@ -24,12 +24,12 @@ import torch
 from launches import (
     BATCH,
     FEATURE,
-    LADDER,
+    SCHEDULE,
     LENGTH,
     MIXED,
     NO_CONTRAST,
     RESUMED_ON,
-    RUNG_STEPS,
+    LEVEL_STEPS,
     STEPS,
     ZERO,
     Assets,
@@ -60,7 +60,7 @@ def two(assets, tmp_path_factory) -> Cases:
     """All cases of two ranks, run."""
     cases = Cases(2, tmp_path_factory.mktemp("two"), assets)
     for zero in ZERO:
-        settings = {"recover__deepspeed": zero}
+        settings = {"recover__engine__deepspeed": zero}
         cases.add(f"plain {zero}", **settings)
         stopped = cases.add(f"stopped {zero}", ("stop", "recover", 5), **settings)
         again = ("copy", stopped, cases.out(f"resumed {zero}"))
@@ -71,30 +71,32 @@ def two(assets, tmp_path_factory) -> Cases:
         again = ("copy", stopped, cases.out(f"mixed, resumed {zero}"))
         cases.add(f"mixed, resumed {zero}", edits=[again], **settings)
     for name in ("cpu", "zero3_offload"):
-        cases.add(name, recover__deepspeed=name)
-    cases.add("half", **MIXED | {"recover.dtype": "float16"})
-    cases.add("accumulated", **NO_CONTRAST, **FEATURE, recover__micro_batch=1)
-    cases.add("crashed", ("crash", "recover", 6), recover__deepspeed="zero3")
-    cases.add("after the crash", out="crashed", recover__deepspeed="zero3")
+        cases.add(name, recover__engine__deepspeed=name)
+    cases.add("half", **MIXED | {"recover.optimizer.dtype": "float16"})
+    cases.add("accumulated", **NO_CONTRAST, **FEATURE, recover__engine__micro_batch=1)
+    cases.add("crashed", ("crash", "recover", 6), recover__engine__deepspeed="zero3")
+    cases.add("after the crash", out="crashed", recover__engine__deepspeed="zero3")
     cases.add("all terms", **all_terms(assets))
-    cases.add("ladder", **LADDER)
-    cases.add("ladder, stopped", ("stop", "recover/2", 4), **LADDER)
-    snapshot = cases.out("ladder, stopped") / "recover" / "banks" / "snapshot-1"
+    cases.add("schedule", **SCHEDULE)
+    cases.add("schedule, stopped", ("stop", "recover/2", 4), **SCHEDULE)
+    snapshot = cases.out("schedule, stopped") / "recover" / "banks" / "snapshot-1"
     lost = [("remove", snapshot)]
-    cases.add("ladder, resumed", out="ladder, stopped", edits=lost, **LADDER)
-    short = {"recover.tokens": 4 * BATCH * LENGTH}
+    cases.add("schedule, resumed", out="schedule, stopped", edits=lost, **SCHEDULE)
+    short = {"recover.optimizer.tokens": 4 * BATCH * LENGTH}
     for family, zero in (("gpt2", "zero3"), ("opt", "zero2"), ("opt350", "zero3")):
         model = {"model.path": assets.tiny(family), "stages": "[oneshot, recover]"}
-        model |= {"recover.teacher": "null", "recover.deepspeed": zero}
+        model |= {"recover.teacher": "null", "recover.engine.deepspeed": zero}
         cases.add(family, **model, **short)
     for zero in ("zero2", "zero3"):
-        cases.add(f"regrown {zero}", ("without_hooks",), recover__deepspeed=zero, **short)
+        cases.add(f"regrown {zero}", ("without_hooks",), recover__engine__deepspeed=zero, **short)
     cases.add("no number", ("spoil_loss", "recover", 5))
     for zero in ZERO:
-        cases.add(f"no slope {zero}", ("spoil_gradient", "recover", 5), recover__deepspeed=zero)
-    mixed = MIXED | {"recover.deepspeed": "zero2"}
+        cases.add(
+            f"no slope {zero}", ("spoil_gradient", "recover", 5), recover__engine__deepspeed=zero
+        )
+    mixed = MIXED | {"recover.engine.deepspeed": "zero2"}
     cases.add("no slope in 16 bits", ("spoil_gradient", "recover", 3), **mixed)
-    cases.add("no batch", recover__micro_batch=2)
+    cases.add("no batch", recover__engine__micro_batch=2)
     return cases.start().wait()
 
 
@@ -105,16 +107,16 @@ def later(assets, two, tmp_path_factory) -> Iterator[dict[int, Cases]]:
     for n, cases in launches.items():
         for zero in RESUMED_ON[n]:
             copied = ("copy", two.out(f"stopped {zero}"), cases.out(f"resumed {zero}"))
-            cases.add(f"resumed {zero}", edits=[copied], recover__deepspeed=zero)
+            cases.add(f"resumed {zero}", edits=[copied], recover__engine__deepspeed=zero)
     one = launches[1]
     for zero in ZERO:
         copied = ("copy", two.out(f"mixed, stopped {zero}"), one.out(f"mixed, resumed {zero}"))
-        same = MIXED | {"recover.deepspeed": zero, "recover.micro_batch": 2}
+        same = MIXED | {"recover.engine.deepspeed": zero, "recover.engine.micro_batch": 2}
         one.add(f"mixed, resumed {zero}", edits=[copied], **same)
     one.add("plain")
     add_types(one)
     add_resumes(one)
-    add_rungs(one)
+    add_levels(one)
     add_ablations(one)
     add_refusals(one)
     with contextlib.ExitStack() as stack:
@@ -197,14 +199,14 @@ def stored_as(folder: Path) -> str:
 
 def add_types(cases: Cases) -> None:
     """Cases of one rank about the type that weights are stored in."""
-    short = {"recover.tokens": 2 * BATCH * LENGTH} | NO_CONTRAST
+    short = {"recover.optimizer.tokens": 2 * BATCH * LENGTH} | NO_CONTRAST
     half = {"model.path": cases.assets.tiny("llama", dtype=torch.bfloat16)}
     half |= {"stages": "[oneshot, recover]", "recover.teacher": "null"}
     for zero in ("zero2", "zero3"):
-        settings = {"recover.deepspeed": zero} | short
+        settings = {"recover.engine.deepspeed": zero} | short
         cases.add(f"stored in 16 bits {zero}", **half | settings)
         settings["recover.save_dtype"] = "float16"
-        cases.add(f"saved in 16 bits {zero}", **settings, recover__dtype="bfloat16")
+        cases.add(f"saved in 16 bits {zero}", **settings, recover__optimizer__dtype="bfloat16")
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
@@ -300,7 +302,7 @@ ODD = {
 
 def add_resumes(cases: Cases) -> None:
     """Cases of one rank about what lies in the folder of checkpoints."""
-    each = {"recover.checkpoint_steps": 1}
+    each = {"recover.checkpoint.every": 1}
     stopped = cases.add("stopped", ("stop", "recover", 5), **each)
 
     def copied(name: str) -> tuple[str, Path, Path]:
@@ -314,26 +316,37 @@ def add_resumes(cases: Cases) -> None:
     again = ("copy", ended, cases.out("at the end, resumed"))
     cases.add("at the end, resumed", edits=[again])
     gone = [copied("incomplete"), ("remove", complete("incomplete", 5))]
-    seldom = {"recover.checkpoint_steps": 100}
+    seldom = {"recover.checkpoint.every": 100}
     cases.add("incomplete", ("stop", "recover", 7), edits=gone, **seldom)
     again = ("copy", cases.out("incomplete"), cases.out("incomplete, resumed"))
     cases.add("incomplete, resumed", edits=[again])
-    cases.add("anew", edits=[copied("anew")], recover__resume="false")
-    cases.add("must go on", edits=[copied("must go on")], recover__resume="true")
-    cases.add("nothing to go on from", recover__resume="true")
+    cases.add("anew", edits=[copied("anew")], recover__checkpoint__resume="false")
+    cases.add("must go on", edits=[copied("must go on")], recover__checkpoint__resume="true")
+    cases.add("nothing to go on from", recover__checkpoint__resume="true")
     path = complete("by path", 4).parent
-    cases.add("by path", edits=[copied("by path")], recover__resume=path)
+    cases.add("by path", edits=[copied("by path")], recover__checkpoint__resume=path)
     no_banks = ("remove", cases.out("without banks") / "recover" / "banks")
     cases.add("without banks", edits=[copied("without banks"), no_banks])
     path = complete("stopped", 4).parent
-    cases.add("by path elsewhere", ("stop", "recover", 6), recover__resume=path)
+    cases.add("by path elsewhere", ("stop", "recover", 6), recover__checkpoint__resume=path)
     again = ("copy", cases.out("by path elsewhere"), cases.out("by path elsewhere, again"))
-    cases.add("by path elsewhere, again", edits=[again], recover__resume=path)
-    cases.add("by path, done", out="by path", recover__resume=complete("by path", 4).parent)
-    cases.add("by a wrong path", recover__resume=cases.assets.half)
-    cases.add("another recipe by path", recover__resume=path, recover__weight_decay=0.1)
+    cases.add("by path elsewhere, again", edits=[again], recover__checkpoint__resume=path)
+    cases.add(
+        "by path, done", out="by path", recover__checkpoint__resume=complete("by path", 4).parent
+    )
+    cases.add("by a wrong path", recover__checkpoint__resume=cases.assets.half)
+    cases.add(
+        "another recipe by path",
+        recover__checkpoint__resume=path,
+        recover__optimizer__weight_decay=0.1,
+    )
     elsewhere = shutil.copytree(cases.assets.half, cases.assets.folder / "half, elsewhere")
-    cases.add("another rate", recover__resume=path, recover__lr=0.001, model__path=elsewhere)
+    cases.add(
+        "another rate",
+        recover__checkpoint__resume=path,
+        recover__optimizer__lr=0.001,
+        model__path=elsewhere,
+    )
     weights = "mp_rank_00_model_states.pt"
     lost = ("remove", complete("damaged", 5).with_name(weights))
     cases.add("damaged", edits=[copied("damaged"), lost])
@@ -345,18 +358,20 @@ def add_resumes(cases: Cases) -> None:
     for odd, text in ODD.items():
         written = ("write", complete(f"odd {odd}", 5), text)
         cases.add(f"odd {odd}", edits=[copied(f"odd {odd}"), written])
-        cases.add(f"odd {odd}, by path", recover__resume=complete(f"odd {odd}", 5).parent)
+        cases.add(
+            f"odd {odd}, by path", recover__checkpoint__resume=complete(f"odd {odd}", 5).parent
+        )
     zero = {"stage": 3, "sub_group_size": 2000}
     content = {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
     groups = cases.assets.write("sub-groups.json", content)
-    laid = cases.add("sub-groups", ("stop", "recover", 5), recover__deepspeed=groups)
+    laid = cases.add("sub-groups", ("stop", "recover", 5), recover__engine__deepspeed=groups)
     other = [("copy", laid, cases.out("other sub-groups")), ("replace", groups, "2000", "7000")]
-    cases.add("other sub-groups", edits=other, recover__deepspeed=groups)
+    cases.add("other sub-groups", edits=other, recover__engine__deepspeed=groups)
     edited = ("replace", complete("another recipe", 5), '"lr": 0.003', '"lr": 0.004')
     cases.add("another recipe", edits=[copied("another recipe"), edited])
-    cases.add("another stage", edits=[copied("another stage")], recover__deepspeed="zero3")
+    cases.add("another stage", edits=[copied("another stage")], recover__engine__deepspeed="zero3")
     full = cases.out("full disk")
-    often = {"recover.checkpoint_steps": 2} | NO_CONTRAST
+    often = {"recover.checkpoint.every": 2} | NO_CONTRAST
     cases.add("full disk", ("unchecked_disk",), edits=[("disk", full, "size=1700k")], **often)
     grown = [("disk", full, "remount,size=600m")]
     cases.add("grown disk", out="full disk", edits=grown, **often)
@@ -427,16 +442,28 @@ def test_the_rows_of_a_bank_that_is_not_there_are_made_again(one, name, step):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("nothing to go on from", ["recover.resume is true", "no complete checkpoint"]),
-        ("by a wrong path", ["recover.resume", "is no complete checkpoint", "complete.json"]),
-        ("another recipe", ["recover.lr was 0.004 and is 0.003", "--recover.resume false"]),
+        ("nothing to go on from", ["recover.checkpoint.resume is true", "no complete checkpoint"]),
+        (
+            "by a wrong path",
+            ["recover.checkpoint.resume", "is no complete checkpoint", "complete.json"],
+        ),
+        (
+            "another recipe",
+            ["recover.optimizer.lr was 0.004 and is 0.003", "--recover.checkpoint.resume false"],
+        ),
         (
             "another recipe by path",
-            ["recover.weight_decay was 0.0 and is 0.1", "--recover.resume false"],
+            [
+                "recover.optimizer.weight_decay was 0.0 and is 0.1",
+                "--recover.checkpoint.resume false",
+            ],
         ),
         (
             "another stage",
-            ["was made with another recipe: zero_stage was 2 and is 3", "--recover.resume false"],
+            [
+                "was made with another recipe: zero_stage was 2 and is 3",
+                "--recover.checkpoint.resume false",
+            ],
         ),
     ],
 )
@@ -452,7 +479,7 @@ def test_a_training_that_diverged_goes_on_from_a_named_checkpoint_at_a_lower_rat
     run = one.finished("another rate")
     assert record(run)["resumed_at_step"] == 4
     log = " ".join((run / "log.txt").read_text().split())
-    assert "recover.lr was 0.003 up to" in log and "is 0.001 from here on" in log
+    assert "recover.optimizer.lr was 0.003 up to" in log and "is 0.001 from here on" in log
     slower, plain = losses(run), losses(one.finished("plain"))
     assert slower["loss", 5] == plain["loss", 5]
     assert slower["loss", STEPS] != plain["loss", STEPS]
@@ -499,64 +526,68 @@ def test_tensorboard_has_the_curves_of_the_metrics(one):
         assert points[step] == pytest.approx(value, rel=1e-6)
 
 
-# the ladder
+# the schedule
 
 
-def add_rungs(cases: Cases) -> None:
+def add_levels(cases: Cases) -> None:
     """Cases of one rank that start from a dense model, and a gate."""
     dense = {"model.path": cases.assets.dense, "recover.teacher": "null"}
-    short = {"recover.tokens": 2 * BATCH * LENGTH}
-    cases.add("2:4", **dense, **short, recover__ladder="2:4", recover__tensorboard="true")
-    cases.add("3:4, 2:4", **dense, **short, recover__ladder="3:4, 2:4")
-    rungs = {"recover.ladder": "0.3, 0.4, 0.5"}
-    cases.add("three rungs", **dense, **short, **rungs, recover__contrast__snapshots=1)
-    two_rungs = {"recover.ladder": "0.6, 0.7"}
-    for name in ("ladder, true", "ladder, by path"):
-        stopped = cases.add(f"{name}, stopped", ("stop", "recover/1", 5), **two_rungs)
+    short = {"recover.optimizer.tokens": 2 * BATCH * LENGTH}
+    cases.add(
+        "2:4", **dense, **short, recover__masks__schedule="2:4", recover__log__tensorboard="true"
+    )
+    cases.add("3:4, 2:4", **dense, **short, recover__masks__schedule="3:4, 2:4")
+    levels = {"recover.masks.schedule": "0.3, 0.4, 0.5"}
+    cases.add("three levels", **dense, **short, **levels, recover__contrast__snapshots=1)
+    two_levels = {"recover.masks.schedule": "0.6, 0.7"}
+    for name in ("schedule, true", "schedule, by path"):
+        stopped = cases.add(f"{name}, stopped", ("stop", "recover/1", 5), **two_levels)
         resume = stopped / "recover" / "checkpoints" / "1" / "step-000005"
         resume = "true" if "true" in name else resume
         again = ("copy", stopped, cases.out(name))
-        settings = two_rungs | {"recover.resume": resume}
+        settings = two_levels | {"recover.checkpoint.resume": resume}
         cases.add(name, ("stop", "recover/2", 4), edits=[again], **settings)
         cases.add(f"{name}, again", out=name, **settings)
     elsewhere = Path(shutil.copytree(cases.assets.half, cases.assets.folder / "elsewhere"))
     for name in (FILE, "sparsity.json"):
         (elsewhere / name).unlink()
-    settings = {"model.path": elsewhere, "oneshot.block_size": 16, "recover.ladder": "0.6"}
+    settings = {"model.path": elsewhere, "oneshot.block_size": 16, "recover.masks.schedule": "0.6"}
     cases.add("pruned elsewhere", **settings, **short)
     # so large a rate that the model is lost
-    lost = {"recover.ladder": "0.7, 0.8", "recover.lr": 0.1} | short
-    cases.add("gate", recover__gate=1.01, **lost)
-    cases.add("gate, again", out="gate", recover__gate=1.02, **lost)
+    lost = {"recover.masks.schedule": "0.7, 0.8", "recover.optimizer.lr": 0.1} | short
+    cases.add("gate", recover__log__max_ppl_ratio=1.01, **lost)
+    cases.add("gate, again", out="gate", recover__log__max_ppl_ratio=1.02, **lost)
     raised = ("copy", cases.out("gate"), cases.out("gate, raised"))
-    cases.add("gate, raised", edits=[raised], recover__gate=1e9, **lost)
+    cases.add("gate, raised", edits=[raised], recover__log__max_ppl_ratio=1e9, **lost)
     text = cases.assets.folder / "changing-later.txt"
     text.write_text(cases.assets.text.read_text())
     changing = lost | {"recover.corpus": text}
-    cases.add("text of two rungs", recover__gate=1.01, **changing)
+    cases.add("text of two levels", recover__log__max_ppl_ratio=1.01, **changing)
     changed = [("replace", text, "a", "e")]
-    cases.add("another text of the second rung", out="text of two rungs", edits=changed, **changing)
+    cases.add(
+        "another text of the second level", out="text of two levels", edits=changed, **changing
+    )
 
 
-def test_a_ladder_prunes_inside_the_earlier_masks(two, assets):
-    recover = two.finished("ladder") / "recover"
+def test_a_schedule_prunes_inside_the_earlier_masks(two, assets):
+    recover = two.finished("schedule") / "recover"
     folders = [assets.half]
-    folders += [recover / "rungs" / "1" / name for name in ("pruned", "trained")]
-    folders += [recover / "rungs" / "2" / "pruned", recover]
+    folders += [recover / "levels" / "1" / name for name in ("pruned", "trained")]
+    folders += [recover / "levels" / "2" / "pruned", recover]
     for before, after in zip(folders, folders[1:], strict=False):
         for name, mask in masks(after).items():
             assert not (mask & ~masks(before)[name]).any()
     found = [sparsity(folder) for folder in folders]
     assert found == pytest.approx([0.5, 0.6, 0.6, 0.7, 0.7], abs=0.01)
-    assert_zeros(recover / "rungs" / "1" / "trained", recover / "rungs" / "1" / "pruned")
-    assert_zeros(recover, recover / "rungs" / "2" / "pruned")
+    assert_zeros(recover / "levels" / "1" / "trained", recover / "levels" / "1" / "pruned")
+    assert_zeros(recover, recover / "levels" / "2" / "pruned")
 
 
-def test_a_ladder_logs_each_contrast_and_keeps_its_banks(two):
-    run = two.finished("ladder")
-    for rung in (1, 2):
-        values = losses(run, f"recover/{rung}")
-        assert {step for _, step in values} == set(range(RUNG_STEPS + 1))
+def test_a_schedule_logs_each_contrast_and_keeps_its_banks(two):
+    run = two.finished("schedule")
+    for level in (1, 2):
+        values = losses(run, f"recover/{level}")
+        assert {step for _, step in values} == set(range(LEVEL_STEPS + 1))
         assert {"ce", "kl", "prc", "snc", "fic"} <= names(values)
     assert names(losses(run, "recover/finetuned")) == {"loss", "ce", "held_out_ppl", "grad_norm"}
     log = (run / "log.txt").read_text()
@@ -567,117 +598,117 @@ def test_a_ladder_logs_each_contrast_and_keeps_its_banks(two):
     }
     for bank in banks.iterdir():
         there = np.fromfile(bank / "valid.bin", np.uint8)
-        # each rung trains on text of its own, and the second has a snapshot that the first has not
-        rungs = 1 if bank.name == "snapshot-2" else 2
-        assert len(there) == 2 * RUNG_STEPS * BATCH
-        assert there.sum() == rungs * RUNG_STEPS * BATCH
+        # each level trains on text of its own, and the second has a snapshot that the first has not
+        levels = 1 if bank.name == "snapshot-2" else 2
+        assert len(there) == 2 * LEVEL_STEPS * BATCH
+        assert there.sum() == levels * LEVEL_STEPS * BATCH
         facts = json.loads((bank / "bank.json").read_text())
         assert facts["mean_cosine"] < 0.7 and facts["effective_rank"] > 2
-    records = json.loads((run / "recover" / "recovery.json").read_text())["rungs"]
-    assert [r["rung"] for r in records] == ["0.6", "0.7"]
+    records = json.loads((run / "recover" / "recovery.json").read_text())["levels"]
+    assert [r["level"] for r in records] == ["0.6", "0.7"]
 
 
 def test_a_fine_tuned_model_is_the_dense_one_trained(two, assets):
-    folder = two.finished("ladder") / "recover" / "finetuned"
-    values = losses(two.out("ladder"), "recover/finetuned")
-    assert values["held_out_ppl", RUNG_STEPS] < values["held_out_ppl", 0]
+    folder = two.finished("schedule") / "recover" / "finetuned"
+    values = losses(two.out("schedule"), "recover/finetuned")
+    assert values["held_out_ppl", LEVEL_STEPS] < values["held_out_ppl", 0]
     dense = perplexity(assets.dense, assets.held_out())
     assert values["held_out_ppl", 0] == pytest.approx(dense, rel=1e-4)
     tuned = perplexity(folder, assets.held_out())
-    assert values["held_out_ppl", RUNG_STEPS] == pytest.approx(tuned, rel=1e-4)
+    assert values["held_out_ppl", LEVEL_STEPS] == pytest.approx(tuned, rel=1e-4)
     assert all((w != 0).any() for w in tensors(folder).values())
 
 
-def test_a_ladder_that_was_stopped_in_a_later_rung_gives_the_same_result(two):
-    whole = two.finished("ladder")
-    assert two.outcome("ladder, stopped")["stopped"] == signal.SIGTERM
-    resumed = two.finished("ladder, resumed", out="ladder, stopped")
+def test_a_schedule_that_was_stopped_in_a_later_level_gives_the_same_result(two):
+    whole = two.finished("schedule")
+    assert two.outcome("schedule, stopped")["stopped"] == signal.SIGTERM
+    resumed = two.finished("schedule, resumed", out="schedule, stopped")
     for stage in ("recover/finetuned", "recover/1", "recover/2"):
         assert losses(resumed, stage) == losses(whole, stage)
     for name, weight in tensors(whole / "recover").items():
         assert torch.equal(tensors(resumed / "recover")[name], weight)
     text = (resumed / "log.txt").read_text()
-    assert text.count("rung 1/2 (0.6): pruning") == 1
+    assert text.count("level 1/2 (0.6): pruning") == 1
     assert text.count("fine-tuning the dense model") == 1
 
 
-@pytest.mark.parametrize("name", ["ladder, true", "ladder, by path"])
-def test_a_ladder_goes_on_to_the_next_rung_after_it_was_told_to_resume(one, name):
+@pytest.mark.parametrize("name", ["schedule, true", "schedule, by path"])
+def test_a_schedule_goes_on_to_the_next_level_after_it_was_told_to_resume(one, name):
     assert one.outcome(f"{name}, stopped")["stopped"] == signal.SIGTERM
     assert one.outcome(name)["stopped"] == signal.SIGTERM
     run = one.finished(f"{name}, again", out=name)
     assert sparsity(run / "recover") == pytest.approx(0.7, abs=0.01)
-    records = json.loads((run / "recover" / "recovery.json").read_text())["rungs"]
+    records = json.loads((run / "recover" / "recovery.json").read_text())["levels"]
     assert [r["resumed_at_step"] for r in records] == [5, 4]
 
 
 def test_a_dense_model_goes_to_a_pattern_at_once(one, assets):
     run = one.finished("2:4")
-    pruned = run / "recover" / "rungs" / "1" / "pruned"
+    pruned = run / "recover" / "levels" / "1" / "pruned"
     assert_zeros(run / "recover", pruned)
     for mask in masks(run / "recover").values():
         assert (mask.reshape(-1, 4).sum(1) == 2).all()
-    assert "SnC is off on this rung" in (run / "log.txt").read_text()
+    assert "SnC is off on this level" in (run / "log.txt").read_text()
     assert "snc" not in names(losses(run, "recover/1"))
 
 
-def test_a_ladder_of_patterns_takes_weights_from_each_group(one):
+def test_a_schedule_of_patterns_takes_weights_from_each_group(one):
     recover = one.finished("3:4, 2:4") / "recover"
-    first, last = masks(recover / "rungs" / "1" / "trained"), masks(recover)
+    first, last = masks(recover / "levels" / "1" / "trained"), masks(recover)
     for name, mask in last.items():
         assert (first[name].reshape(-1, 4).sum(1) == 3).all()
         assert (mask.reshape(-1, 4).sum(1) == 2).all()
         assert not (mask & ~first[name]).any()
-    assert_zeros(recover, recover / "rungs" / "2" / "pruned")
+    assert_zeros(recover, recover / "levels" / "2" / "pruned")
 
 
-def test_a_ladder_prunes_inside_the_zeros_of_a_model_that_was_pruned_elsewhere(one, assets):
+def test_a_schedule_prunes_inside_the_zeros_of_a_model_that_was_pruned_elsewhere(one, assets):
     run = one.finished("pruned elsewhere")
-    assert_zeros(run / "recover", run / "recover" / "rungs" / "1" / "pruned")
+    assert_zeros(run / "recover", run / "recover" / "levels" / "1" / "pruned")
     assert sparsity(run / "recover") == pytest.approx(0.6, abs=0.01)
     for name, mask in masks(run / "recover").items():
         assert not (mask & ~masks(assets.half)[name]).any()
 
 
-def test_snapshots_begin_with_the_second_rung_of_a_dense_model_and_old_ones_go(one):
-    run = one.finished("three rungs")
+def test_snapshots_begin_with_the_second_level_of_a_dense_model_and_old_ones_go(one):
+    run = one.finished("three levels")
     assert "snc" not in names(losses(run, "recover/1"))
-    for rung in (2, 3):
-        assert "snc" in names(losses(run, f"recover/{rung}"))
-    assert (run / "log.txt").read_text().count("SnC is off on this rung") == 1
+    for level in (2, 3):
+        assert "snc" in names(losses(run, f"recover/{level}"))
+    assert (run / "log.txt").read_text().count("SnC is off on this level") == 1
     banks = {p.name for p in (run / "recover" / "banks").iterdir()}
     assert banks == {"pretrained", "snapshot-3"}
 
 
 def test_snapshots_share_their_weight(two):
-    run = two.finished("ladder")
-    for rung in (1, 2):  # the start was pruned already: as many snapshots as rungs
-        values = losses(run, f"recover/{rung}")
-        weights = {"ce": 0.2, "kl": 0.8, "prc": 0.1, "fic": 0.1, "snc": 0.1 / rung}
+    run = two.finished("schedule")
+    for level in (1, 2):  # the start was pruned already: as many snapshots as levels
+        values = losses(run, f"recover/{level}")
+        weights = {"ce": 0.2, "kl": 0.8, "prc": 0.1, "fic": 0.1, "snc": 0.1 / level}
         total = sum(weight * values[name, 1] for name, weight in weights.items())
         assert values["loss", 1] == pytest.approx(total, rel=1e-5)
 
 
-def test_a_rung_that_loses_too_much_ends_the_ladder(one):
+def test_a_level_that_loses_too_much_ends_the_schedule(one):
     message = one.refused("gate")
-    assert "rung 1/2 (0.7) ends with a held-out perplexity of" in message
-    assert "1.01 (recover.gate) times the teacher's" in message
-    assert "recover.tokens" in message
-    trained = one.out("gate") / "recover" / "rungs" / "1" / "trained"
+    assert "level 1/2 (0.7) ends with a held-out perplexity of" in message
+    assert "1.01 (recover.log.max_ppl_ratio) times the teacher's" in message
+    assert "recover.optimizer.tokens" in message
+    trained = one.out("gate") / "recover" / "levels" / "1" / "trained"
     assert sparsity(trained) == pytest.approx(0.7, abs=0.01)
-    assert "rung 1/2 (0.7) ends with" in one.refused("gate, again")
-    assert not (one.out("gate") / "recover" / "rungs" / "2").exists()
+    assert "level 1/2 (0.7) ends with" in one.refused("gate, again")
+    assert not (one.out("gate") / "recover" / "levels" / "2").exists()
     assert not (one.out("gate") / "recover" / "checkpoints" / "1").exists()  # needed no more
     assert sparsity(one.finished("gate, raised") / "recover") == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_later_rung_has_the_text_of_the_first(one):
-    assert "held-out perplexity" in one.refused("text of two rungs")
-    message = one.refused("another text of the second rung")
+def test_a_later_level_has_the_text_of_the_first(one):
+    assert "held-out perplexity" in one.refused("text of two levels")
+    message = one.refused("another text of the second level")
     assert "the recovery text has changed since" in message
-    assert "a rung of it is finished" in message
-    rungs = one.out("text of two rungs") / "recover" / "rungs"
-    assert [p.name for p in rungs.iterdir()] == ["1"]
+    assert "a level of it is finished" in message
+    levels = one.out("text of two levels") / "recover" / "levels"
+    assert [p.name for p in levels.iterdir()] == ["1"]
 
 
 # the objective's terms
@@ -687,10 +718,10 @@ WEIGHTS = {"ce": 0.2, "kl": 0.8, "feature": 0.5, "prc": 0.1, "snc": 0.1, "fic": 
 
 
 def all_terms(assets: Assets) -> dict:
-    """The settings of a rung with every term on."""
+    """The settings of a level with every term on."""
     return {
-        "recover.ladder": "0.6",
-        "recover.tokens": 2 * BATCH * LENGTH,
+        "recover.masks.schedule": "0.6",
+        "recover.optimizer.tokens": 2 * BATCH * LENGTH,
         "recover.finetuned": assets.tiny("llama", num_hidden_layers=3, seed=1),
         "recover.objective.feature": WEIGHTS["feature"],
     }
@@ -701,21 +732,27 @@ def add_ablations(cases: Cases) -> None:
     tiny, everything = cases.assets.tiny, all_terms(cases.assets)
     cases.add("all terms", **everything)
     ours = dict.fromkeys(("recover.objective.prc", "recover.objective.snc"), 0)
-    cases.add("default weights", **ours, recover__tokens=2 * BATCH * LENGTH)
+    cases.add("default weights", **ours, recover__optimizer__tokens=2 * BATCH * LENGTH)
     for term in TERMS:
         cases.add(f"without {term}", **everything | {f"recover.objective.{term}": 0})
     cases.add("no contrast", **NO_CONTRAST, **FEATURE)
-    worse = {"recover.finetuned": "train", "recover.lr": 1.0, "recover.tokens": 2 * BATCH * LENGTH}
+    worse = {
+        "recover.finetuned": "train",
+        "recover.optimizer.lr": 1.0,
+        "recover.optimizer.tokens": 2 * BATCH * LENGTH,
+    }
     cases.add("fine-tuned, and worse", **worse)
     wide = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=3)}
     cases.add("wide teacher", **wide, **NO_CONTRAST)
     padded = {"recover.teacher": tiny("llama", num_hidden_layers=3, vocab_size=VOCABULARY + 64)}
-    cases.add("padded teacher", **padded, **NO_CONTRAST, recover__deepspeed="zero3")
+    cases.add("padded teacher", **padded, **NO_CONTRAST, recover__engine__deepspeed="zero3")
     tuned = {"model.dense": cases.assets.dense, "recover.finetuned": "train"}
-    tuned |= {"recover.objective.prc": 0, "recover.tokens": 2 * BATCH * LENGTH}
+    tuned |= {"recover.objective.prc": 0, "recover.optimizer.tokens": 2 * BATCH * LENGTH}
     cases.add("wide teacher, fine-tuned", **wide | tuned)
-    cases.add("wide teacher, snapshots", **wide, recover__objective__prc=0, recover__ladder="0.6")
-    short = {"recover.tokens": 2 * BATCH * LENGTH, "recover.sequences": 8}
+    cases.add(
+        "wide teacher, snapshots", **wide, recover__objective__prc=0, recover__masks__schedule="0.6"
+    )
+    short = {"recover.optimizer.tokens": 2 * BATCH * LENGTH, "recover.sequences": 8}
     large = {"recover.teacher": tiny("llama", hidden_size=64, num_hidden_layers=4)}
     cases.add("large teacher", **large, **short, model__dense=cases.assets.dense)
 
@@ -758,7 +795,7 @@ def test_a_fine_tuned_model_that_is_worse_than_the_dense_one_is_told(one, two):
     assert values["held_out_ppl", 2] > values["held_out_ppl", 0]
     said = r"the fine-tuned model's held-out ppl is [\d.]+, worse than the dense model's [\d.]+"
     assert re.search(said, (run / "log.txt").read_text())
-    assert "worse than" not in (two.finished("ladder") / "log.txt").read_text()
+    assert "worse than" not in (two.finished("schedule") / "log.txt").read_text()
 
 
 def test_a_wider_teacher_gives_the_kl(one, assets):
@@ -822,13 +859,13 @@ def test_the_remedy_can_be_given_in_the_same_directory(one, name):
 
 def test_what_deepspeed_refuses_only_when_it_starts_is_one_line_too(one):
     message = one.refused("settings refused at the start")
-    assert "recover.deepspeed" in message and "late.json is refused by DeepSpeed" in message
+    assert "recover.engine.deepspeed" in message and "late.json is refused by DeepSpeed" in message
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_tracker_that_is_not_installed_is_refused(one):
     message = one.refused("wandb")
-    assert "recover.wandb" in message and "install" in message
+    assert "recover.log.wandb" in message and "install" in message
     assert not (one.out("wandb") / "recover").exists()
 
 
@@ -848,7 +885,7 @@ def test_a_bank_of_other_data_is_refused(one, name, fact):
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(two):
     message = two.refused("no batch")
-    assert "recover.batch is 6, no multiple of 2 ranks x micro_batch 2" in message
+    assert "recover.optimizer.batch is 6, no multiple of 2 ranks x micro_batch 2" in message
 
 
 def test_a_loss_that_is_no_number_names_the_sequences_and_keeps_the_checkpoint(two):
@@ -856,7 +893,7 @@ def test_a_loss_that_is_no_number_names_the_sequences_and_keeps_the_checkpoint(t
     order = np.random.default_rng([0, 0]).permutation(STEPS * BATCH)
     batch = order[4 * BATCH : 5 * BATCH].tolist()
     assert "step 5" in message and str(batch) in message
-    assert "--recover.lr" in message
+    assert "--recover.optimizer.lr" in message
     assert checkpoints(two.out("no number")) == ["step-000003"]
 
 
@@ -867,7 +904,7 @@ def test_a_gradient_that_is_no_number_names_the_step_and_keeps_the_checkpoint(tw
     message = two.refused(f"no slope {name}")
     order = np.random.default_rng([0, 0]).permutation(len(two.assets.packed().ids))
     assert f"gradient of step {step}" in message
-    assert "--recover.lr" in message
+    assert "--recover.optimizer.lr" in message
     if step == 5:
         assert str(order[4 * BATCH : 5 * BATCH].tolist()) in message
         assert checkpoints(two.out(f"no slope {name}")) == ["step-000003"]

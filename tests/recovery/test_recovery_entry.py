@@ -40,11 +40,11 @@ def launched(launcher: list[str], options: dict, timeout: int = 120) -> subproce
 
 def test_recover_is_a_job_of_its_own_after_oneshot_and_zero3_ends_with_0(assets, tmp_path):
     settings = assets.options(tmp_path / "run", 2) | {"model.path": assets.dense}
-    settings |= {"recover.teacher": "null", "recover.tokens": 2 * BATCH * LENGTH}
+    settings |= {"recover.teacher": "null", "recover.optimizer.tokens": 2 * BATCH * LENGTH}
     config, text, _ = read_config(arguments(settings | {"stages": "[oneshot]"}))
     pipeline(config, text, Console(speaks=False))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    settings |= {"recover.deepspeed": "zero3"}
+    settings |= {"recover.engine.deepspeed": "zero3"}
     training = launched([*torchrun, "--nproc_per_node", "2"], settings)
     assert training.returncode == 0, training.stdout
     assert "FutureWarning" not in training.stdout
@@ -62,14 +62,18 @@ def test_the_deepspeed_launcher_ends_with_0(assets, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    settings = assets.options(tmp_path / "run", 2) | {"recover.tokens": 2 * BATCH * LENGTH}
+    settings = assets.options(tmp_path / "run", 2) | {
+        "recover.optimizer.tokens": 2 * BATCH * LENGTH
+    }
     job = launched([launcher, "--num_accelerators", "2", "--master_port", port], settings)
     assert job.returncode == 0, job.stdout
     assert_zeros(tmp_path / "run" / "recover", assets.half)
 
 
 def test_torchrun_with_one_process_works_too(assets, tmp_path):
-    settings = assets.options(tmp_path / "run", 1) | {"recover.tokens": 2 * BATCH * LENGTH}
+    settings = assets.options(tmp_path / "run", 1) | {
+        "recover.optimizer.tokens": 2 * BATCH * LENGTH
+    }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     job = launched([*torchrun, "--nproc_per_node", "1"], settings, timeout=60)
     assert job.returncode == 0, job.stdout[-2000:]
@@ -88,8 +92,8 @@ def test_an_entry_that_has_loaded_deepspeed_leaves_without_pythons_own_end(loads
 
 def test_a_real_signal_ends_a_training_with_143_and_a_checkpoint(assets, tmp_path):
     settings = assets.options(tmp_path / "run", 1)
-    settings |= {"recover.tokens": 150 * BATCH * LENGTH, "recover.sequences": 24}
-    settings |= {"recover.checkpoint_steps": 1000, "recover.evaluate_steps": 10}
+    settings |= {"recover.optimizer.tokens": 150 * BATCH * LENGTH, "recover.sequences": 24}
+    settings |= {"recover.checkpoint.every": 1000, "recover.log.evaluate_every": 10}
     job = signalled(tmp_path / "run", "step    20/150", signal.SIGTERM, arguments(settings))
     assert job.returncode == 143, job.stderr
     assert "cap-llm: stopped; give the same command again to go on" in job.stderr

@@ -14,7 +14,13 @@ import torch
 from launches import CPU
 from support import ROOT
 
-from cap_llm.config import ObjectiveConfig, RecoverConfig
+from cap_llm.config import (
+    EngineConfig,
+    MasksConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RecoverConfig,
+)
 from cap_llm.contrast.terms import NoContrast
 from cap_llm.runtime import trackers
 from cap_llm.runtime.errors import UserError
@@ -143,7 +149,9 @@ class HalfEngine:
 
 
 def half_steps(norms, n: int) -> list[dict]:
-    config = RecoverConfig(batch=1, length=128, tokens=12800, dtype="float16")
+    config = RecoverConfig(
+        length=128, optimizer=OptimizerConfig(batch=1, tokens=12800, dtype="float16")
+    )
     ids = torch.zeros(4, 128, dtype=torch.long)
     world = World.alone(CPU)
     text = PackedText(ids, ids, ids, "")
@@ -171,26 +179,33 @@ def test_float16_without_zero_is_refused(monkeypatch):
     knows_all = lambda content: [content.get(name) for name in content]  # noqa: E731
     monkeypatch.setattr(deepspeed.runtime.config, "DeepSpeedConfig", knows_all)
     on_gpu = World.alone(torch.device("cuda"))
+    half = OptimizerConfig(dtype="float16")
     for stage in (1, 2, 3):
-        settings = RecoverConfig(deepspeed=f"zero{stage}", dtype="float16")
+        settings = RecoverConfig(optimizer=half, engine=EngineConfig(f"zero{stage}"))
         assert ds_config.student_settings(settings, on_gpu)["fp16"]["enabled"] is True
-    with pytest.raises(UserError, match=r"zero0 is ZeRO-0.*give zero1, zero2 or zero3"):
-        ds_config.student_settings(RecoverConfig(deepspeed="zero0", dtype="float16"), on_gpu)
+    with pytest.raises(UserError, match=r"zero0 is ZeRO-0.*zero1, zero2 or zero3"):
+        ds_config.student_settings(
+            RecoverConfig(optimizer=half, engine=EngineConfig("zero0")), on_gpu
+        )
 
 
 def test_what_a_deepspeed_file_leaves_out_is_the_recipes(tmp_path):
     path = tmp_path / "bare.json"
     path.write_text('{"zero_optimization": {"stage": 1}}')
-    settings = RecoverConfig(deepspeed=str(path), batch=8, dtype="bfloat16", clip=0.25)
+    settings = RecoverConfig(
+        optimizer=OptimizerConfig(batch=8, dtype="bfloat16", clip=0.25),
+        engine=EngineConfig(str(path)),
+    )
     resolved = ds_config.student_settings(settings, World.alone(CPU))
     assert resolved["bf16"]["enabled"] is True and resolved["fp16"]["enabled"] is False
     assert resolved["gradient_clipping"] == 0.25
     assert resolved["gradient_accumulation_steps"] == 8
 
 
-def test_a_short_rung_warms_up_too():
+def test_a_short_level_warms_up_too():
     def rates(steps: int, **options) -> list[float]:
-        config = RecoverConfig(tokens=steps * 16 * 1024, lr=1.0, **options)
+        optimizer = OptimizerConfig(tokens=steps * 16 * 1024, lr=1.0, **options)
+        config = RecoverConfig(optimizer=optimizer)
         assert config.steps == steps
         return [learning_rate(step, config) for step in range(steps)]
 
@@ -208,20 +223,23 @@ def test_contrasts_are_on_where_something_is_contrasted():
         weights = {k: options.pop(k) for k in list(options) if k in fields}
         return RecoverConfig(objective=ObjectiveConfig(**weights), **options).contrasts
 
-    assert on(prc=0.1) and on(snc=0.1, ladder="0.5, 0.6") and on(finetuned="train")
-    assert not on() and not on(snc=0.1) and not on(ladder="0.5, 0.6")
+    schedule = MasksConfig("0.5, 0.6")
+    assert on(prc=0.1) and on(snc=0.1, masks=schedule) and on(finetuned="train")
+    assert not on() and not on(snc=0.1) and not on(masks=schedule)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
 def test_every_deepspeed_file_resolves_for_one_rank(path):
     world = World.alone(torch.device("cpu"))
-    settings = RecoverConfig(batch=8, micro_batch=2, dtype="bfloat16")
+    settings = RecoverConfig(
+        optimizer=OptimizerConfig(batch=8, dtype="bfloat16"), engine=EngineConfig(micro_batch=2)
+    )
     if path.stem.startswith("teacher"):
-        settings.deepspeed, settings.teacher_deepspeed = "zero3", path.stem
+        settings.engine = EngineConfig("zero3", path.stem)
         resolved = ds_config.student_settings(settings, world)
         resolved = ds_config.teacher_settings(settings, world, resolved)
     else:
-        settings.deepspeed = path.stem
+        settings.engine.deepspeed = path.stem
         resolved = ds_config.student_settings(settings, world)
         assert resolved["gradient_accumulation_steps"] == 4
         assert resolved["train_batch_size"] == 8

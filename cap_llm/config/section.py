@@ -1,11 +1,12 @@
-"""Sections of settings: dataclasses whose values pydantic holds against their types and ranges.
+"""Sections of settings: dataclasses whose types and ranges pydantic checks.
 
-A wrong value is refused under the full name of its option, whether it comes from the command line,
-a file, Python, or an assignment later on.
+A wrong value raises an error with the full name of its option, whether it comes from the command
+line, a file, Python, or a later assignment.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -13,14 +14,25 @@ import os
 import reprlib
 import types
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from annotated_types import Ge, Gt, Interval
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
 
 from cap_llm.runtime.errors import UserError
 
+T = TypeVar("T")
 AtLeast0, AtLeast1, AtLeast2 = (Annotated[int, Ge(n)] for n in (0, 1, 2))
 Weight, Positive = Annotated[float, Ge(0)], Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(gt=0, lt=1)]
@@ -28,6 +40,13 @@ Share = Annotated[float, Interval(gt=0, lt=1)]
 
 class _Place:
     """Marks the type of settings that may name a file or directory."""
+
+
+class _NotIdentity:
+    """Marks the type of settings that a result does not depend on."""
+
+
+NOT_IDENTITY = _NotIdentity()
 
 
 def _spelt(value: str) -> str:
@@ -44,10 +63,17 @@ Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_spelt), _Place
 _NAMES = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 
-def section(prefix: str) -> Callable[[type], type]:
-    """Makes a class a section of settings; `prefix` is what its options' names begin with."""
+@dataclass_transform()
+def section(prefix: str, identity: bool = True) -> Callable[[type[T]], type[T]]:
+    """Makes a class a section of settings.
+
+    Args:
+        prefix: what the names of its options begin with.
+        identity: whether a result depends on the section; see `identity`.
+    """
 
     def decorate(cls: type) -> type:
+        cls._identity = identity
         # extra: pydantic drops unknown arguments without a word otherwise
         config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
         cls = dataclass(cls, config=config)
@@ -56,6 +82,23 @@ def section(prefix: str) -> Callable[[type], type]:
         return cls
 
     return decorate
+
+
+def identity(settings: object) -> dict:
+    """The values that a result depends on: rerunning with others is another result.
+
+    Sections declared `identity=False` and fields annotated `NOT_IDENTITY` are left out.
+    """
+    types = get_type_hints(type(settings), include_extras=True)
+    values = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            if value._identity:
+                values[f.name] = identity(value)
+        elif NOT_IDENTITY not in getattr(types[f.name], "__metadata__", ()):
+            values[f.name] = copy.deepcopy(value)
+    return values
 
 
 def _in_words(method: Callable, cls: type, prefix: str) -> Callable:
