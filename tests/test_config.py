@@ -281,7 +281,7 @@ def test_the_help_names_every_field_with_its_text(capsys):
         ("Reconstruct", {"lr": 0}, ["reconstruct.lr is 0", "above 0"]),
         ("Objective", {"kl": -1}, ["recover.objective.kl is -1", "at least 0"]),
         ("Contrast", {"dim": 1}, ["recover.contrast.dim is 1", "at least 2"]),
-        ("Recover", {"warmup": 1}, ["recover.optimizer.warmup is 1", "[0, 1)"]),
+        ("Optimizer", {"warmup": 1}, ["recover.optimizer.warmup is 1", "[0, 1)"]),
         ("Recover", {"teacher": "a\0b"}, ["recover.teacher", "null byte"]),
         ("Runtime", {"device": "gpu"}, ["runtime.device", "auto, cpu, cuda"]),
         ("", {"stages": ["onesho"]}, ["stages[0] is 'onesho'", "mean oneshot?"]),

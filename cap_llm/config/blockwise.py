@@ -132,8 +132,8 @@ class SdsConfig:
     """gram: solve on second moments until convergence. paper: 200 epochs of SGD at learning rate
     0.1 (lower if it diverges), our reading of the paper, which names no optimizer; slow."""
     data: Literal["dense", "sparse", "redense"] = "sparse"
-    """Model whose activations re-densification sees: the dense model, the pruned one, or the one
-    that is re-densified so far."""
+    """Model whose activations the dense step sees: the dense model, the pruned one, or the one that
+    is made dense so far."""
     redensify: bool = True
     """Do the dense step. false: only the adjustment, as a control."""
     adjust: bool = True

@@ -42,7 +42,7 @@ OPTIONS = {
     "none of four": (["--oneshot.pattern", "0:4"], ["0:4 would keep 0 of 4", "1..M-1"]),
     "pattern and sparsity": (
         ["--oneshot.pattern", "2:4", "--oneshot.sparsity", "0.7"],
-        ["sparsity is 0.7", "2:4 fixes it at 0.5", "leave sparsity out"],
+        ["sparsity is 0.7", "2:4 fixes it at 0.5"],
     ),
     "pattern and budget": (
         ["--oneshot.pattern", "2:4", "--oneshot.allocation", "owl"],
@@ -69,8 +69,8 @@ OPTIONS = {
     "no window": (["--evaluate.max_windows", "0"], ["evaluate.max_windows is 0", "at least 1"]),
     "a layer twice": (["--oneshot.layers", '{"a": 0.4, "a": 0.5}'], ["oneshot.layers", "once"]),
     "an alias": (["--oneshot.layers", "*a"], ["oneshot.layers", "'*a'"]),
-    "no model": (["--model.path", ""], ["no model", "--model.path"]),
-    "no directory": (["--output_dir", ""], ["no run directory", "--output_dir"]),
+    "no model": (["--model.path", ""], ["model.path"]),
+    "no directory": (["--output_dir", ""], ["output_dir"]),
 }
 
 
@@ -112,7 +112,7 @@ def test_stages_in_an_order_that_cannot_be_kept_are_refused(refuse, stages):
 
 def test_evaluate_without_a_corpus_is_refused(refuse):
     message = refuse("--stages", "[evaluate]", "--evaluate.corpora", "[]")
-    assert "evaluate.corpora is empty" in message
+    assert "evaluate.corpora" in message
 
 
 # recipes and files of settings

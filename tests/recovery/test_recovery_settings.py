@@ -49,7 +49,7 @@ from cap_llm.training.masks import Fixed
 )
 def test_a_tracker_names_the_package_that_it_lacks(package, make, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"recover\.{package} .* pip install {package}"):
+    with pytest.raises(UserError, match=rf"recover\.log\.{package} .* pip install {package}"):
         make(tmp_path)
     assert not list(tmp_path.iterdir())
 
