@@ -57,14 +57,14 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.report.card import write_cards
     from cap_llm.report.runs import collect
     from cap_llm.report.write import write_report
-    from cap_llm.runtime.rundir import Run, refuse_strangers
+    from cap_llm.runtime.rundir import Run, check_run_dir
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     run = None
     try:
-        refuse_strangers(Path(config.output_dir))
+        check_run_dir(Path(config.output_dir))
         if note := world.crowded():
             console.say(note, style="yellow")
         located = locate(config.model)
@@ -72,7 +72,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
         texts = read_texts(config, located, console) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
-        known = contents(config, located) if world.first else None
+        known = contents(config, located) if world.is_main else None
         run.contents = world.gather(known)[0]
         for stage in ("dense", "given", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
@@ -84,7 +84,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         keep, models = config.runtime.keep_intermediate, {}
         for stage in [s for s in MODELS if s in config.stages]:
             folder = make(stage, source, texts, config, run)
-            if world.first:
+            if world.is_main:
                 write_cards(run.path)
             if models and not keep:
                 earlier, path = models.popitem()  # what it came from
@@ -104,7 +104,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         if source != located and models and not keep and "evaluate" in config.stages:
             drop(source, world)
         world.barrier()
-        if world.first:
+        if world.is_main:
             write_cards(run.path)  # again, with the scores
             results = collect(run.path)
             title = config.name or results[-1].name
@@ -114,7 +114,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         error = explained(error)
         with held_back():  # the launcher ends all ranks once one has failed
             if run:
-                error = run.blame(error)
+                error = run.explain_failure(error)
                 run.close(exit_code(error), error)
             world.stop_watching()
         raise error
@@ -161,7 +161,7 @@ def drop(folder: Path, world: World) -> None:
     from cap_llm.models.files import remove_weights
 
     world.barrier()
-    if world.first:
+    if world.is_main:
         remove_weights(folder)
     world.barrier()
 
@@ -170,14 +170,14 @@ def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
     from cap_llm.evaluation.lm_eval_tasks import find_tasks
     from cap_llm.models.hub import locate, refuse_another_run
-    from cap_llm.runtime.rundir import refuse_strangers
+    from cap_llm.runtime.rundir import check_run_dir
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     if not config.output_dir:  # one that is not there, on this file system
         config.output_dir = f"cap-llm-dry-run-{os.getpid()}"
-    refuse_strangers(Path(config.output_dir))
+    check_run_dir(Path(config.output_dir))
     located = locate(config.model, download=False)
     refuse_another_run(config, located)
     check(located, config, console, world, predict=True)

@@ -381,16 +381,16 @@ from cap_llm.runtime.world import World
 world = World("cpu")
 print(f"rank {world.rank} is {os.getpid()}", flush=True)
 if sys.argv[1] == "work":  # one rank is busy for longer than any limit, the other one waits for it
-    time.sleep(6 if world.first else 0)
+    time.sleep(6 if world.is_main else 0)
     world.barrier()
 elif sys.argv[1] == "halt":  # both wait, but not for the same
     with world.bounded("step 3"):
-        time.sleep(3600) if world.first else world.barrier()
+        time.sleep(3600) if world.is_main else world.barrier()
 elif sys.argv[1] == "gone":  # what a wait for a GPU is like: nothing breaks, no signal is heard
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(3600) if world.first else os._exit(1)
+    time.sleep(3600) if world.is_main else os._exit(1)
 else:
-    world.barrier() if world.first else time.sleep(3600)
+    world.barrier() if world.is_main else time.sleep(3600)
 world.close()
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cap_llm.cli.matrix import DENSE, Matrix, Row
 from cap_llm.cli.options import make_parser, parse
-from cap_llm.runtime.console import Console, duration
+from cap_llm.runtime.console import Console, format_duration
 from cap_llm.runtime.errors import UserError
 
 _EXAMPLES = ("", "runs/demo --full", "$SCRATCH/demo")
@@ -81,6 +81,6 @@ def main(argv: list[str], console: Console) -> None:
         results = [collect(matrix.folder(row))[-1] for row in finished]
         title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"
         page = write_report(results, args.out, title, console)
-        console.say(f"total time {duration(time.monotonic() - start)}; report: {page}")
+        console.say(f"total time {format_duration(time.monotonic() - start)}; report: {page}")
     if code:
         raise SystemExit(code)

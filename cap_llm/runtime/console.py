@@ -161,7 +161,7 @@ class _LoggedBar(Bar):
             left = (now - self._start) / self._done * (self._total - self._done)
             self._console.say(
                 f"{self._title}: {self._done} of {self._total} {self._unit}, "
-                f"about {duration(left)} left"
+                f"about {format_duration(left)} left"
             )
 
 
@@ -173,7 +173,7 @@ def printable(text: str) -> str:
     )
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as a person writes them: 8.1 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 100:
         return f"{seconds:.1f} s"
@@ -183,7 +183,7 @@ def duration(seconds: float) -> str:
     return f"{int(minutes // 60)} h {int(minutes % 60)} min"
 
 
-def size(n_bytes: float) -> str:
+def format_bytes(n_bytes: float) -> str:
     """Bytes in binary units: 3.2 GiB, 512 MiB, 40 KiB."""
     if n_bytes >= 2**30:
         return f"{n_bytes / 2**30:.1f} GiB"

@@ -15,7 +15,7 @@ import torch
 from cap_llm.runtime.world import ranks_on_node
 
 
-def forget() -> None:
+def reset_peak_memory() -> None:
     """Lets the peaks start anew: what this process held before is not the next stage's."""
     with contextlib.suppress(OSError):  # a kernel without it goes on counting
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -24,14 +24,14 @@ def forget() -> None:
 
 
 def peaks() -> dict[str, int]:
-    """Most bytes held since `forget`: of main memory and, where one is used, of the GPU."""
+    """Peak bytes since `reset_peak_memory`: of main memory and, if one is used, of the GPU."""
     found = {"peak_memory_bytes": peak_memory()}
     if torch.cuda.is_initialized():
         found["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
     return found
 
 
-def highest(several: Iterable[dict]) -> dict[str, int]:
+def max_peaks(several: Iterable[dict]) -> dict[str, int]:
     """Of several ranks' or jobs' peaks the highest of each; other entries are left out."""
     found: dict[str, int] = {}
     for one in several:

@@ -53,16 +53,16 @@ class Run:
         self._verified: set[Path] = set()
         self._trackers: list = []
         self._start = time.time()
-        problem = self._open() if world.first else None
+        problem = self._open() if world.is_main else None
         problem = world.gather(problem)[0]
         if problem:
             raise problem
-        world.tell(lambda why: write_end(self.path, 1, world.rank, why, False))
+        world.on_failure(lambda why: write_end(self.path, 1, world.rank, why, False))
 
     def _open(self) -> UserError | None:
         """Makes the directory and takes its lock; the first rank's part."""
         try:
-            refuse_strangers(self.path)
+            check_run_dir(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except UserError as error:
             return error
@@ -80,7 +80,7 @@ class Run:
 
     def describe(self, name: str, config_yaml: str) -> None:
         """Records what runs, on what: `config.yaml` and `environment.json`."""
-        if self.world.first:
+        if self.world.is_main:
             with atomic(self.path / "config.yaml") as temporary:
                 temporary.write_text(config_yaml, encoding="utf-8")
             write_json(self.path / "environment.json", {"run": name} | environment(self.world))
@@ -114,7 +114,7 @@ class Run:
         folder = self.path / name
 
         def look() -> dict | None:
-            refuse_other(folder, self._known(recipe))
+            check_same_settings(folder, self._known(recipe))
             path = folder / "done.json"
             done = read_json(path, _whole) if path.exists() else None
             if done and (changed := self._changed(folder, done)):
@@ -139,7 +139,7 @@ class Run:
 
     def bind(self, folder: Path, recipe: dict) -> None:
         """Records what a stage was asked to do, before its first result is written."""
-        if self.world.first:
+        if self.world.is_main:
             self.record(folder, recipe)
         self.world.barrier()
 
@@ -159,13 +159,13 @@ class Run:
         A later job holds `files` of the folder against what they are now.
         """
         self.world.barrier()
-        if self.world.first:
+        if self.world.is_main:
             summary = summary | {"environment": environment(self.world)}
             write_json(folder / "done.json", summary | {"files": digests(folder, files)})
         self._verified.add(folder)
         self.world.barrier()
 
-    def blame(self, error: BaseException) -> BaseException:
+    def explain_failure(self, error: BaseException) -> BaseException:
         """`error`, or what is behind it: a rank that has gone without a word.
 
         Its connections break, which may come up as any error, and its launcher asks the others to
@@ -192,7 +192,7 @@ class Run:
             why = " ".join(f"{kind}{error}".split())[:500]
         else:
             why = "done"
-        if error or self.world.first:
+        if error or self.world.is_main:
             write_end(self.path, code, self.world.rank, why, number in GOES_ON)
         for file in (*self._trackers, self._metrics, self._lock):
             if file:
@@ -204,7 +204,7 @@ def _whole(done: dict) -> dict:
     return done | {"environment": done["environment"], "files": dict(done.get("files", {}))}
 
 
-def refuse_strangers(path: Path) -> None:
+def check_run_dir(path: Path) -> None:
     """Refuses to work in a directory that is no run directory, unless it is empty or not there.
 
     Raises:
@@ -237,7 +237,7 @@ def with_contents(recipe: dict, contents: dict[str, str]) -> dict:
     return ({CONTENTS: own} if own else {}) | recipe
 
 
-def refuse_other(folder: Path, recipe: dict) -> None:
+def check_same_settings(folder: Path, recipe: dict) -> None:
     """Refuses to go on in a stage's folder that was begun with other settings.
 
     Raises:

@@ -29,12 +29,12 @@ class Watch:
     """The watch of one rank, from now until `stop`.
 
     Attributes:
-        tell: what to do with the reason before the process ends.
+        on_failure: what to do with the reason before the process ends.
         gone: names the ranks whose processes have ended, as far as this one can see them.
     """
 
     def __init__(self, rank: int, size: int, address: tuple[str, int]):
-        self.tell: Callable[[str], None] = lambda why: None
+        self.on_failure: Callable[[str], None] = lambda why: None
         self.gone: Callable[[], list[str]] = list
         self._rank, self._size = rank, size
         self._at, self._since = "", time.monotonic()
@@ -97,7 +97,7 @@ class Watch:
         if self._over.is_set():
             return
         why += "; the job ends: give the same command again to go on from what was finished"
-        self.tell(why)
+        self.on_failure(why)
         print(f"cap-llm: rank {self._rank}: {why}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -93,7 +93,7 @@ class World:
         return world
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
 
@@ -102,7 +102,7 @@ class World:
         """The machines that the ranks are on."""
         return len({host for host, *_ in self._places}) or 1
 
-    def share(self, n: int) -> range:
+    def shard(self, n: int) -> range:
         """The items of 0..n-1 that belong to this rank; shares differ by one item at most."""
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
@@ -140,7 +140,7 @@ class World:
             UserError: what `work` raises there, on every rank, so that none waits for it.
         """
         value = problem = None
-        if self.first:
+        if self.is_main:
             try:
                 value = work()
             except UserError as error:
@@ -150,7 +150,7 @@ class World:
             raise problem
         return value
 
-    def concat(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The ranks' tensors, equal in shape, one after another along the first dimension."""
         if self.size == 1:
             return tensor
@@ -178,10 +178,10 @@ class World:
             if self.device.type == "cuda":  # NCCL's calls return before they are done
                 torch.cuda.current_stream(self.device).synchronize()
 
-    def tell(self, what: Callable[[str], None]) -> None:
+    def on_failure(self, action: Callable[[str], None]) -> None:
         """What to do with the reason when the watch ends the job."""
         if self._watch:
-            self._watch.tell = what
+            self._watch.on_failure = action
 
     def stop_watching(self) -> None:
         """Ends the watch; this rank is about to leave."""

@@ -19,7 +19,7 @@ import torch
 
 from cap_llm.config import ObjectiveConfig, RecoverConfig
 from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
-from cap_llm.runtime.console import size
+from cap_llm.runtime.console import format_bytes
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
 from cap_llm.runtime.memory import peaks
@@ -294,6 +294,6 @@ def _line(figures: dict[str, float], task: Task) -> str:
     shown = [f"loss {figures['loss']:.4f}", f"{speed:,.0f} {task.unit}/s"]
     norm = f"norm {figures['grad_norm']:.3f}" if "grad_norm" in figures else "overflow, skipped"
     shown += [f"lr {figures['lr']:.1e}", norm]
-    shown += [size(figures.get("peak_cuda_bytes", figures["peak_memory_bytes"]))]
+    shown += [format_bytes(figures.get("peak_cuda_bytes", figures["peak_memory_bytes"]))]
     parts = [f"{name} {figures[name]:.4f}" for name in ObjectiveConfig.TERMS if name in figures]
     return "  ".join(shown + parts)
