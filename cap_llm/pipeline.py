@@ -10,8 +10,8 @@ from cap_llm.models.files import has_weights
 from cap_llm.models.hub import further_model
 from cap_llm.models.masks import Masks
 from cap_llm.runtime.console import Console
-from cap_llm.runtime.errors import UserError, explained
-from cap_llm.runtime.interrupt import exit_code, held_back
+from cap_llm.runtime.errors import UserError, as_user_error
+from cap_llm.runtime.interrupt import defer_signals, exit_code
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
 from cap_llm.text.reading import Texts
@@ -65,7 +65,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     run = None
     try:
         check_run_dir(Path(config.output_dir))
-        if note := world.crowded():
+        if note := world.cpu_contention():
             console.say(note, style="yellow")
         located = locate(config.model)
         check(located, config, console, world)
@@ -111,8 +111,8 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
             page = write_report(results, run.path, title, console)
             console.say(f"report: {page}", loud=True)
     except BaseException as error:
-        error = explained(error)
-        with held_back():  # the launcher ends all ranks once one has failed
+        error = as_user_error(error)
+        with defer_signals():  # the launcher ends all ranks once one has failed
             if run:
                 error = run.explain_failure(error)
                 run.close(exit_code(error), error)

@@ -326,7 +326,7 @@ def steps(work: dict, world) -> dict[str, dict]:
         if banked:
             bank = random_bank(banked.extractor, folder / f"pass-{step}", world, empty=True)
             some, each = torch.arange(batch), work["micro_batch"]
-            timed(PASS, step, banked.fill, bank, states, some, each, PASS, Console(speaks=False))
+            timed(PASS, step, banked.fill, bank, states, some, each, PASS, Console(enabled=False))
     return lines
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cap_llm.runtime.console import Console
-from cap_llm.runtime.interrupt import held_back
+from cap_llm.runtime.interrupt import defer_signals
 
 DENSE = "dense"  # the stage of a row that only scores the dense model
 STOPS = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of an interrupted entry
@@ -130,7 +130,7 @@ def call(command: list[str], ranks: int = 1) -> int:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-    with held_back() as request:
+    with defer_signals() as request:
         process, passed_on = subprocess.Popen(command, env=environment), False
         while True:
             try:

@@ -103,9 +103,9 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     run.bind(folder, recipe)
     work.keep_inputs()
     if settings.tensorboard and world.is_main:
-        run.track_with(TensorBoard(run.path))
+        run.add_tracker(TensorBoard(run.path))
     if settings.wandb and world.is_main:
-        run.track_with(Wandb(run.path, settings.wandb, config.name or run.path.name, recipe))
+        run.add_tracker(Wandb(run.path, settings.wandb, config.name or run.path.name, recipe))
     for n, rung in enumerate(rungs or [None], 1):
         last = n == max(1, len(rungs))
         target = folder if last else folder / "rungs" / str(n) / "trained"

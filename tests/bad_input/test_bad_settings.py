@@ -18,7 +18,7 @@ OPTIONS = {
     "no whole number": (["--calibration.sequences", "2.5"], ["calibration.sequences", "2.5"]),
     "no truth value": (["--oneshot.refit", "perhaps"], ["oneshot.refit", "perhaps"]),
     "not a list": (["--stages", "oneshot"], ["stages", "list"]),
-    "not a dict": (["--oneshot.layers", "all"], ["oneshot.layers", "all", "names with numbers"]),
+    "not a dict": (["--oneshot.layers", "all"], ["oneshot.layers", "all"]),
     "unknown method": (
         ["--oneshot.method", "sparsegtp"],
         ["oneshot.method", "sparsegtp", "magnitude", "wanda", "sparsegpt"],
