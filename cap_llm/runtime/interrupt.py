@@ -5,8 +5,8 @@ a safe point every few seconds: it defers signals (`defer_signals`) until all ra
 checkpoint together.
 
 SIGTERM, SIGINT and SIGHUP come from a user or the cluster. A batch file sends SIGUSR2 shortly
-before its time limit (NCCL uses SIGUSR1). SIGALRM is this process's own timer (`stop_before_limit`). After
-SIGUSR2 and SIGALRM the job is requeued.
+before its time limit (NCCL uses SIGUSR1). SIGALRM is this process's own timer
+(`stop_before_limit`). After SIGUSR2 and SIGALRM the job is requeued.
 """
 
 from __future__ import annotations
