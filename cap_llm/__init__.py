@@ -1,9 +1,9 @@
-"""cap_llm prunes transformer language models and trains the lost quality back.
+"""cap_llm prunes transformer language models and recovers their quality.
 
     from cap_llm import contrastive_loss, keep_zeros, masks_of_zeros, perplexity, prune
 
-These names are loaded on first use, so `import cap_llm` does not load torch. Everything else is
-imported from its module, such as `cap_llm.config` or `cap_llm.solvers.sparsegpt`.
+These names load on first use, so `import cap_llm` does not import torch. Import everything else
+from its module, such as `cap_llm.config` or `cap_llm.solvers.sparsegpt`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from cap_llm.models.files import has_weights
 from cap_llm.models.hub import further_model
 from cap_llm.models.masks import Masks
 from cap_llm.runtime.console import Console
-from cap_llm.runtime.errors import UserError, explained
-from cap_llm.runtime.interrupt import exit_code, held_back
+from cap_llm.runtime.errors import UserError, as_user_error
+from cap_llm.runtime.interrupt import defer_signals, exit_code
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
 from cap_llm.text.reading import Texts
@@ -57,22 +57,22 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.report.card import write_cards
     from cap_llm.report.runs import collect
     from cap_llm.report.write import write_report
-    from cap_llm.runtime.rundir import Run, refuse_strangers
+    from cap_llm.runtime.rundir import Run, check_run_dir
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     run = None
     try:
-        refuse_strangers(Path(config.output_dir))
-        if note := world.crowded():
+        check_run_dir(Path(config.output_dir))
+        if note := world.cpu_contention():
             console.say(note, style="yellow")
         located = locate(config.model)
         check(located, config, console, world)
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
         texts = read_texts(config, located, console) if located.is_dir() else None
         run = Run(config.output_dir, world, console)
-        known = contents(config, located) if world.first else None
+        known = contents(config, located) if world.is_main else None
         run.contents = world.gather(known)[0]
         for stage in ("dense", "given", *config.stages):
             run.stage(stage, config.recipe(stage))  # refused before anything is written
@@ -84,7 +84,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         keep, models = config.runtime.keep_intermediate, {}
         for stage in [s for s in MODELS if s in config.stages]:
             folder = make(stage, source, texts, config, run)
-            if world.first:
+            if world.is_main:
                 write_cards(run.path)
             if models and not keep:
                 earlier, path = models.popitem()  # what it came from
@@ -104,17 +104,17 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         if source != located and models and not keep and "evaluate" in config.stages:
             drop(source, world)
         world.barrier()
-        if world.first:
+        if world.is_main:
             write_cards(run.path)  # again, with the scores
             results = collect(run.path)
             title = config.name or results[-1].name
             page = write_report(results, run.path, title, console)
             console.say(f"report: {page}", loud=True)
     except BaseException as error:
-        error = explained(error)
-        with held_back():  # the launcher ends all ranks once one has failed
+        error = as_user_error(error)
+        with defer_signals():  # the launcher ends all ranks once one has failed
             if run:
-                error = run.blame(error)
+                error = run.explain_failure(error)
                 run.close(exit_code(error), error)
             world.stop_watching()
         raise error
@@ -161,7 +161,7 @@ def drop(folder: Path, world: World) -> None:
     from cap_llm.models.files import remove_weights
 
     world.barrier()
-    if world.first:
+    if world.is_main:
         remove_weights(folder)
     world.barrier()
 
@@ -170,14 +170,14 @@ def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
     from cap_llm.evaluation.lm_eval_tasks import find_tasks
     from cap_llm.models.hub import locate, refuse_another_run
-    from cap_llm.runtime.rundir import refuse_strangers
+    from cap_llm.runtime.rundir import check_run_dir
     from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     world = World(config.runtime.device)
     if not config.output_dir:  # one that is not there, on this file system
         config.output_dir = f"cap-llm-dry-run-{os.getpid()}"
-    refuse_strangers(Path(config.output_dir))
+    check_run_dir(Path(config.output_dir))
     located = locate(config.model, download=False)
     refuse_another_run(config, located)
     check(located, config, console, world, predict=True)

@@ -26,7 +26,7 @@ from cap_llm.models.skeleton import (
     read_as,
     skeleton,
 )
-from cap_llm.runtime.console import Console, duration, size
+from cap_llm.runtime.console import Console, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import attained_rate
 from cap_llm.runtime.world import World
@@ -121,22 +121,22 @@ def check_everything(
         card = torch.cuda.get_device_properties(world.device).total_memory
         if n_bytes > card:
             raise UserError(
-                f"evaluate.tasks need the whole model on each card: {located} has {size(n_bytes)}, "
-                f"a card {size(card)}; score perplexity alone (--evaluate.tasks []), which streams "
-                "the model"
+                f"evaluate.tasks need the whole model on each card: {located} has "
+                f"{format_bytes(n_bytes)}, a card {format_bytes(card)}; score perplexity alone "
+                "(--evaluate.tasks []), which streams the model"
             )
     made = [stage for stage in BLOCKWISE if stage in config.stages]
     needed = estimate(model, n_bytes, made, config, world)
     needed.disk += copied
     needed.memory = max(needed.memory, copied)
     check_disk(needed.disk, made, config)
-    text = f"memory {size(needed.memory)} a rank, disk {size(needed.disk)}"
+    text = f"memory {format_bytes(needed.memory)} a rank, disk {format_bytes(needed.disk)}"
     if needed.activations:
-        text += f", of the memory {size(needed.activations)} for activations"
+        text += f", of the memory {format_bytes(needed.activations)} for activations"
     if predict:
         seconds = needed.forwards / attained_rate(world.device, needed.dtype)
         seconds += needed.solving / attained_rate(world.device, torch.float32)
-        text += f", time {duration(seconds / world.size)}"
+        text += f", time {format_duration(seconds / world.size)}"
         if "evaluate" in config.stages and config.evaluate.tasks:
             text += " and the zero-shot tasks"
     console.say(f"estimate: {text}")

@@ -1,11 +1,11 @@
-"""The entry: runs a subcommand and turns what ends it into an exit code.
+"""The entry point: runs a subcommand and returns its exit code.
 
     cap-llm --config opt-125m-50 --output_dir runs/opt
     deepspeed cap_llm/train.py --config opt-125m-50 --output_dir runs/opt
     torchrun --nproc_per_node 2 cap_llm/train.py --config my.yaml
     python -m cap_llm status runs/opt
 
-`cap_llm/cli/commands.py` has the subcommands.
+The subcommands are listed in `cap_llm/cli/commands.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Given this file, Python puts its folder first on the path; the project's belongs there.
+    # Run as a script, Python puts the script's folder on the path instead of the project's.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cap_llm.runtime.console import Console, quiet_libraries
@@ -29,15 +29,15 @@ import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 from cap_llm.cli.commands import dispatch  # noqa: E402
-from cap_llm.runtime.errors import RankLost, UserError, explained  # noqa: E402
+from cap_llm.runtime.errors import RankLost, UserError, as_user_error  # noqa: E402
 from cap_llm.runtime.interrupt import (  # noqa: E402
     exit_code,
-    of_a_file,
-    stop_at_once,
-    stop_no_more,
+    ignore_signals,
+    is_file_error,
+    raise_on_signals,
     stopped_by,
 )
-from cap_llm.runtime.launcher import launched  # noqa: E402
+from cap_llm.runtime.launcher import read_launch  # noqa: E402
 
 
 def main() -> int:
@@ -46,43 +46,43 @@ def main() -> int:
 
 
 def guarded(work: Callable[[Console], None], program: str) -> int:
-    """Does `work` and turns what ends it early into one line of `program` and an exit code."""
-    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  libraries ask on a terminal, and jobs would wait
+    """Runs `work` and returns an exit code; prints an exception as one line of `program`."""
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  a library's prompt would hang a job
     try:
-        rank = launched().rank
-    except UserError:  # whoever works with other ranks says it
+        rank = read_launch().rank
+    except UserError:  # raised again when the ranks start
         rank = 0
-    console = Console(speaks=rank == 0)
+    console = Console(enabled=rank == 0)
     try:
-        stop_at_once()
+        raise_on_signals()
         work(console)
-    except SystemExit as asked:  # argparse's, after a help text or a usage line
-        return asked.code or 0
+    except SystemExit as error:  # from argparse, after a help or usage text
+        return error.code or 0
     except BaseException as error:
-        stop_no_more()
-        error = explained(error)
+        ignore_signals()
+        error = as_user_error(error)
         code, number = exit_code(error), stopped_by(error)
         if number == signal.SIGPIPE:
             return code
         if number:
-            text = f"{program}: stopped; give the same command again to go on"
+            text = f"{program}: interrupted; rerun the same command to resume"
         elif isinstance(error, UserError | RankLost):
             text = f"{program}: error: {error}"
-        elif of_a_file(error):
+        elif is_file_error(error):
             text = f"{program}: error: {error.filename}: {error.strerror}"
         elif code == 2:
-            said = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             text = (
-                f"{program}: error: out of memory ({said or type(error).__name__}): lower "
-                "--runtime.activation_gib or --calibration.sequences; while recover trains, "
-                "--recover.engine.micro_batch, or set --recover.engine.gradient_checkpointing true"
+                f"{program}: error: out of memory ({reason}). Lower --runtime.activation_gib or "
+                "--calibration.sequences; for recover, lower --recover.engine.micro_batch or set "
+                "--recover.engine.gradient_checkpointing true."
             )
         else:
             text = traceback.format_exc()
         if rank == 0:
             print(text, file=sys.stderr, flush=True)
         elif not number:
-            # The launcher ends the first rank when another one fails: let it speak before that.
+            # The launcher ends rank 0 when another rank fails, so let rank 0 print first.
             time.sleep(2)
             with contextlib.suppress(BrokenPipeError):
                 text = text.replace(f"{program}: error", f"{program}: rank {rank}")
@@ -92,8 +92,10 @@ def guarded(work: Callable[[Console], None], program: str) -> int:
 
 
 def script() -> None:
-    """The command `cap-llm`, in Python's UTF-8 mode whatever the locale: tokenizers open no file
-    whose name is not UTF-8 to Python."""
+    """The command `cap-llm`, in Python's UTF-8 mode whatever the locale.
+
+    Without it, tokenizers cannot open some files whose names are not ASCII.
+    """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -101,16 +103,15 @@ def script() -> None:
 
 
 def leave(code: int) -> None:
-    """Ends the process; one of several ranks here and now, without Python's own end, and so does
-    whoever has used DeepSpeed.
+    """Ends the process, without Python's shutdown if it is one of several ranks or used DeepSpeed.
 
-    To take leave of ranks that wait in a collective would wait for them. And after a ZeRO-3
-    training, the end of the interpreter sometimes aborts (SIGABRT) though all work is done.
+    The shutdown would wait for ranks that are in a collective. After ZeRO-3 training it sometimes
+    aborts (SIGABRT) although all work is done.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError) as error:  # closed, full, or none at all
+        except (OSError, ValueError, AttributeError) as error:  # closed, full, or missing
             code = 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else code
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)
     if os.environ.get("WORLD_SIZE", "1") != "1" or "deepspeed" in sys.modules:

@@ -38,7 +38,7 @@ from pathlib import Path
 from shapes import SHAPES, TEXT, random_model
 from tables import arguments
 
-from cap_llm.runtime.console import Console, size
+from cap_llm.runtime.console import Console, format_bytes
 
 KL = {"ce": 0.2, "kl": 0.8}
 CONTRASTS = {"prc": 0.1, "fic": 0.1, "snc": 0.1}
@@ -136,7 +136,7 @@ def main() -> int:
                 key[1].removeprefix("zero"),
                 key[2],
                 f"{speed(key):.1f}",
-                size(peak),
+                format_bytes(peak),
                 *used(key),
             ]
             for key, peak in peaks.items()
@@ -161,9 +161,9 @@ def main() -> int:
     heads = [launch(common | {"ranks": 1, "head_tokens": t}) for t in HEAD_TOKENS]
     for head in filter(None, heads):
         console.say(
-            f"head losses of {head['tokens']} tokens: {size(head['forward_bytes'])} above their "
-            f"inputs and the head's gradient, {size(head['extra_bytes'])} with the backward; one "
-            f"set of logits takes {size(head['logits_bytes'])}"
+            f"head losses of {head['tokens']} tokens: {format_bytes(head['forward_bytes'])} above "
+            f"their inputs and the head's gradient, {format_bytes(head['extra_bytes'])} with the "
+            f"backward; one set of logits takes {format_bytes(head['logits_bytes'])}"
         )
     if args.out:
         keys = ("ranks", "deepspeed", "arm")
@@ -225,7 +225,7 @@ def measure(work: dict) -> int:
 
     world = World("auto")
     result = head_memory(work) if "head_tokens" in work else steps(work, world)
-    if world.first:
+    if world.is_main:
         Path(work["out"]).write_text(json.dumps(result), encoding="utf-8")
     world.barrier()
     sys.stdout.flush()
@@ -238,7 +238,7 @@ def steps(work: dict, world) -> dict[str, dict]:
 
     from cap_llm.config import EngineConfig, ObjectiveConfig, OptimizerConfig, RecoverConfig
     from cap_llm.contrast.terms import NoContrast
-    from cap_llm.runtime.memory import forget, highest, peaks
+    from cap_llm.runtime.memory import max_peaks, peaks, reset_peak_memory
     from cap_llm.sparsity.keeper import keep_zeros
     from cap_llm.tasks.language_modeling import LanguageModeling
     from cap_llm.text.corpora import read_corpus
@@ -299,7 +299,7 @@ def steps(work: dict, world) -> dict[str, dict]:
         return first.states(teacher, ids)
 
     def timed(arm: str, step: int, work, *given) -> None:
-        forget()
+        reset_peak_memory()
         world.barrier()
         start = time.perf_counter()
         work(*given)
@@ -309,7 +309,7 @@ def steps(work: dict, world) -> dict[str, dict]:
         if step:
             line["seconds"].append(round(time.perf_counter() - start, 3))
         else:  # the first step of an arm also allocates; it is not timed
-            most = highest(world.gather(peaks()))
+            most = max_peaks(world.gather(peaks()))
             line["peak_bytes"] = most.get("peak_cuda_bytes", most["peak_memory_bytes"])
 
     for step in range(work["rounds"] + 1):
@@ -332,7 +332,7 @@ def steps(work: dict, world) -> dict[str, dict]:
         if banked:
             bank = random_bank(banked.extractor, folder / f"pass-{step}", world, empty=True)
             some, each = torch.arange(batch), work["micro_batch"]
-            timed(PASS, step, banked.fill, bank, states, some, each, PASS, Console(speaks=False))
+            timed(PASS, step, banked.fill, bank, states, some, each, PASS, Console(enabled=False))
     return lines
 
 
@@ -385,7 +385,7 @@ def head_memory(work: dict) -> dict:
 
     from cap_llm.models.files import config_dict
     from cap_llm.recovery.check import state_width
-    from cap_llm.runtime.memory import forget
+    from cap_llm.runtime.memory import reset_peak_memory
     from cap_llm.training.objectives import head_loss
 
     vocabulary, width = (
@@ -403,7 +403,7 @@ def head_memory(work: dict) -> dict:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
-    forget()
+    reset_peak_memory()
     before = memory("VmRSS")
     total, _, _ = head_loss(
         states, weight, None, target, (states.detach(), other, None), 0.2, 0.8, 1.0

@@ -125,7 +125,7 @@ def contrast(text, dense: torch.Tensor, n: int, changes: dict, folder: Path, wor
     others = torch.arange(n, len(text.ids))
     contrasts = ContrastiveObjective(units, settings.extra_negatives, n, world, share=others)
     everyone = torch.arange(len(text.ids))
-    contrasts.fill(bank, lambda ids: dense[ids], everyone, 4, "banking", Console(speaks=False))
+    contrasts.fill(bank, lambda ids: dense[ids], everyone, 4, "banking", Console(enabled=False))
     contrasts.terms.append(ContrastTerm("prc", 1.0, [bank]))
     mine = everyone[:n]
     return lambda states: contrasts.losses(states, None, mine, mine, 0, 0)["prc"]

@@ -169,7 +169,7 @@ def test_a_pipeline_that_was_killed_half_way_completes_only_what_is_missing(clus
         first.kill()
     job = re.fullmatch(r"oneshot: job (\d+)\n", said).group(1)
     again = cluster.run(*command).splitlines()
-    assert again[0] in (f"oneshot: job {job} is in the queue already", "oneshot: done")
+    assert again[0] in (f"oneshot: job {job} is already in the queue", "oneshot: done")
     jobs = [re.search(r"job (\d+)", line).group(1) for line in again[1:]]
     assert [line.split(":")[0] for line in again] == STAGES
     third = cluster.run(*command).splitlines()

@@ -21,7 +21,7 @@ from cap_llm.tasks.language_modeling import TextUnits
 from cap_llm.text.packing import PackedText
 
 ALONE = World.alone(torch.device("cpu"))
-QUIET = Console(speaks=False)
+QUIET = Console(enabled=False)
 SHAPE = (10, 3, 4)
 FACTS = {"text": "ab12", "model": "dense", "segments": 3}
 

@@ -278,7 +278,7 @@ def test_the_help_names_every_field_with_its_text(capsys):
         ("Oneshot", {"sparsity": float("nan")}, ["oneshot.sparsity is nan", "finite"]),
         ("Owl", {"threshold": 1}, ["oneshot.owl.threshold is 1", "above 1"]),
         ("Sds", {"mode": "papers"}, ["sds.mode", "gram, paper"]),
-        ("Reconstruct", {"lr": 0}, ["reconstruct.lr is 0", "above 0"]),
+        ("Reconstruct", {"lr": 0}, ["reconstruct.lr is 0", "> 0"]),
         ("Objective", {"kl": -1}, ["recover.objective.kl is -1", "at least 0"]),
         ("Contrast", {"dim": 1}, ["recover.contrast.dim is 1", "at least 2"]),
         ("Optimizer", {"warmup": 1}, ["recover.optimizer.warmup is 1", "[0, 1)"]),

@@ -296,7 +296,7 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
     killed = arguments(model, text_file, tmp_path / "killed", *options)
     done = signalled(tmp_path / "killed", "block   3/24", end, killed)
     assert done.returncode == (143 if end == signal.SIGTERM else -end), done.stderr
-    assert ("give the same command again" in done.stderr) == (end == signal.SIGTERM)
+    assert ("cap-llm: interrupted" in done.stderr) == (end == signal.SIGTERM)
     assert not (tmp_path / "killed" / "oneshot" / "done.json").exists()
     for name in ("killed", "whole"):
         command = arguments(model, text_file, tmp_path / name, *options)

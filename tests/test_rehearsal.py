@@ -10,7 +10,7 @@ import transformers
 
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.rehearsal import SCORES, Rehearsal, check_lengths
-from cap_llm.runtime.errors import UserError, explained
+from cap_llm.runtime.errors import UserError, as_user_error
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def failure_of(call) -> BaseException:
     try:
         call()
     except Exception as error:
-        return explained(error)
+        return as_user_error(error)
     raise AssertionError("it did not fail")
 
 
@@ -109,7 +109,7 @@ def test_other_failures_keep_their_traceback(tiny):
     assert isinstance(failure_of(lambda: torch.zeros(2) @ torch.zeros(3)), RuntimeError)
     full = torch.OutOfMemoryError("CUDA out of memory")
 
-    assert explained(full) is full
+    assert as_user_error(full) is full
 
 
 def test_libraries_cannot_ask(monkeypatch, capsys):

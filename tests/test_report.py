@@ -29,7 +29,7 @@ from cap_llm.report.runs import (
 )
 from cap_llm.report.write import write_report
 from cap_llm.runtime import console
-from cap_llm.runtime.console import Console, size
+from cap_llm.runtime.console import Console, format_bytes
 from cap_llm.runtime.environment import environment
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -153,7 +153,7 @@ def test_numbers_of_runs_are_told_apart(copy, report):
 
 
 def test_bytes_of_tiny_models_are_not_zero():
-    assert [size(n) for n in (2**31, 2**21, 40 * 2**10)] == ["2.0 GiB", "2 MiB", "40 KiB"]
+    assert [format_bytes(n) for n in (2**31, 2**21, 40 * 2**10)] == ["2.0 GiB", "2 MiB", "40 KiB"]
 
 
 # pictures

@@ -33,7 +33,7 @@ SLURM = ROOT / "slurm"
 FILES = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh"), ROOT / "tests/slurm_cluster.sh"])
 LENGTH, BATCH = 64, 4
 PATIENCE = 300.0  # seconds with a job that does not end
-QUIET = Console(speaks=False)
+QUIET = Console(enabled=False)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_the_first_gpus_of_several_nodes_are_not_taken_for_the_jobs(stubs, tmp_p
     )
     assert ("started --no_ssh --hostfile" in job.stdout) == right, job.stderr
     assert (job.returncode == 0) == right
-    assert ("gives the job the GPUs 2,3: ask for whole nodes" in job.stderr) == (not right)
+    assert ("GPUs 2,3" in job.stderr) == (not right)
 
 
 def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_path):
@@ -164,7 +164,7 @@ def test_the_pipeline_is_a_chain_and_is_not_submitted_twice(stubs, recipe, tmp_p
         f"slurm/evaluate.sbatch {recipe} {run} --recover.engine.deepspeed zero3"
     )
     again = pipeline(stubs, recipe, run)
-    assert again.stdout.count("in the queue already") == 3
+    assert again.stdout.count("already in the queue") == 3
     # the second has ended badly, the first well; the third was dropped from the queue with it
     (stubs / "queue").write_text("")
     for stage in ("oneshot", "recover"):
@@ -194,7 +194,7 @@ def test_the_pipeline_knows_its_jobs_whatever_the_run_is_called(stubs, recipe, t
     first = pipeline(stubs, recipe, run)
     assert first.stdout == "oneshot: job 1\nrecover: job 2\nevaluate: job 3\n", first.stderr
     again = pipeline(stubs, recipe, run)
-    assert again.stdout.count("in the queue already") == 3
+    assert again.stdout.count("already in the queue") == 3
     other = pipeline(stubs, recipe, tmp_path / f"{name} more")
     assert other.stdout == "oneshot: job 4\nrecover: job 5\nevaluate: job 6\n"
 
@@ -323,10 +323,10 @@ os.environ["SLURM_JOB_END_TIME"] = str(time.time() + float(sys.argv[2]))
 from cap_llm.runtime import interrupt
 start = time.time()
 try:
-    interrupt.stop_at_once()
+    interrupt.raise_on_signals()
     time.sleep(60)
 except interrupt.Stopped as stopped:
-    assert stopped.args[0] == signal.SIGALRM in interrupt.GOES_ON
+    assert stopped.args[0] == signal.SIGALRM in interrupt.REQUEUE_SIGNALS
     assert time.time() - start > 0.8 * float(sys.argv[2])  # not before it has done some work
 else:
     raise SystemExit("it did not stop")
@@ -371,28 +371,29 @@ def test_a_killed_rank_is_named_and_the_code_is_true(long, tmp_path):
     ended = json.loads((folder / "ended.json").read_text())
     assert (ended["code"], ended["rank"]) == (1, 0), said.read_text()
     assert f"rank 1 (process {victim.pid} on {socket.gethostname()})" in ended["why"]
-    assert "ended without a word: killed, perhaps for its memory" in said.read_text()
+    assert f"(process {victim.pid} on" in said.read_text()
     assert status(folder)["stages"] == {"recover": "failed"}
 
 
 WATCHED = """
 import os, signal, sys, time
 from cap_llm.runtime import watch
-watch.BEAT, watch.GONE, watch.LOST, watch.HALT = 0.2, 1.0, 4.0, 2.0
+watch.HEARTBEAT, watch.DEAD_RANK_GRACE = 0.2, 1.0
+watch.HEARTBEAT_TIMEOUT, watch.DEADLOCK_TIMEOUT = 4.0, 2.0
 from cap_llm.runtime.world import World
 world = World("cpu")
 print(f"rank {world.rank} is {os.getpid()}", flush=True)
 if sys.argv[1] == "work":  # one rank is busy for longer than any limit, the other one waits for it
-    time.sleep(6 if world.first else 0)
+    time.sleep(6 if world.is_main else 0)
     world.barrier()
 elif sys.argv[1] == "halt":  # both wait, but not for the same
     with world.bounded("step 3"):
-        time.sleep(3600) if world.first else world.barrier()
+        time.sleep(3600) if world.is_main else world.barrier()
 elif sys.argv[1] == "gone":  # what a wait for a GPU is like: nothing breaks, no signal is heard
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(3600) if world.first else os._exit(1)
+    time.sleep(3600) if world.is_main else os._exit(1)
 else:
-    world.barrier() if world.first else time.sleep(3600)
+    world.barrier() if world.is_main else time.sleep(3600)
 world.close()
 """
 
@@ -401,10 +402,10 @@ world.close()
     ("what", "reason"),
     [
         ("work", None),
-        ("halt", "no rank gets on: rank 0 at step 3, rank 1 at a barrier"),
+        ("halt", "rank 0 at step 3, rank 1 at a barrier"),
         ("gone", r"rank 1 (process "),
-        ("vanish", "rank 1 has not been heard of"),
-        ("silence", "rank 0 has not been heard of"),  # the launcher holds the ranks' store
+        ("vanish", "heartbeat from rank 1"),
+        ("silence", "heartbeat from rank 0"),  # the launcher holds the ranks' store
     ],
 )
 def test_ranks_that_cannot_go_on_end_and_say_why(what, reason, tmp_path):
@@ -422,7 +423,7 @@ def test_ranks_that_cannot_go_on_end_and_say_why(what, reason, tmp_path):
             wait_for(lambda: "rank 1 is" in said.read_text())
             rank = psutil.Process(int(re.search(r"rank 1 is (\d+)", said.read_text()).group(1)))
             rank.suspend()
-            wait_for(lambda: "heard of" in said.read_text())
+            wait_for(lambda: "heartbeat" in said.read_text())
             rank.kill()
         if what == "silence":
             wait_for(lambda: said.read_text().count(" is ") == 2)
@@ -458,7 +459,7 @@ def test_a_job_of_another_node_is_noticed_without_locks(tmp_path, monkeypatch):
         os.utime(folder / "run.lock", (1, 1))
 
     monkeypatch.setattr(lock.time, "sleep", sleep)
-    with pytest.raises(UserError, match=r"in use by another job \(job 12 on another-node\)"):
+    with pytest.raises(UserError, match="job 12 on another-node"):
         lock.Lock(folder, QUIET)
     assert waits
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from cap_llm.blockwise.sds import SGD_BATCH
 from cap_llm.config import MODELS, Config
 from cap_llm.models.blocks import BlockModel, matrix
-from cap_llm.runtime.console import size
+from cap_llm.runtime.console import format_bytes
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
@@ -233,6 +233,6 @@ def check_disk(needed: int, made: list[str], config: Config) -> None:
     written = sum(p.stat().st_size for p in files)
     if not done and needed - written > free:
         raise UserError(
-            f"output_dir {config.output_dir} needs {size(needed - written)} of disk and "
-            f"{size(free)} are free; free some or choose another output_dir"
+            f"output_dir {config.output_dir} needs {format_bytes(needed - written)} of disk and "
+            f"{format_bytes(free)} are free; free some or choose another output_dir"
         )

@@ -28,7 +28,7 @@ from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel, matrix
 from cap_llm.models.directory import recorded, removed
 from cap_llm.models.masks import PRUNED, Masks
-from cap_llm.runtime.console import size
+from cap_llm.runtime.console import format_bytes
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.memory import Memory
@@ -71,7 +71,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
         walk = None
         if windows is not None and len(work.finished) < len(model):
             bar.phase("embedding")
-            mine = windows[list(world.share(len(windows)))]
+            mine = windows[list(world.shard(len(windows)))]
             memory = Memory.plan(model.device, config.runtime.activation_gib)
             walk = Walk(model, mine, memory, scratch)
         model.drop_outside()
@@ -91,14 +91,16 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
                 )
                 carry(model, i, _left(model, i, result, earlier, settings), result)
                 bar.phase("writing")
-                if world.first:
+                if world.is_main:
                     weights = {r.name: model.model.get_parameter(r.name) for r in result.rows}
                     work.write(i, weights, result)
             world.barrier()
             work.report(i, result)
             bar.advance()
         if walk and walk.hidden.spilled:
-            run.console.say(f"oneshot: {size(walk.hidden.spilled)} of activations went to disk")
+            run.console.say(
+                f"oneshot: {format_bytes(walk.hidden.spilled)} of activations went to disk"
+            )
     return work.finish(allocation=budget)
 
 
@@ -152,7 +154,7 @@ def _owl(
     held_out, seen = windows[:guard], windows[guard:]
     named = {n for w in config.oneshot.layers for n in plan if matches(n, w)}
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
-        mine = seen[list(run.world.share(len(seen)))]
+        mine = seen[list(run.world.shard(len(seen)))]
         with run.console.bar("OWL", len(model), "blocks") as bar:
             memory = Memory.plan(model.device, config.runtime.activation_gib)
             walk = Walk(model, mine, memory, Path(scratch))
@@ -175,7 +177,7 @@ def _owl(
                 f"{'OWL' if record['allocation'] == 'owl' else 'uniform'} is used"
             )
     run.bind(folder, config.recipe(STAGE))
-    if run.world.first:
+    if run.world.is_main:
         write_json(path, record)
     run.world.barrier()
     return record["sparsity"], record["allocation"]
@@ -225,8 +227,8 @@ def _proxy_nll(
     settings = OneshotConfig(method="wanda", pattern=config.oneshot.pattern, sparsity=0.5)
     world = run.world
     memory = Memory.plan(model.device, config.runtime.activation_gib, parts=2)
-    walk = Walk(model, seen[list(world.share(len(seen)))], memory, scratch)
-    mine = held_out[list(world.share(len(held_out)))]
+    walk = Walk(model, seen[list(world.shard(len(seen)))], memory, scratch)
+    mine = held_out[list(world.shard(len(held_out)))]
     scored = Walk(model, mine, memory, scratch) if len(mine) else None
     for i in range(len(model)):
         with model.block(i) as block:

@@ -69,7 +69,7 @@ def streamed_nll(
             f"{type(model.model).__name__} gives no next-token logits, so it has no perplexity; "
             "leave evaluate out of --stages"
         )
-    mine = windows[list(world.share(len(windows)))]
+    mine = windows[list(world.shard(len(windows)))]
     walk = Walk(model, mine, memory, scratch) if len(mine) else None
     if walk:
         for i in range(len(model)):

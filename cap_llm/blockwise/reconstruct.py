@@ -106,7 +106,7 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
                     if trains:
                         results[own] = result = trainer.train(own, block, bar.phase)
                         bar.phase("writing")
-                        if in_turn or world.first:
+                        if in_turn or world.is_main:
                             prefix = work.model.block_name(own) + "."
                             trained = {prefix + n: p for n, p in block.named_parameters()}
                             work.write(own, trained, result)
@@ -161,7 +161,7 @@ class _Trainer:
         low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
         self.n = len(texts.calibration)
-        mine, held_out = self.team.share(self.n), self.team.share(len(texts.held_out))
+        mine, held_out = self.team.shard(self.n), self.team.shard(len(texts.held_out))
         self.place = {sequence: k for k, sequence in enumerate(mine)}  # of the ones to train on
         self.judges = range(len(mine), len(mine) + len(held_out))
         self.n_judges = len(texts.held_out)
@@ -189,7 +189,7 @@ class _Trainer:
         with self.dense.block(i) as block, self.autocast():
             for first in range(0, n, pool.size):
                 k = min(first + pool.rank, n - 1)
-                outputs = pool.concat(self.given.output(i, k, block).float())  # [W, T, H]
+                outputs = pool.all_gather(self.given.output(i, k, block).float())  # [W, T, H]
                 for j, output in enumerate(outputs.split(1)[: n - first]):
                     y[first + j] = output
         self.given.hidden = y

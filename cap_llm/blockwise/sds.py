@@ -91,7 +91,7 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
                 else:
                     result = step.change(i, block, dense_block, bar.phase)
                     bar.phase("writing")
-                    if run.world.first:
+                    if run.world.is_main:
                         step.keep_redense(i, block)
                         get = work.model.model.get_parameter
                         work.write(i, {r.name: get(r.name) for r in result.rows}, result)
@@ -179,9 +179,9 @@ class _Step:
         self.pattern = pattern_of(config.oneshot)
         self.masks, self.plan = masks, plan
         self.inside = earlier_mask(dense, config.oneshot, plan)
-        mine = self.world.share(len(texts.calibration))
+        mine = self.world.shard(len(texts.calibration))
         calibration = texts.calibration[list(mine)]
-        held_out = texts.held_out[list(self.world.share(len(texts.held_out)))]
+        held_out = texts.held_out[list(self.world.shard(len(texts.held_out)))]
         self.holds_out = len(texts.held_out) > 0
         # a batch of SGD has statistics of its own; mode `gram` is one batch
         batch = SGD_BATCH if self.settings.mode == "paper" else len(texts.calibration)

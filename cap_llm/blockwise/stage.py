@@ -27,11 +27,11 @@ from cap_llm.models.checkpoint import ShardWriter
 from cap_llm.models.directory import Row, kind, verify, write_sparsity
 from cap_llm.models.files import fingerprint, weights_and_masks
 from cap_llm.models.masks import PRUNED, Masks
-from cap_llm.runtime.console import duration, size
+from cap_llm.runtime.console import format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import digests, read_json, write_json
 from cap_llm.runtime.files import verify as verify_files
-from cap_llm.runtime.memory import forget, highest, peaks
+from cap_llm.runtime.memory import max_peaks, peaks, reset_peak_memory
 from cap_llm.runtime.rundir import Run
 from cap_llm.text.reading import Texts
 
@@ -71,10 +71,10 @@ class BlockStage:
         self.parts = self.folder / "blocks"
         self._inputs = {}
         for field, model in (("model", source), ("dense", dense)):
-            self._inputs[field] = fingerprint(model) if model and run.world.first else None
+            self._inputs[field] = fingerprint(model) if model and run.world.is_main else None
             self._refuse_other_inputs(field, f"the weights in {model} have")
         if self.done:
-            if run.world.first:
+            if run.world.is_main:
                 shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
             run.console.say(f"{self.name}: done already, in {self.folder}")
 
@@ -86,11 +86,11 @@ class BlockStage:
         Raises:
             UserError: it is other text than the finished blocks'.
         """
-        forget()
+        reset_peak_memory()
         run = self.run
         self._texts = texts
         self.model = BlockModel.open(self._source, run.world.device, dtype)
-        if run.world.first:
+        if run.world.is_main:
             if not (self.folder / "recipe.json").exists():
                 # of a job that finished nothing: nobody knows with what settings
                 shutil.rmtree(self.parts, ignore_errors=True)
@@ -194,9 +194,9 @@ class BlockStage:
             UserError: what lies on disk is not what was written.
         """
         run, world = self.run, self.run.world
-        memory = highest([self._peaks, *world.gather(peaks())])
+        memory = max_peaks([self._peaks, *world.gather(peaks())])
         world.barrier()
-        if world.first:
+        if world.is_main:
             self._join()
         seconds = time.monotonic() - self._start
         summary = {
@@ -206,13 +206,13 @@ class BlockStage:
             "calibration": self._texts.origin,
             **facts,
         }
-        files = weights_and_masks(self.folder) if world.first else ()
+        files = weights_and_masks(self.folder) if world.is_main else ()
         run.finish_stage(self.folder, summary, files)
-        if world.first:
+        if world.is_main:
             shutil.rmtree(self.parts)
+        peak = format_bytes(memory["peak_memory_bytes"])
         run.console.say(
-            f"{self.name}: done in {duration(seconds)}, {size(memory['peak_memory_bytes'])} at "
-            f"most, in {self.folder}"
+            f"{self.name}: done in {format_duration(seconds)}, {peak} at most, in {self.folder}"
         )
         return self.folder
 
@@ -286,7 +286,7 @@ class BlockStage:
                 else:
                     rows[i] = row
         spent = max((row["elapsed"] for row in rows.values()), default=0.0)
-        return set(rows), spent, highest(rows.values())
+        return set(rows), spent, max_peaks(rows.values())
 
     def _row_file(self, i: int) -> Path:
         return self.parts / f"{i:05d}.json"

@@ -1,4 +1,4 @@
-"""`cap-llm bench`: what a pruned model's zeros save at inference on this machine."""
+"""`cap-llm bench`: memory and time that sparse formats save at inference on this machine."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 
 _EXAMPLES = ("runs/opt/oneshot", "runs/opt/oneshot -o bench.json", "runs/opt/oneshot --repeats 50")
-_MORE = """The pruned matrices are stored dense, bit-packed, as CSR, and as 2:4 where the pattern
-and the GPU have it. Timed are single products and a decoding step of the whole model, for 1 and 64
-sequences. Nothing is tuned: these are PyTorch's own kernels. Leave the machine alone meanwhile."""
+_MORE = """The benchmark stores the pruned matrices dense, bit-packed, as CSR, and as 2:4 if the
+pattern and the GPU support it. It times single matrix products and a decoding step of the whole
+model, for 1 and 64 sequences, with PyTorch's own kernels. Run nothing else meanwhile."""
 
 
 def main(argv: list[str], console: Console) -> None:
-    """Measures and prints the tables.
+    """Runs the benchmark and prints its tables.
 
     Raises:
-        UserError: the model cannot be measured, or the file cannot be written.
+        UserError: the model is not supported, or the results file is not writable.
     """
-    what = "Measure the bytes and the time that a pruned model's zeros save on this machine."
+    what = "Measure the memory and time that sparse formats save for a pruned model."
     parser = make_parser("bench", what, _EXAMPLES, _MORE)
     parser.add_argument("model", metavar="MODEL", type=Path, help="a pruned model directory")
     repeats = parser.add_argument("--repeats", type=int, default=15)
-    repeats.help = "timed turns of each format; default: 15"
+    repeats.help = "timed repetitions per format; default: 15"
     add_out(parser, "FILE", "JSON file for all results")
     args = parse(parser, argv)
     if args.repeats < 1:

@@ -1,7 +1,7 @@
-"""The command line: a recipe or file, then `--section.field VALUE`, read into the settings.
+"""Parses the command line: a recipe or YAML file, then `--section.field VALUE` overrides.
 
-jsonargparse makes the options from the dataclasses of `config.py`; this module finds recipes and
-says in one line what is wrong.
+jsonargparse builds the options from the dataclasses of `config.py`. This module finds recipes and
+shortens error messages to one line.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormat
 
 
 def read_config(argv: list[str]) -> tuple[Config, str, bool]:
-    """Reads the arguments of `cap-llm run`: a recipe or file, then overrides.
+    """Parses the arguments of `cap-llm run`.
 
     Returns:
-        The settings, the same as YAML, and whether only a dry run was asked for.
+        The config, the config as YAML, and whether `--dry-run` is set.
 
     Raises:
-        UserError: an option is unknown, misspelt, or its value is of the wrong type or range.
+        UserError: an option is unknown, or its value has the wrong type or is out of range.
     """
     file, argv = _resolve_recipe(argv)
-    dry_run = "--dry-run" in argv  # not a setting: --print_config leaves it out
+    dry_run = "--dry-run" in argv  # not part of the config
     argv = [a for a in argv if a not in ("--dry-run", "--quiet")]
     parser = make_parser()
     try:
@@ -62,14 +62,13 @@ def read_config(argv: list[str]) -> tuple[Config, str, bool]:
 
 
 def as_yaml(config: Config) -> str:
-    """The settings as a file that `--config` reads."""
-    content = dataclasses.asdict(config)
-    return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+    """The config as YAML for `--config`."""
+    return yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False)
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command; its help shows every option with meaning and default."""
-    what = "Prune a language model, recover its quality and evaluate it. The recipes:\n"
+    """The parser of `cap-llm run`; its help lists all options with their defaults."""
+    what = "Prune a language model, recover its quality and evaluate it. Recipes:\n"
     what += textwrap.fill(", ".join(recipes()), 78, initial_indent="  ", subsequent_indent="  ")
     parser = jsonargparse.ArgumentParser(
         prog="cap-llm",
@@ -79,19 +78,19 @@ def make_parser() -> jsonargparse.ArgumentParser:
         formatter_class=_Help,
     )
     parser.add_argument(
-        "--config", action=jsonargparse.ActionConfigFile, help="A recipe's name or a YAML file."
+        "--config", action=jsonargparse.ActionConfigFile, help="Name of a recipe, or a YAML file."
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="Check all that can be checked, predict memory, disk and hours, and stop.",
+        help="Check the run and estimate its memory, disk and time, without running it.",
     )
     parser.add_argument(
         "--quiet",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="Print only warnings, errors and the path of the report; log.txt has all.",
+        help="Print only warnings, errors and the report's path; log.txt has all output.",
     )
     parser.add_class_arguments(Config)
     if "_ARGCOMPLETE" in os.environ:
@@ -101,7 +100,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def _values(option: str, **options) -> list[str]:
-    """What the shell offers as the value of an option: jsonargparse itself knows no literals."""
+    """Completions of an option's value; jsonargparse itself does not complete literals."""
     from argcomplete.completers import FilesCompleter
 
     kind = str if option in ("config", "print_config") else _field_type(option)
@@ -113,99 +112,98 @@ def _values(option: str, **options) -> list[str]:
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the package's recipes."""
     folder = files("cap_llm") / "recipes"
     names = (path.name for path in folder.iterdir())
     return sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml"))
 
 
 def _resolve_recipe(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """The file that `--config` names, also by a recipe's name, and the other arguments."""
+    """The file of `--config`, given as a path or a recipe, and the other arguments."""
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if argv.count("--config") > 1:
-        raise UserError("--config is given twice; give one recipe or file, and options after it")
+        raise UserError("--config is set twice. Pass one recipe or file, then override options.")
     if "--config" not in argv:
         return None, argv
     at = argv.index("--config")
     if at + 1 == len(argv):
         raise UserError(
-            "--config needs a recipe's name or a file; recipes: " + ", ".join(recipes())
+            "--config needs a value. Pass a YAML file or one of " + ", ".join(recipes())
         )
     name, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     if name in recipes():
         return Path(str(files("cap_llm") / "recipes" / f"{name}.yaml")), rest
     if not Path(name).expanduser().is_file():
         near = difflib.get_close_matches(name, recipes(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "recipes: " + ", ".join(recipes())
-        raise UserError(f"--config {name}: neither a file nor a recipe; {hint}")
+        hint = f"Did you mean {near[0]}?" if near else f"Recipes: {', '.join(recipes())}."
+        raise UserError(f"--config {name} is neither a file nor a recipe. {hint}")
     return Path(name).expanduser(), rest
 
 
 def _read_file(path: Path) -> dict:
-    """The settings of a YAML file.
+    """Reads a YAML config.
 
     Raises:
-        UserError: it is not YAML, sets one field twice, or holds an unknown field or a section
-            that is not one.
+        UserError: it is not valid YAML, sets a field twice, or has unknown fields.
     """
     try:
         content = _load_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"--config {path} is not valid YAML: {why}") from None
-    return _checked(content, Config(), path)
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not valid YAML: {reason}") from None
+    return _check_fields(content, Config(), path)
 
 
-def _checked(content: object, section: object, path: Path, prefix: str = "") -> dict:
-    """What a file sets of a section, without what is left empty."""
-    if content is None:  # all its fields are comments
+def _check_fields(content: object, section: object, path: Path, prefix: str = "") -> dict:
+    """The fields of a section that a file sets, without empty subsections."""
+    if content is None:
         return {}
     if not isinstance(content, dict):
-        what = f"sets {prefix.rstrip('.')} to" if prefix else "holds"
-        raise UserError(f"--config {path} {what} {reprlib.repr(content)} instead of settings")
+        where = f"sets {prefix.rstrip('.')} to" if prefix else "contains"
+        raise UserError(f"--config {path} {where} {reprlib.repr(content)}, not a mapping")
     fields = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
-    found = {}
+    result = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
         if key not in fields:
             near = _near(name, [prefix + other for other in fields])
             raise UserError(f"--config {path} sets {name}, which is unknown{near}")
         is_section = dataclasses.is_dataclass(fields[key])
-        found[key] = _checked(value, fields[key], path, f"{name}.") if is_section else value
-    return found
+        result[key] = _check_fields(value, fields[key], path, f"{name}.") if is_section else value
+    return result
 
 
 def _load_yaml(text: str) -> object:
-    """Reads YAML, in files and in options' values.
+    """Loads YAML, from a file or an option's value.
 
     Raises:
-        YAMLError: also where a mapping holds a key twice: YAML's own readers take the last.
+        YAMLError: it is invalid, or a mapping has a duplicate key, which PyYAML accepts.
     """
     try:
-        _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), set())
+        _reject_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), set())
         return _READ_YAML(text)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
 
 
-def _refuse_twice(node: yaml.Node | None, seen: set[int]) -> None:
-    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+def _reject_duplicates(node: yaml.Node | None, visited: set[int]) -> None:
+    if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
         return
-    seen.add(id(node))  # an anchor may stand inside itself
+    visited.add(id(node))  # an anchor may contain itself
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_twice(item, seen)
+            _reject_duplicates(item, visited)
         return
     lines: dict[str, int] = {}
     for key, value in node.value:
-        _refuse_twice(value, seen)
+        _reject_duplicates(value, visited)
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise yaml.YAMLError(
-                    f"{key.value} is set twice, in line {lines[key.value]} and line {line}"
+                    f"{key.value} is set twice, on line {lines[key.value]} and line {line}"
                 )
             lines[key.value] = line
 
@@ -215,7 +213,7 @@ jsonargparse.set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """jsonargparse's message as one line in this command's words."""
+    """Rewrites an error message of jsonargparse as one line that names the option."""
     message = " ".join(message.split())
     key = re.search(r'Parser key "([\w.]+)"', message)
     value = re.search(r"(?:Got value|Given value): (.*)$", message)
@@ -223,23 +221,23 @@ def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
         kind = _field_type(key.group(1))
         text = str(refused(key.group(1), value.group(1), kind))
         if kind is str:
-            text += " (put it in quotes: YAML reads it as something else)"
+            text += ". Quote it, so that YAML reads it as a string."
         return text
-    whole = re.search(r'Parser key "(\w+)": Unable to load', message)
-    if whole and (first := next((o for o in _options(parser) if o.startswith(f"{whole[1]}.")), "")):
-        return f"--{whole[1]} is a section of settings; did you mean --{first}?"
+    name = re.search(r'Parser key "(\w+)": Unable to load', message)
+    if name and (first := next((o for o in _options(parser) if o.startswith(f"{name[1]}.")), "")):
+        return f"--{name[1]} is a config section; did you mean --{first}?"
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         option = unknown.group(1).split("=")[0]
         if not option.startswith("-"):
             return f"{option} does not belong to an option{misplaced(option) or ' (see --help)'}"
-        known = [f"--{o}" for o in _options(parser)]
-        return f"unknown option {option}{_near(option, known)} (see --help)"
+        options = [f"--{o}" for o in _options(parser)]
+        return f"unknown option {option}{_near(option, options)} (see --help)"
     return f"{message} (see --help)"
 
 
 def misplaced(word: str) -> str:
-    """What a word that does not belong to an option may have meant; empty if nothing is near."""
+    """A suggestion for a word that does not belong to an option, or an empty string."""
     if word in recipes() or (word.endswith((".yaml", ".yml")) and Path(word).is_file()):
         return f"; did you mean --config {word}?"
     if (Path(word) / "config.json").is_file():
@@ -252,8 +250,8 @@ def _options(parser: jsonargparse.ArgumentParser) -> list[str]:
     return [o.removeprefix("--") for action in parser._actions for o in action.option_strings]
 
 
-def _near(option: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(option, known, n=1, cutoff=0.7)
+def _near(option: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(option, options, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -1,7 +1,7 @@
-"""The subcommands: one table, and what chooses from it.
+"""The table of subcommands and their dispatch.
 
-Their modules are imported when they are called, and import what is heavy after they have read the
-command line: help, version and `status` load no torch.
+A subcommand's module is imported when it is called, and imports torch only after it has parsed the
+command line. Help, version and `status` do not load torch.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from cap_llm.cli.options import make_parser, parse
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 
-# name: one line of help; the module of that name has `main(argv, console)`, which does the work
+# name: help text; the module of that name defines `main(argv, console)`
 COMMANDS = {
     "run": "prune, recover and evaluate a model (the default)",
-    "status": "show how far a run is",
+    "status": "show the progress of a run",
     "prefetch": "download what a recipe needs, for jobs without internet",
-    "compare": "write one report over several runs",
+    "compare": "write one report of several runs",
     "perplexity": "measure the perplexity of a model",
     "zeroshot": "measure the zero-shot accuracy of a model with lm-eval",
-    "bench": "measure what the zeros of a pruned model save on this machine",
+    "bench": "measure the memory and time that sparse formats save",
     "demo": "prune and recover a real 135M model on two CPU cores",
     "push": "upload a finished model and its card to the Hugging Face hub",
 }
@@ -33,23 +33,23 @@ _EXAMPLES = (
     "status runs/opt",
 )
 _MORE = """
-Without a subcommand, `run` is meant; `cap-llm run --help` lists its options.
+The default subcommand is `run`; `cap-llm run --help` lists its options.
 On several GPUs: deepspeed cap_llm/train.py ..., or torchrun --nproc_per_node N -m cap_llm ...
 
-Completion in bash and zsh: pip install "cap_llm[completion]", and put this line in ~/.bashrc
+For completion in bash and zsh, run pip install "cap_llm[completion]" and add this line to ~/.bashrc
 or ~/.zshrc: eval "$(register-python-argcomplete cap-llm)"
 """
 
 
 def dispatch(argv: list[str], console: Console) -> None:
-    """Runs the subcommand that `argv` begins with; without one, `run`.
+    """Runs the subcommand that `argv` begins with; the default is `run`.
 
     Raises:
-        UserError: there is no such subcommand, or it cannot do its work.
+        UserError: the subcommand is unknown, or it failed.
     """
-    if "_ARGCOMPLETE" in os.environ:  # the shell wants completions of a line, not work
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         argv = _words_to_complete()
-    # the deepspeed launcher adds it; LOCAL_RANK has the same value
+    # The deepspeed launcher adds this option; LOCAL_RANK has the same value.
     argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
     first = argv[0] if argv else ""
     if first in COMMANDS:
@@ -67,7 +67,7 @@ def dispatch(argv: list[str], console: Console) -> None:
 
 
 def _parser():
-    """The parser of the help over all subcommands."""
+    """The parser of the overall help."""
     what = "Prune transformer language models and recover their quality."
     parser = make_parser("", what, _EXAMPLES, usage="cap-llm [SUBCOMMAND] [ARGUMENTS]")
     lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
@@ -79,7 +79,7 @@ def _parser():
 
 
 def _hint(word: str) -> str:
-    """What a first word that is not a subcommand may have meant."""
+    """A suggestion for an unknown subcommand."""
     from cap_llm.cli.command_line import misplaced
 
     if hint := misplaced(word):
@@ -89,9 +89,9 @@ def _hint(word: str) -> str:
 
 
 def _words_to_complete() -> list[str]:
-    """The subcommand of the line that argcomplete reads, which it is told to read behind that."""
+    """The subcommand of the line to complete; argcomplete then completes what follows it."""
     line = os.environ["COMP_LINE"][: int(os.environ.get("COMP_POINT", 10**6))]
-    words = (line + "|").split()[1:]  # the last one is being written
+    words = (line + "|").split()[1:]  # the last word is incomplete
     if len(words) > 1 and words[0] in COMMANDS:
         os.environ["_ARGCOMPLETE"] = "2"
         return words[:1]

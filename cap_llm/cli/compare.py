@@ -1,7 +1,4 @@
-"""`cap-llm compare`: one report over any runs: tables, pictures, a page to pass on, CSV.
-
-Needs no GPU and no network.
-"""
+"""`cap-llm compare`: one report of several runs, without GPU or network."""
 
 from __future__ import annotations
 
@@ -11,16 +8,16 @@ from cap_llm.cli.options import add_out, make_parser, parse
 from cap_llm.runtime.console import Console
 
 _EXAMPLES = ("runs/a runs/b", "runs -o runs/comparison", 'runs/* --title "OPT-125m at 50%"')
-_MORE = "DIR gets report.html (one file, pictures inside), report.md, report.csv and figures/."
+_MORE = "Writes report.html (self-contained), report.md, report.csv and figures/ to DIR."
 
 
 def main(argv: list[str], console: Console) -> None:
     """Writes the report.
 
     Raises:
-        UserError: there is no run in what was named, or the report cannot be written.
+        UserError: no run was found, or the report cannot be written.
     """
-    parser = make_parser("compare", "Write one report over any runs.", _EXAMPLES, _MORE)
+    parser = make_parser("compare", "Write one report of several runs.", _EXAMPLES, _MORE)
     runs = parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     runs.help = "the output_dir of a run, or a folder of them"
     add_out(parser, "DIR", "default: comparison", default=Path("comparison"))

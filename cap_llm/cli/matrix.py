@@ -1,7 +1,7 @@
-"""A matrix of runs: the demo, the acceptance check, the studies and a benchmark declare its rows.
+"""A matrix of runs, used by the demo, the acceptance check, the studies and a benchmark.
 
-A row is one run of the real entry in a directory of its own. Rows that are finished are skipped,
-an interrupted row resumes, and a row that starts from another row's model waits for it.
+Each row is a run of the entry point in its own run directory. Finished rows are skipped, an
+interrupted row resumes, and a row that starts from another row's model runs after it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cap_llm.runtime.console import Console
-from cap_llm.runtime.interrupt import held_back
+from cap_llm.runtime.interrupt import defer_signals
 
 DENSE = "dense"  # the stage of a row that only scores the dense model
-STOPS = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of an interrupted entry
+STOPS = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of an interrupted run
 
 
 @dataclass
 class Row:
-    """One run of the entry.
+    """One run of the entry point.
 
     Attributes:
-        name: identifies the row in tables, in the log and in a file of results.
-        options: the entry's options by name; a row stands for the model that it makes.
-        stage: the stage that makes this row's model.
-        ranks: processes that make it.
+        name: identifies the row in tables, logs and result files.
+        options: options by name; a row as a value stands for that row's model.
+        stage: the stage that writes this row's model.
+        ranks: number of processes.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Row:
 
 @dataclass
 class Matrix:
-    """Rows that come from one dense model.
+    """Runs rows that start from one dense model.
 
     Attributes:
         work: folder of the run directories.
         model: the dense model, a directory or a name on the hub.
-        common: options of every row.
+        common: options of all rows.
     """
 
     work: Path
@@ -76,13 +76,13 @@ class Matrix:
         return row.stage == DENSE or all(file.exists() for file in files)
 
     def command(self, row: Row, scores: dict | None = None, ranks: int = 0) -> list[str]:
-        """The command that makes the row's model and, given options for that, scores it."""
+        """The command that builds the row's model and, with `scores`, evaluates it."""
         start = {"model.path": self.model}
         if isinstance(row.options.get("model.path"), Row):
             start["model.dense"] = self.model
-        place = {"output_dir": self.folder(row), "name": row.name}
+        output = {"output_dir": self.folder(row), "name": row.name}
         stages = [row.stage] * (row.stage != DENSE) + ["evaluate"] * (scores is not None)
-        options = self.common | place | start | row.options | (scores or {}) | {"stages": stages}
+        options = self.common | output | start | row.options | (scores or {}) | {"stages": stages}
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         ranks = ranks or row.ranks
         command = [sys.executable, *([*launcher, str(ranks)] if ranks > 1 else [])]
@@ -93,7 +93,7 @@ class Matrix:
         return command
 
     def run(self, row: Row, scores: dict | None = None, ranks: int = 0) -> int:
-        """Makes the models that the row reads, then its own, and scores it; the exit code."""
+        """Builds the models that the row needs, then runs the row; returns an exit code."""
         for need in row.needs:
             if not self.has_model(need) and (code := self.run(need)):
                 return code
@@ -102,16 +102,16 @@ class Matrix:
         return call(self.command(row, scores, ranks), ranks or row.ranks)
 
     def run_all(self, rows: list[Row], work: Callable[[Row], int], console: Console) -> int:
-        """Calls `work`, which returns an exit code, on each row; returns the exit code of all.
+        """Calls `work`, which returns an exit code, on each row; returns an exit code for all.
 
-        After a failure the other rows go on, except those that need the failed one. An interrupt,
-        or a dense model that cannot be scored, ends everything.
+        A failed row does not stop the others, except those that need it. An interrupt or a failed
+        dense row stops all.
         """
         failed: dict[str, str] = {}
         for n, row in enumerate(rows, 1):
             console.say(f"\n[{n}/{len(rows)}] {row.name}", style="bold")
-            if lost := [need.name for need in row.needs if need.name in failed]:
-                failed[row.name] = f"it needs {lost[0]}"
+            if missing := [need.name for need in row.needs if need.name in failed]:
+                failed[row.name] = f"needs {missing[0]}"
             elif code := work(row):
                 if code in STOPS or row.stage == DENSE:
                     return code
@@ -122,7 +122,7 @@ class Matrix:
 
 
 def call(command: list[str], ranks: int = 1) -> int:
-    """Runs a command on all cores; its exit code. A request to stop is passed on to it."""
+    """Runs a command on all cores, forwards SIGTERM to it, and returns its exit code."""
     import torch
 
     environment = dict(os.environ)
@@ -130,21 +130,21 @@ def call(command: list[str], ranks: int = 1) -> int:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-    with held_back() as request:
-        process, passed_on = subprocess.Popen(command, env=environment), False
+    with defer_signals() as request:
+        process, forwarded = subprocess.Popen(command, env=environment), False
         while True:
             try:
                 code = process.wait(1)
                 break
-            except subprocess.TimeoutExpired:  # Ctrl-C reaches the whole group by itself
-                if request.number == signal.SIGTERM and not passed_on:
+            except subprocess.TimeoutExpired:  # Ctrl-C reaches the whole process group
+                if request.number == signal.SIGTERM and not forwarded:
                     process.terminate()
-                    passed_on = True
+                    forwarded = True
     if request.number:
         return 128 + request.number
     return 128 - code if code < 0 else code  # the shell's convention
 
 
 def _text(value) -> str:
-    """An option's value as the command line spells it."""
+    """Formats an option's value for the command line."""
     return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)

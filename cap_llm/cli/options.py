@@ -1,4 +1,4 @@
-"""What the parsers of the subcommands share: their help, and options of one name and meaning."""
+"""Shared parts of the subcommands: parsers, common options, and the frame for scoring a model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cap_llm.config import ModelConfig
+from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from cap_llm.runtime.world import World
 
 
 def make_parser(
     name: str, what: str, examples: Sequence[str], more: str = "", **options
 ) -> argparse.ArgumentParser:
-    """A parser of `cap-llm NAME` whose help begins with examples of its arguments."""
+    """A parser of `cap-llm NAME` whose help begins with examples."""
     prog = f"cap-llm {name}".strip()
     return argparse.ArgumentParser(
         prog=prog,
@@ -28,16 +34,16 @@ def make_parser(
 
 
 def describe(prog: str, what: str, examples: Sequence[str]) -> str:
-    """The top of a help: examples, then a line of what the command does."""
+    """The beginning of a help text: examples, then a summary."""
     lines = [f"  {prog} {example}".rstrip() for example in examples]
     return "\n".join(["examples:", *lines, "", what])
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str], others: bool = False):
-    """Reads the arguments, or completes them where the shell asks for that.
+    """Parses the arguments, or completes them if the shell asks for completions.
 
     Returns:
-        The arguments; with `others`, also a list of those that the parser does not know.
+        The arguments; with `others`, also a list of unknown arguments.
     """
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
@@ -47,22 +53,57 @@ def parse(parser: argparse.ArgumentParser, argv: list[str], others: bool = False
 
 
 def add_out(parser: argparse.ArgumentParser, metavar: str, text: str, **options) -> None:
-    """Where results go."""
+    """Adds the option for the output."""
     parser.add_argument("-o", "--out", type=Path, metavar=metavar, help=text, **options)
 
 
-def add_scored_model(parser: argparse.ArgumentParser) -> None:
-    """The model to score, and on what."""
+def make_score_parser(
+    name: str, what: str, examples: Sequence[str], more: str
+) -> argparse.ArgumentParser:
+    """A parser of a subcommand that scores a model."""
+    parser = make_parser(name, what, examples, more, usage=f"cap-llm {name} [OPTIONS] MODEL")
     parser.add_argument("model", metavar="MODEL", help="a model directory or a name on the hub")
     add_out(parser, "FILE", "file for the results; default: in the model's directory")
-    parser.add_argument("--tokenizer", help="tokenizer, where the model has none")
+    parser.add_argument("--tokenizer", help="tokenizer, if the model has none")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
+    return parser
+
+
+@contextlib.contextmanager
+def scoring(
+    args: argparse.Namespace, model: ModelConfig, name: str, console: Console
+) -> Iterator[tuple[World, Path, Path | None]]:
+    """Starts the ranks and locates the model that the body scores.
+
+    Yields:
+        The ranks, the model's directory, and the results file: `--out`, or `name` in a local model
+        directory. Without either it is None.
+
+    Raises:
+        UserError: the model is not a directory, or the results file is not writable.
+    """
+    from cap_llm.models.hub import locate
+    from cap_llm.runtime.world import World
+
+    world = World(args.device)
+    folder = locate(model)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a model directory. Score it with cap-llm --model.path {folder} "
+            "--stages [evaluate] --output_dir DIRECTORY"
+        )
+    path = args.out and writable_file(args.out)
+    if not path and Path(args.model).is_dir() and os.access(folder, os.W_OK):
+        path = folder / name
+    if not path:
+        console.say("--out is not set; the results are printed but not saved")
+    yield world, folder, path
+    world.close()
 
 
 @contextlib.contextmanager
 def without_sections() -> Iterator[None]:
-    """Lets errors name options as the subcommands spell them: `--window`, where the configuration
-    has `--evaluate.window`."""
+    """Lets errors name the options of the subcommands: `--window` for `--evaluate.window`."""
     try:
         yield
     except UserError as error:
@@ -70,33 +111,13 @@ def without_sections() -> Iterator[None]:
         raise UserError(text.replace("[FILE]", "FILE")) from None
 
 
-def results_file(args: argparse.Namespace, folder: Path, name: str, console) -> Path | None:
-    """The file for a model's scores; None where no file was named and the model's directory is not
-    the user's.
-
-    Raises:
-        UserError: the model is not a directory, or the named file's folder does not exist.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a model directory. Score it with cap-llm --model.path {folder} "
-            "--stages [evaluate] --output_dir DIRECTORY"
-        )
-    if args.out:
-        return writable_file(args.out)
-    if Path(args.model).is_dir() and os.access(folder, os.W_OK):
-        return folder / name
-    console.say("the results are only printed; give --out FILE to keep them")
-    return None
-
-
 def writable_file(path: Path) -> Path:
-    """`path`, if a file can be written there.
+    """Returns `path` if it can be written.
 
     Raises:
-        UserError: it is a directory, or its folder does not exist or cannot be written.
+        UserError: it is a directory, or its folder is missing or read-only.
     """
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out {path} is not a file in a writable directory")
+        raise UserError(f"--out {path} is not writable. Choose a file in an existing directory.")
     return path

@@ -1,18 +1,8 @@
-"""`cap-llm perplexity`: perplexity of a model directory as the papers measure it.
-
-cap-llm perplexity MODEL [--corpora wikitext2 c4] [--window 2048] [--max_windows N]
-torchrun --nproc_per_node 2 -m cap_llm perplexity MODEL
-"""
+"""`cap-llm perplexity`: perplexity of a model, measured as in the pruning papers."""
 
 from __future__ import annotations
 
-from cap_llm.cli.options import (
-    add_scored_model,
-    make_parser,
-    parse,
-    results_file,
-    without_sections,
-)
+from cap_llm.cli.options import make_score_parser, parse, scoring, without_sections
 from cap_llm.config import Config, EvaluateConfig, ModelConfig, RuntimeConfig
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
@@ -22,36 +12,34 @@ _EXAMPLES = (
     "runs/opt/oneshot --corpora wikitext2 c4",
     "facebook/opt-125m --window 1024 -o opt-125m.json",
 )
-_MORE = """The measure is ppl_token at a window. It cannot be compared with lm-eval's
-word_perplexity, which cap-llm zeroshot MODEL --tasks wikitext gives. The model is streamed block by
-block, so it may be larger than memory. The results are printed and written to perplexity.json in
-the model's directory, or to FILE; corpora that the file already holds are not scored again.
+_MORE = """The result is ppl_token with non-overlapping windows. It is not comparable with lm-eval's
+word_perplexity (cap-llm zeroshot MODEL --tasks wikitext). The model is streamed block by block, so
+it may be larger than memory. The results are printed and written to perplexity.json in the model's
+directory, or to FILE. Corpora that are already in the file are skipped.
 On several GPUs: torchrun --nproc_per_node N -m cap_llm perplexity MODEL"""
 
 
 @without_sections()
 def main(argv: list[str], console: Console) -> None:
-    """Scores the model.
+    """Measures the perplexity of a model.
 
     Raises:
-        UserError: a corpus is not there, or the model cannot be scored.
+        UserError: a corpus is missing, or the model cannot be scored.
     """
-    what, usage = "Measure the perplexity of a model.", "cap-llm perplexity [OPTIONS] MODEL"
-    parser = make_parser("perplexity", what, _EXAMPLES, _MORE, usage=usage)
-    add_scored_model(parser)
+    what = "Measure the perplexity of a model."
+    parser = make_score_parser("perplexity", what, _EXAMPLES, _MORE)
     corpora = parser.add_argument("--corpora", nargs="+", default=["wikitext2"])
     corpora.help = "wikitext2, c4, ptb, or files; default: wikitext2"
     window = parser.add_argument("--window", type=int, default=2048)
     window.help = "tokens per window; default: 2048"
-    parser.add_argument("--max_windows", type=int, help="score only the first windows of a corpus")
+    parser.add_argument("--max_windows", type=int, help="score only the first N windows per corpus")
     memory = parser.add_argument("--activation_gib", type=float)
     memory.help = "memory for activations, in GiB per rank"
     args = parse(parser, argv)
     from cap_llm.evaluation.evaluate import FILE, score_corpora
     from cap_llm.evaluation.results import facts_of
-    from cap_llm.models.hub import locate, needs_conversion
+    from cap_llm.models.hub import needs_conversion
     from cap_llm.preflight import check_everything
-    from cap_llm.runtime.world import World
     from cap_llm.text.reading import read_texts
 
     config = Config(
@@ -62,17 +50,13 @@ def main(argv: list[str], console: Console) -> None:
         ),
         runtime=RuntimeConfig(device=args.device, activation_gib=args.activation_gib),
     )
-    world = World(args.device)
-    folder = locate(config.model)
-    path = results_file(args, folder, FILE, console)
-    check_everything(folder, config, console, world)
-    if needs_conversion(folder):
-        raise UserError(
-            f"{folder} is not in safetensors format. Convert and score it with cap-llm "
-            f"--model.path {folder} --stages [evaluate] --output_dir DIRECTORY"
-        )
-    scored = read_texts(config, folder, console).scored
-    facts = facts_of(folder, config, world)
-    score_corpora(folder, scored, config, facts, path, None, world, console)
-    world.barrier()
-    world.close()
+    with scoring(args, config.model, FILE, console) as (world, folder, path):
+        check_everything(folder, config, console, world)
+        if needs_conversion(folder):
+            raise UserError(
+                f"{folder} is not in safetensors format. Convert and score it with cap-llm "
+                f"--model.path {folder} --stages [evaluate] --output_dir DIRECTORY"
+            )
+        texts = read_texts(config, folder, console).scored
+        facts = facts_of(folder, config, world)
+        score_corpora(folder, texts, config, facts, path, None, world, console)

@@ -19,7 +19,7 @@ import yaml
 
 from cap_llm.cli.options import make_parser, parse
 from cap_llm.config import MODELS, STAGES
-from cap_llm.runtime.console import Console, duration
+from cap_llm.runtime.console import Console, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, read_metrics
 from cap_llm.runtime.lock import (
@@ -93,7 +93,7 @@ def _job(folder: Path) -> tuple[str | None, str]:
             end = read_json(ended)
             failed = 0 < end["code"] < 128
             rank = f" (rank {end['rank']}, exit code {end['code']})" if failed else ""
-            ago = duration(time.time() - end["time"])
+            ago = format_duration(time.time() - end["time"])
         except (UserError, LookupError, TypeError, RecursionError):  # the disk was full
             return "failed", "the last job ended, and could not write down why"
         return "failed" if failed else None, f"the last job ended {ago} ago: {end.get('why')}{rank}"
@@ -104,12 +104,12 @@ def _job(folder: Path) -> tuple[str | None, str]:
     here = who["host"] == socket.gethostname()
     if psutil.pid_exists(who["pid"]) if here else seen < WATCH:
         return "running", f"{name} on {who['host']} is at work"
-    return "failed", f"{name} on {who['host']} ended without a word, {duration(seen)} ago"
+    return "failed", f"{name} on {who['host']} ended without a word, {format_duration(seen)} ago"
 
 
 def _blockwise(stage: str, folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
     if (done := folder / stage / "done.json").exists():
-        return True, read_json(done, lambda c: duration(c["seconds"]))
+        return True, read_json(done, lambda c: format_duration(c["seconds"]))
     finished = len(list((folder / stage / "blocks").glob("*.json")))
     total = [m["value"] for m in metrics if m["stage"] == stage and m["name"] == "blocks"]
     return False, f"{finished} of {total[-1]} blocks" if total else ""
@@ -117,7 +117,7 @@ def _blockwise(stage: str, folder: Path, config: dict, metrics: list[dict]) -> t
 
 def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
     if (done := folder / "recover" / "done.json").exists():
-        return True, read_json(done, lambda c: duration(c["seconds"]))
+        return True, read_json(done, lambda c: format_duration(c["seconds"]))
     mine = [m for m in metrics if m["stage"].startswith("recover") and m["name"] == "loss"]
     banks = len(list((folder / "recover").glob("banks/*/bank.json")))
     if not mine:
@@ -137,7 +137,9 @@ def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str
     speed = [m for m in metrics if m["stage"] == now["stage"] and m["name"] == "tokens_per_second"]
     if left and speed and speed[-1]["value"]:
         seconds = left * each / speed[-1]["value"]
-        text += f", about {duration(seconds)} left" + (" of this level" if levels > 1 else "")
+        text += f", about {format_duration(seconds)} left" + (
+            " of this level" if levels > 1 else ""
+        )
     return False, text
 
 

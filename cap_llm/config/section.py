@@ -39,7 +39,7 @@ Share = Annotated[float, Interval(gt=0, lt=1)]
 
 
 class _Place:
-    """Marks the type of settings that may name a file or directory."""
+    """Marks options that may name a file or directory."""
 
 
 class _NotIdentity:
@@ -49,9 +49,9 @@ class _NotIdentity:
 NOT_IDENTITY = _NotIdentity()
 
 
-def _spelt(value: str) -> str:
+def _expand_user(value: str) -> str:
     if "\0" in value:
-        raise ValueError("a path cannot hold a null byte")
+        raise ValueError("a path must not contain a null byte")
     return os.path.expanduser(value)
 
 
@@ -59,8 +59,8 @@ def _as_text(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_spelt), _Place]
-_NAMES = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+Place = Annotated[str, BeforeValidator(_as_text), AfterValidator(_expand_user), _Place]
+_NAMES = {float: "a number", int: "an integer", bool: "true or false", str: "a string"}
 
 
 @dataclass_transform()
@@ -74,11 +74,11 @@ def section(prefix: str, identity: bool = True) -> Callable[[type[T]], type[T]]:
 
     def decorate(cls: type) -> type:
         cls._identity = identity
-        # extra: pydantic drops unknown arguments without a word otherwise
+        # By default, pydantic silently ignores unknown arguments.
         config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
         cls = dataclass(cls, config=config)
         for method in ("__init__", "__setattr__"):
-            setattr(cls, method, _in_words(getattr(cls, method), cls, prefix))
+            setattr(cls, method, _translate_errors(getattr(cls, method), cls, prefix))
         return cls
 
     return decorate
@@ -101,20 +101,20 @@ def identity(settings: object) -> dict:
     return values
 
 
-def _in_words(method: Callable, cls: type, prefix: str) -> Callable:
+def _translate_errors(method: Callable, cls: type, prefix: str) -> Callable:
     @functools.wraps(method)
-    def checked(*args, **kwargs):
+    def wrapper(*args, **kwargs):
         try:
             return method(*args, **kwargs)
         except ValidationError as error:
-            refusal = _refusal(error.errors()[0], cls, prefix)
-        raise refusal
+            user_error = _user_error(error.errors()[0], cls, prefix)
+        raise user_error
 
-    return checked
+    return wrapper
 
 
-def _refusal(error: dict, cls: type, prefix: str) -> UserError:
-    """What pydantic says of a value, in the words of the settings."""
+def _user_error(error: dict, cls: type, prefix: str) -> UserError:
+    """Converts a pydantic error; the message begins with the option."""
     kind: Any = cls
     option = prefix
     for part in error["loc"]:
@@ -136,7 +136,7 @@ def _refusal(error: dict, cls: type, prefix: str) -> UserError:
 
 
 def refused(option: str, value: object, kind: Any) -> UserError:
-    """The error for a value that is not of the type or in the range of its option."""
+    """The error for a value of the wrong type or out of range."""
     text = f"{option} is {_shown(value)}; it must be {describe(kind)}"
     choices = [c for k in (kind, *get_args(kind)) for c in get_args(k) if isinstance(c, str)]
     near = difflib.get_close_matches(str(value), choices, n=1)
@@ -146,20 +146,20 @@ def refused(option: str, value: object, kind: Any) -> UserError:
 
 
 def describe(kind: Any) -> str:
-    """A type with its range, in words."""
+    """Describes a type and its range."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return describe(inner[0]) + "".join(map(_range, inner[1:]))
     if origin is Literal:
         return "one of " + ", ".join(inner)
     if origin is list:
-        return f"a list, like [a, b], of {describe(inner[0])}"
+        return f"a list such as [a, b] of {describe(inner[0])}"
     if origin is dict:
-        return 'names with numbers, each name once, like {"*.down_proj": 0.4}'
+        return 'a mapping from names to numbers, such as {"*.down_proj": 0.4}'
     if origin in (types.UnionType, Union):
         return " or ".join(map(describe, inner))
     if dataclasses.is_dataclass(kind):
-        return "a section of settings"
+        return "a config section"
     return _NAMES.get(kind, "null")
 
 
@@ -170,7 +170,7 @@ def _range(limit: object) -> str:
     high = getattr(limit, "lt", None)
     if high is not None:
         return f" in {f'({above}' if low is None else f'[{low}'}, {high})"
-    return f" above {above}" if low is None else f" of at least {low}"
+    return f" > {above}" if low is None else f" >= {low}"
 
 
 def _shown(value: object) -> str:
@@ -178,11 +178,11 @@ def _shown(value: object) -> str:
 
 
 def places(cls: type, prefix: str = "") -> list[str]:
-    """The options of a section that may name a file or directory, those of its sections too."""
-    found = []
+    """The options of a section and its subsections that may name a file or directory."""
+    result = []
     for name, kind in get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
-            found += places(kind, f"{prefix}{name}.")
+            result += places(kind, f"{prefix}{name}.")
         elif any(_Place in getattr(k, "__metadata__", ()) for k in (kind, *get_args(kind))):
-            found.append(prefix + name)
-    return found
+            result.append(prefix + name)
+    return result

@@ -46,7 +46,7 @@ class Bank:
         self.folder, self.shape, self.world = folder, shape, world
         facts = facts | {"shape": list(shape)}
         path = folder / "bank.json"
-        problem = self._make(path, facts) if world.first else None
+        problem = self._make(path, facts) if world.is_main else None
         problem = world.gather(problem)[0]
         if problem:
             raise problem
@@ -91,7 +91,7 @@ class Bank:
         path = self.folder / "bank.json"
         measures = {"mean_cosine": mean_cosine, "effective_rank": effective_rank}
         content = read_json(path) | measures | {"center": center.tolist()}
-        if self.world.first:
+        if self.world.is_main:
             write_json(path, content)
         self.world.barrier()
         self._describe(content)

@@ -102,7 +102,7 @@ class ContrastiveObjective:
         """
         extractor, device = self.extractor, states.device
         raw = extractor.raw(states, mine)
-        all_raw = self.world.concat(raw.detach())
+        all_raw = self.world.all_gather(raw.detach())
         own_units, all_units = extractor.units(mine), extractor.units(everyone)
         losses = {}
         for term in self.terms:
@@ -112,7 +112,7 @@ class ContrastiveObjective:
                 # as the bank keeps them, so that a row is the same whenever it is read
                 rows = rows.to(torch.bfloat16).float()
                 term.banks[0].write(mine, rows)
-                rows = self.world.concat(rows)[None]
+                rows = self.world.all_gather(rows)[None]
             else:
                 rows = _required(term.banks, everyone).to(device)
             extra = self._extra(term, place, micro)

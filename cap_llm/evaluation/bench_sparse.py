@@ -30,7 +30,7 @@ from cap_llm.models.skeleton import (
     model_class,
     skeleton,
 )
-from cap_llm.runtime.console import Console, size
+from cap_llm.runtime.console import Console, format_bytes
 from cap_llm.runtime.errors import UserError
 
 warnings.filterwarnings("ignore", message=".*([Ss]parse|prototype)")
@@ -188,10 +188,11 @@ def _bytes(folder: Path, model, weights: dict, made: dict, console: Console) -> 
     rest = sum(p.nbytes for p in model.parameters()) - sum(w.nbytes for w in weights.values())
     counts = {name: sum(s.n_bytes for s in stored.values()) for name, stored in made.items()}
     rows = [
-        [name, size(n), f"{n / counts[DENSE]:.2f}", size(n + rest)] for name, n in counts.items()
+        [name, format_bytes(n), f"{n / counts[DENSE]:.2f}", format_bytes(n + rest)]
+        for name, n in counts.items()
     ]
     file_bytes = Checkpoint(folder).n_bytes()
-    rows.append(["as stored in MODEL", "-", "-", size(file_bytes)])
+    rows.append(["as stored in MODEL", "-", "-", format_bytes(file_bytes)])
     columns = ["format", "pruned\nmatrices", "of dense\nbf16", "whole\nmodel"]
     console.table("Bytes, in memory as in a file", columns, rows)
     return {"pruned_matrices": counts, "rest": rest, "as_stored": file_bytes}

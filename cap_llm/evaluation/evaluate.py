@@ -26,7 +26,7 @@ from cap_llm.models.files import fingerprint
 from cap_llm.models.hub import found_here, further_model
 from cap_llm.models.masks import count_zeros
 from cap_llm.models.skeleton import skeleton
-from cap_llm.runtime.console import Console, duration
+from cap_llm.runtime.console import Console, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
 from cap_llm.runtime.memory import Memory
@@ -62,7 +62,7 @@ def outside_models(source: Path, config: Config, run: Run) -> dict[str, Path]:
     for name, folder in models.items():
         place, _ = run.stage(name, config.recipe(name))
         run.bind(place, config.recipe(name))
-        if world.first:
+        if world.is_main:
             found, whole, _ = counts[name]
             rows = [
                 Row(n, shape, "as found", zeros, zeros, None, None, 0.0)
@@ -178,11 +178,11 @@ def score_corpora(
             title = f"{stage} on {text.name}"
             known = _score(folder, title, text, config, scratch, world, console)
             results[text.key] = known = known | job(facts)
-            if world.first and path:
+            if world.is_main and path:
                 write_json(path, facts | {"corpora": results})
         console.say(
             f"{stage}: ppl_token@{known['window']} {known['ppl_token']:.4f} on {text.name} "
-            f"({known['windows']} windows, BOS {known['bos']}, {duration(known['seconds'])})"
+            f"({known['windows']} windows, BOS {known['bos']}, {format_duration(known['seconds'])})"
         )
     return {text.key: results[text.key] for text in scored}
 

@@ -180,7 +180,7 @@ def evaluate_task(lm: SharedLM, name: str, task, members: list, limit: int | Non
     plan = {"tasks": {m.task_name: m for m in members}, "groups": groups}
     try:
         # Bootstraps, which few metrics need and accuracies do not, on one rank.
-        draws = 100 if lm.world.first else 0
+        draws = 100 if lm.world.is_main else 0
         found = evaluate(lm, plan, limit=limit, bootstrap_iters=draws, log_samples=False)
     except torch.OutOfMemoryError:
         raise UserError(

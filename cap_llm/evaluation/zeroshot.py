@@ -26,7 +26,7 @@ from cap_llm.evaluation.results import earlier, job
 from cap_llm.models.files import text_settings
 from cap_llm.models.hub import load_whole
 from cap_llm.models.skeleton import model_class
-from cap_llm.runtime.console import Console, duration
+from cap_llm.runtime.console import Console, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
 from cap_llm.runtime.world import World
@@ -92,10 +92,10 @@ def score_tasks(
             lm.title = f"{stage}{key}"
             entry = recipe | _score(lm, task, built, config.limit)
             entry |= job(facts)
-            console.say(f"{stage}{key}: {figures(entry)}, {duration(entry['seconds'])}")
+            console.say(f"{stage}{key}: {figures(entry)}, {format_duration(entry['seconds'])}")
             results["tasks"][key] = entry
             results["means"] |= means(results["tasks"], config)
-            if world.first and path:
+            if world.is_main and path:
                 write_json(path, facts | results)
     for name, mean in means(results["tasks"], config).items():
         part = f", partial: without {', '.join(mean['missing'])}" if mean["partial"] else ""

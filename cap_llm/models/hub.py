@@ -39,7 +39,7 @@ from cap_llm.runtime.files import readable, regular
 from cap_llm.runtime.rundir import (
     CONTENTS,
     Run,
-    refuse_other,
+    check_same_settings,
     with_contents,
 )
 from cap_llm.runtime.world import World
@@ -134,7 +134,7 @@ def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source")
             return located
         except NamesDiffer as error:
             names_differ = error
-    known = {"model.path": content(located)} if run.world.first else {}
+    known = {"model.path": content(located)} if run.world.is_main else {}
     recipe = {"model": asdict(config), CONTENTS: known}
     folder, done = run.stage(stage, recipe)
     if not done:
@@ -142,12 +142,12 @@ def prepare(located: Path, config: ModelConfig, run: Run, stage: str = "source")
         if prefix := located.is_dir() and stored_prefix(located):
             run.console.say(f"model {located}: tensor names are read without their prefix {prefix}")
         run.bind(folder, recipe)
-        if run.world.first:
+        if run.world.is_main:
             try:
                 convert(located, folder)
             except UserError as error:
                 raise (names_differ or error) from None
-        files = weights_and_masks(folder) if run.world.first else ()
+        files = weights_and_masks(folder) if run.world.is_main else ()
         run.finish_stage(folder, {"from": str(located)}, files)
     return folder
 
@@ -177,7 +177,9 @@ def refuse_another_run(config: Config, located: Path | None = None) -> None:
     """
     known = contents(config, located)
     for stage in ("dense", "given", *config.stages):
-        refuse_other(Path(config.output_dir) / stage, with_contents(config.recipe(stage), known))
+        check_same_settings(
+            Path(config.output_dir) / stage, with_contents(config.recipe(stage), known)
+        )
 
 
 def content(path: Path) -> str | None:

@@ -111,7 +111,7 @@ class Banks:
             if n in kept:
                 banks.append(self._bank(name, student))
                 self._fill_from(made, banks[-1], student, f"SnC, snapshot {n}")
-            elif self.run.world.first:
+            elif self.run.world.is_main:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         return banks
 

@@ -17,7 +17,7 @@ from cap_llm.models.hub import found_here, is_whole, needs_conversion
 from cap_llm.models.masks import Masks
 from cap_llm.models.rehearsal import check_lengths
 from cap_llm.models.skeleton import NamesDiffer, skeleton
-from cap_llm.runtime.console import Console, duration, size
+from cap_llm.runtime.console import Console, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import attained_rate
 from cap_llm.runtime.trackers import require
@@ -80,10 +80,10 @@ def check_recovery(
     check_disk(disk, ["recover"], config)
     offloaded = any("offload" in key for key in student["zero_optimization"])
     where = ", what is offloaded in main memory" if offloaded else ""
-    text = f"about {size(memory)} a rank{where}, disk {size(disk)}"
+    text = f"about {format_bytes(memory)} a rank{where}, disk {format_bytes(disk)}"
     if predict:
         rate = attained_rate(world.device, engines.compute_dtype(settings, world)) * world.size
-        text += f", time {duration(flops / rate)}"
+        text += f", time {format_duration(flops / rate)}"
     console.say(f"estimate of recover: {text}")
 
 

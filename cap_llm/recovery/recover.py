@@ -43,10 +43,10 @@ from cap_llm.recovery.check import (
     refuse_changed_logits,
     state_width,
 )
-from cap_llm.runtime.console import duration
+from cap_llm.runtime.console import format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import holding, read_json, write_json
-from cap_llm.runtime.memory import Memory, forget, highest, peaks
+from cap_llm.runtime.memory import Memory, max_peaks, peaks, reset_peak_memory
 from cap_llm.runtime.rundir import Run, with_contents
 from cap_llm.runtime.trackers import TensorBoard, Wandb
 from cap_llm.tasks.language_modeling import LanguageModeling, TextUnits
@@ -83,7 +83,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
         run.console.say(f"recover: done already, in {folder}")
         return folder
     settings, world = config.recover, run.world
-    forget()
+    reset_peak_memory()
     engines.start(world)
     teacher = dense
     if settings.teacher:
@@ -103,10 +103,10 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     work.check()
     run.bind(folder, recipe)
     work.keep_inputs()
-    if settings.log.tensorboard and world.first:
-        run.track_with(TensorBoard(run.path))
-    if settings.log.wandb and world.first:
-        run.track_with(Wandb(run.path, settings.log.wandb, config.name or run.path.name, recipe))
+    if settings.log.tensorboard and world.is_main:
+        run.add_tracker(TensorBoard(run.path))
+    if settings.log.wandb and world.is_main:
+        run.add_tracker(Wandb(run.path, settings.log.wandb, config.name or run.path.name, recipe))
     for n, level in enumerate(levels or [None], 1):
         last = n == max(1, len(levels))
         target = folder if last else folder / "levels" / str(n) / "trained"
@@ -115,22 +115,22 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     seconds = time.monotonic() - work.began
     summary = {
         "seconds": round(seconds, 2),
-        **highest(work.records),
+        **max_peaks(work.records),
         "calibration": texts.origin if levels else None,
         "recovery": text.origin,
         "tokens": settings.examples * settings.length,
         "distinct_tokens": text.ids.numel(),
         "levels": work.records,
     }
-    if world.first:
+    if world.is_main:
         write_json(folder / "recovery.json", summary)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if not config.runtime.keep_intermediate:
             for path in (*folder.glob("levels/*/*"), folder / "finetuned"):
                 remove_weights(path)
             shutil.rmtree(folder / "banks", ignore_errors=True)
-    run.finish_stage(folder, summary, weights_and_masks(folder) if world.first else ())
-    run.console.say(f"recover: done in {duration(seconds)}, in {folder}")
+    run.finish_stage(folder, summary, weights_and_masks(folder) if world.is_main else ())
+    run.console.say(f"recover: done in {format_duration(seconds)}, in {folder}")
     return folder
 
 
@@ -168,7 +168,7 @@ class _Recovery:
         self._dense_ppl: float | None = None
         self._models = {"start": start, "teacher": teacher, "dense": dense}
         # by the first rank's view: a shared file system may show ranks different things
-        models = self._models.items() if self.world.first else ()
+        models = self._models.items() if self.world.is_main else ()
         prints = {name: fingerprint(path) for name, path in models}
         self._inputs = self.world.gather({"text": text.digest} | prints)[0]
 
@@ -209,7 +209,7 @@ class _Recovery:
                 f"{what} changed since {self.folder} was begun, and a level of it is finished; "
                 "bring back what it was, or choose another output_dir"
             )
-        if self.world.first:
+        if self.world.is_main:
             write_json(path, self._inputs | {"teacher_is_dense": self._taught_by_dense})
             write_json(self.run.path / "ds_config.json", self.student_ds)
             if self.teacher_ds:
@@ -277,9 +277,9 @@ class _Recovery:
             "held_out_ppl": {str(k): round(v, 4) for k, v in held_out.items()},
             "dense_held_out_ppl": self._dense_ppl,
             "stage_seconds": round(time.monotonic() - self.began, 2),
-            **highest(self.world.gather(peaks())),
+            **max_peaks(self.world.gather(peaks())),
         } | trained.summary
-        if self.world.first:
+        if self.world.is_main:
             write_json(record_file, record)
         self._remove_checkpoints(n)
         self.world.barrier()
@@ -327,7 +327,7 @@ class _Recovery:
 
     def _remove_checkpoints(self, level: int | str) -> None:
         """What is written needs them no more."""
-        if self.world.first:
+        if self.world.is_main:
             shutil.rmtree(self._checkpoints(level), ignore_errors=True)
 
     def _recipe(self, level: int | str, contrasts: ContrastiveObjective | NoContrast) -> dict:
@@ -425,7 +425,7 @@ class _Recovery:
                 "--recover.finetuned",
                 style="yellow",
             )
-        files = weights_and_masks(folder) if run.world.first else ()
+        files = weights_and_masks(folder) if run.world.is_main else ()
         run.finish_stage(folder, {"held_out_ppl": after}, files)
         self._remove_checkpoints("finetuned")
         return folder

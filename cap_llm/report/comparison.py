@@ -23,7 +23,7 @@ from cap_llm.report.runs import (
     Figure,
     Result,
 )
-from cap_llm.runtime.console import duration, size
+from cap_llm.runtime.console import format_bytes, format_duration
 
 _PAPERS = {"wanda": "Wanda", "sds": "SDS"}
 # What has a best: not a gap closed, which is of each model's own start.
@@ -443,7 +443,7 @@ def show(kind: str, value: float) -> str:
         return f"{100 * value:.1f}"
     if kind == "trained":
         return f"{value:,.0f}"
-    return duration(value) if kind == "time" else size(value)
+    return format_duration(value) if kind == "time" else format_bytes(value)
 
 
 def _is_best(row: Row, column: Column, rows: list[Row]) -> bool:

@@ -1,1 +1,1 @@
-"""What a stage stands on: errors, ranks, the run directory and the console."""
+"""Errors, ranks, the run directory and the console."""

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, commit, hardware, command."""
+"""The environment of a result: versions, commit, hardware, command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def environment(world: World) -> dict:
         text=True,
         check=False,
     ).stdout.strip()
-    cards = range(torch.cuda.device_count() if world.device.type == "cuda" else 0)
+    gpus = range(torch.cuda.device_count() if world.device.type == "cuda" else 0)
     return {
         "command": shlex.join(sys.argv),
         "directory": os.getcwd(),
@@ -40,7 +40,7 @@ def environment(world: World) -> dict:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "cuda": [torch.cuda.get_device_name(i) for i in cards],
+            "cuda": [torch.cuda.get_device_name(i) for i in gpus],
             "nodes": world.nodes,
             "ranks": world.size,
         },
@@ -64,5 +64,5 @@ def _processor() -> str:
 
 
 def offline() -> bool:
-    """Whether the user switched the hub off."""
+    """Whether HF_HUB_OFFLINE is set."""
     return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")

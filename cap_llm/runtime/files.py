@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, flushed, then renamed."""
+"""Atomic files: written under a temporary name, flushed, then renamed. Checksums and JSON."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from cap_llm.runtime.errors import UserError
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Gives a temporary path to write to; on success it becomes `path`, else it is removed.
+    """Yields a temporary path, which becomes `path` on success and is removed on failure.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full or the folder is not writable.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner only
+        temporary.chmod(0o666 & ~_umask())  # safetensors gives only the owner access
         os.replace(temporary, path)
     except Exception as error:
         temporary.unlink(missing_ok=True)
-        # safetensors reports a full disk by an exception of its own
+        # safetensors reports a full disk as its own exception
         if isinstance(error, OSError) or "os error" in str(error):
             raise disk_error(path.parent, path.name, error) from error
         raise
@@ -42,58 +42,59 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Has the disk hold every file below `folder`, whoever wrote it."""
+    """Flushes every file below `folder` to disk, whoever wrote it."""
     for path in folder.rglob("*"):
         if path.is_file():
             _flush(path)
 
 
 def _flush(path: Path) -> None:
-    with open(path, "rb") as written:
-        os.fsync(written.fileno())
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """The size in bytes and the checksum of files, by their names in `folder`.
+    """Sizes in bytes and checksums of files, by their names in `folder`.
 
-    They tell of chance, not of malice. XXH3 reads as fast as memory does (19 GiB/s per core, where
-    SHA-256 takes 1), so that tens of GB cost what the disk costs.
+    XXH3 detects accidental damage only, but it is as fast as memory: 19 GiB/s per core, against 1
+    for SHA-256.
     """
-    facts = {}
+    result = {}
     for name in names:
         with open(folder / name, "rb") as file:
             checksum = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-            facts[name] = {"size": file.tell(), "xxh3_128": checksum}
-    return facts
+            result[name] = {"size": file.tell(), "xxh3_128": checksum}
+    return result
 
 
 def verify(folder: Path, recorded: Mapping[str, dict]) -> str | None:
-    """What is wrong with files first, held against their `digests`; None if all are as written."""
+    """The first problem of files whose `digests` are `recorded`; None if all are unchanged."""
     name = ""
     try:
-        for name, facts in recorded.items():  # the sizes of all before the content of any
+        for name, digest in recorded.items():  # all sizes before any content
             size = (folder / name).stat().st_size
-            if size != facts["size"]:
-                return f"{name} has {size} bytes, but {facts['size']} were written"
-        for name, facts in recorded.items():
-            if digests(folder, [name])[name] != facts:
+            if size != digest["size"]:
+                return f"{name} has {size} bytes, but {digest['size']} were written"
+        for name, digest in recorded.items():
+            if digests(folder, [name])[name] != digest:
                 return f"{name} has changed since it was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     except (AttributeError, KeyError, TypeError):
-        return f"what was recorded of {name or 'the files'} is damaged"
+        return f"the recorded checksum of {name or 'its files'} is damaged"
     return None
 
 
 def disk_error(folder: Path, name: str, error: Exception) -> UserError:
-    """What to tell the user when `name` in `folder` could not be written."""
+    """The error for a file `name` in `folder` that could not be written."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left" in str(error) or "os error 28" in str(error):
         return UserError(
-            f"the disk of {folder} is full while writing {name}; what was finished is kept: "
-            "free some space and give the same command again"
+            f"the disk of {folder} is full; {name} was not written. Free some space and rerun the "
+            "same command to resume."
         )
-    return UserError(f"cannot write {folder / name}: {getattr(error, 'strerror', None) or error}")
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"{folder / name} cannot be written: {reason}")
 
 
 def _umask() -> int:
@@ -103,8 +104,10 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value) -> None:
-    """Writes `value` as indented JSON, atomically; bytes of file names that are not text as JSON's
-    own escapes."""
+    """Writes `value` as indented JSON, atomically.
+
+    Bytes of file names that are not valid text become JSON escapes.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -112,10 +115,10 @@ def write_json(path: Path, value) -> None:
 
 @contextlib.contextmanager
 def readable(name: object) -> Iterator[None]:
-    """What the system says against reading `name` in the body becomes one line.
+    """Converts errors from reading `name` in the body to one line.
 
     Raises:
-        UserError: it is missing, may not be read, or its name is no file's (too long, a null byte).
+        UserError: it is missing, not readable, or not a valid file name.
     """
     try:
         yield
@@ -128,10 +131,10 @@ def readable(name: object) -> Iterator[None]:
 
 
 def regular(path: Path) -> Path:
-    """`path`, if it is a file that can be read; to read a pipe would wait for ever.
+    """Returns `path` if it is a readable regular file; reading a pipe could wait forever.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not.
     """
     with readable(path):
         if not stat.S_ISREG(path.stat().st_mode):
@@ -142,10 +145,10 @@ def regular(path: Path) -> Path:
 
 
 def read_json(path: Path, parse: Callable = lambda content: content):
-    """What `parse` takes from the content of a JSON file.
+    """Reads a JSON file and returns `parse(content)`.
 
     Raises:
-        UserError: it is missing, not JSON, or holds something else than `parse` looks for.
+        UserError: it is missing, not JSON, or not what `parse` expects.
     """
     try:
         content = json.loads(regular(path).read_text(encoding="utf-8-sig"))
@@ -154,14 +157,13 @@ def read_json(path: Path, parse: Callable = lambda content: content):
     try:
         return parse(content)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        what = f"{type(error).__name__} {error}"
         raise UserError(
-            f"{path} does not hold what it should ({what}); get the file again"
+            f"{path} has unexpected content ({type(error).__name__} {error}). Restore the file."
         ) from None
 
 
 def holding(**fields: type) -> Callable[[dict], dict]:
-    """For `read_json`: the content itself, if it has these fields of these types."""
+    """A parser for `read_json` that checks fields and their types and returns the content."""
 
     def parse(content: dict) -> dict:
         for name, kind in fields.items():
@@ -175,12 +177,12 @@ def holding(**fields: type) -> Callable[[dict], dict]:
 def read_metrics(run: Path) -> list[dict]:
     """The lines of a run's `metrics.jsonl`: `stage`, `step`, `name`, `value`, `time`."""
     path, lines = run / "metrics.jsonl", []
-    kinds = {"stage": str, "step": int, "name": str, "value": int | float, "time": int | float}
+    types = {"stage": str, "step": int, "name": str, "value": int | float, "time": int | float}
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
-        # one may be being written, or was when its writer was killed
+        # A line may be incomplete, because its writer is at work or was killed.
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(line)
-            if isinstance(line, dict) and all(isinstance(line.get(k), t) for k, t in kinds.items()):
+            if isinstance(line, dict) and all(isinstance(line.get(k), t) for k, t in types.items()):
                 lines.append(line)
     return lines

@@ -1,12 +1,12 @@
-"""Signals that ask a job to stop: at once, or at the next safe point.
+"""Signals that stop a job, at once or at the next safe point.
 
-They end a run by the exception `Stopped`, which is no `Exception`, so that nothing on the way takes
-it for an error. Training, which has a safe point every few seconds, holds them back (`held_back`)
-until all ranks have written a checkpoint together.
+A signal raises `Stopped`, a `BaseException`, so that no `except Exception` catches it. Training has
+a safe point every few seconds: it defers signals (`defer_signals`) until all ranks have written a
+checkpoint together.
 
-SIGTERM, SIGINT and SIGHUP are a person's or the cluster's; SIGUSR2 is what a batch file sends when
-its time is nearly up (not SIGUSR1, which NCCL uses), and SIGALRM is this process's own clock
-(`stop_before_limit`). After the last two the job is meant to go on by itself.
+SIGTERM, SIGINT and SIGHUP come from a user or the cluster. A batch file sends SIGUSR2 shortly
+before its time limit (NCCL uses SIGUSR1). SIGALRM is this process's own timer
+(`stop_before_limit`). After SIGUSR2 and SIGALRM the job is requeued.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from collections.abc import Callable, Iterator
 
 from cap_llm.runtime.errors import RankLost, UserError
 
-GOES_ON = (signal.SIGUSR2, signal.SIGALRM)
-# `nohup` has SIGHUP ignored: then it stays so
+REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGALRM)
+# `nohup` ignores SIGHUP, and so does this process then.
 _HANGUP = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ()
-ENDS = (signal.SIGTERM, signal.SIGINT, *_HANGUP)
-SIGNALS = (*ENDS, *GOES_ON)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *_HANGUP)
+SIGNALS = (*STOP_SIGNALS, *REQUEUE_SIGNALS)
 
 
 class Stopped(BaseException):
-    """A signal has come; `args[0]` is its number. SIGPIPE: nobody reads the output any more."""
+    """A signal arrived; `args[0]` is its number. SIGPIPE means that the output has no reader."""
 
 
-def stop_at_once() -> None:
-    """Makes the signals raise `Stopped`. SIGINT too: a shell's background job ignores it else.
+def raise_on_signals() -> None:
+    """Makes signals raise `Stopped`, also SIGINT, which a shell's background jobs ignore.
 
     Raises:
-        UserError: SLURM's time limit is not a time.
+        UserError: SLURM_JOB_END_TIME is not a time.
     """
     _raised.clear()
     for number in SIGNALS:
@@ -44,22 +44,26 @@ def stop_at_once() -> None:
 
 
 def stop_before_limit(seconds: float, share: float = 1.0) -> None:
-    """Sets the clock: SIGALRM comes `seconds` before the job's time limit, where it has one, and
-    leaves at most `share` of the time from now on unused."""
+    """Sets a timer that raises SIGALRM before the job's time limit, if it has one.
+
+    Args:
+        seconds: time between the signal and the limit.
+        share: upper bound of that time, as a fraction of the time left.
+    """
     if end := os.environ.get("SLURM_JOB_END_TIME"):
         try:
             left = float(end) - time.time()
             after = max(1.0, left - min(seconds, share * left))
-            if left > 0:  # else it is an earlier job's
+            if left > 0:  # otherwise the variable is from an earlier job
                 signal.setitimer(signal.ITIMER_REAL, after)
         except (ValueError, OverflowError, OSError):
             raise UserError(
-                f"SLURM_JOB_END_TIME is {end!r}; it must be in seconds since 1970. Unset it."
+                f"SLURM_JOB_END_TIME is {end!r}; it must be a Unix time in seconds. Unset it."
             ) from None
 
 
-def stop_no_more() -> None:
-    """Further signals change nothing: the run is ending already."""
+def ignore_signals() -> None:
+    """Ignores further signals, because the run is already ending."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -73,10 +77,10 @@ def _raise(number, frame) -> None:
 
 
 def stopped_by(error: BaseException) -> int | None:
-    """The signal behind an exception that ends the run, or None.
+    """The signal that caused an exception, or None.
 
-    A `Stopped` that comes up inside a library's compiled code may leave it as another exception.
-    A lost rank's launcher has asked the others to stop: that is no reason of their own.
+    Compiled code of a library may turn `Stopped` into another exception. When a rank dies, its
+    launcher stops the other ranks; that signal is not the cause.
     """
     if isinstance(error, RankLost):
         return None
@@ -84,7 +88,7 @@ def stopped_by(error: BaseException) -> int | None:
 
 
 class Request:
-    """Whether a signal has come while they were held back."""
+    """The first signal that arrived while signals were deferred; 0 if none did."""
 
     def __init__(self):
         self.number = 0
@@ -94,43 +98,41 @@ class Request:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[Request]:
-    """For the body of the `with`, signals are noted instead of raised."""
+def defer_signals() -> Iterator[Request]:
+    """Records signals during the body instead of raising them."""
     request = Request()
-    with _handled(SIGNALS, request._note):
+    with _handler(SIGNALS, request._note):
         yield request
 
 
-def deadly() -> contextlib.AbstractContextManager:
-    """For the body of the `with`, the signals that end a run end the process here and now: it waits
-    in compiled code, where Python's handlers are not heard."""
-    return _handled(ENDS, signal.SIG_DFL)
+def default_signals() -> contextlib.AbstractContextManager:
+    """Lets stop signals end the process at once during the body.
+
+    The body waits in compiled code, where Python's signal handlers do not run.
+    """
+    return _handler(STOP_SIGNALS, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
-def _handled(numbers: tuple[int, ...], handler: Callable | int) -> Iterator[None]:
+def _handler(numbers: tuple[int, ...], handler: Callable | int) -> Iterator[None]:
     before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        for number, earlier in zip(numbers, before, strict=True):
-            signal.signal(number, earlier)
+        for number, previous in zip(numbers, before, strict=True):
+            signal.signal(number, previous)
 
 
 def exit_code(error: BaseException) -> int:
-    """128 + signal for a stop, 2 for bad input or too little memory, 1 for what went wrong."""
+    """128 + the signal's number for a stop, 2 for bad input or out of memory, 1 otherwise."""
     if number := stopped_by(error):
         return 128 + number
-    users = isinstance(error, UserError | MemoryError | torch_out_of_memory())
-    return 2 if users or of_a_file(error) else 1
+    torch = sys.modules.get("torch")  # not imported here, so that `--help` stays fast
+    full_gpu = torch.OutOfMemoryError if torch else MemoryError
+    expected = isinstance(error, UserError | MemoryError | full_gpu)
+    return 2 if expected or is_file_error(error) else 1
 
 
-def of_a_file(error: BaseException) -> bool:
-    """Whether the system refuses a file or folder: permissions, its name, its kind, the disk."""
+def is_file_error(error: BaseException) -> bool:
+    """Whether the system rejects a file or folder: its permissions, name, type or disk."""
     return isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike)
-
-
-def torch_out_of_memory() -> type[Exception]:
-    """torch's error for a full GPU; torch is imported late, for a quick `--help`."""
-    torch = sys.modules.get("torch")
-    return torch.OutOfMemoryError if torch else MemoryError

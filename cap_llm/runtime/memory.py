@@ -1,4 +1,4 @@
-"""The most memory that a piece of work has held at once, of this process."""
+"""Memory of this process: peaks, free memory, limits; and the attainable FLOP rate."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ import torch
 from cap_llm.runtime.world import ranks_on_node
 
 
-def forget() -> None:
-    """Lets the peaks start anew: what this process held before is not the next stage's."""
-    with contextlib.suppress(OSError):  # a kernel without it goes on counting
+def reset_peak_memory() -> None:
+    """Resets the peaks, so that a stage does not count the memory of the stage before it."""
+    with contextlib.suppress(OSError):  # some kernels do not support it
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peaks() -> dict[str, int]:
-    """Most bytes held since `forget`: of main memory and, where one is used, of the GPU."""
-    found = {"peak_memory_bytes": peak_memory()}
+    """Peak bytes since `reset_peak_memory`: of main memory and, if one is used, of the GPU."""
+    result = {"peak_memory_bytes": peak_memory()}
     if torch.cuda.is_initialized():
-        found["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+        result["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return result
 
 
-def highest(several: Iterable[dict]) -> dict[str, int]:
-    """Of several ranks' or jobs' peaks the highest of each; other entries are left out."""
-    found: dict[str, int] = {}
-    for one in several:
+def max_peaks(records: Iterable[dict]) -> dict[str, int]:
+    """The maximum of each peak over several ranks or jobs; other entries are dropped."""
+    result: dict[str, int] = {}
+    for record in records:
         for name in ("peak_memory_bytes", "peak_cuda_bytes"):
-            if name in one:
-                found[name] = max(found.get(name, 0), one[name])
-    return found
+            if name in record:
+                result[name] = max(result.get(name, 0), record[name])
+    return result
 
 
 def peak_memory() -> int:
-    """Most bytes of main memory that this process has held at once.
+    """Peak bytes of main memory of this process.
 
-    From the kernel's own mark, where there is one: `getrusage` also counts what the launcher held
-    before this program was started in its place.
+    Read from the kernel's high-water mark if there is one: `getrusage` also counts the memory of
+    the launcher that this program replaced.
     """
     try:
         with open("/proc/self/status", encoding="utf-8") as lines:
@@ -55,9 +55,7 @@ def peak_memory() -> int:
 
 
 _CGROUPS = Path("/sys/fs/cgroup")
-
-
-# limit, what is taken, and of that the cache that the kernel gives back: version 2, version 1
+# limit, usage, and the reclaimable cache within the usage: version 2, version 1
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -65,13 +63,13 @@ _CGROUP_FILES = (
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank can still take on a device (for the CPU: its share of main memory).
+    """Free bytes for this rank on a device; on the CPU, its share of the free main memory.
 
-    Heeds the limit of a control group (a SLURM job's, a container's) where there is one.
+    Respects the limits of control groups (SLURM jobs, containers).
     """
-    if device.type == "cuda":  # and what torch keeps for itself without using it
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type == "cuda":  # including memory that torch has reserved but does not use
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
     free = psutil.virtual_memory().available
     for group in _control_groups(Path("/proc/self/cgroup")):
         for limit, used, cache in _CGROUP_FILES:
@@ -85,15 +83,15 @@ def free_memory(device: torch.device) -> int:
 
 
 def drop_pinned(device: torch.device) -> None:
-    """Gives the system back what torch keeps of pinned main memory that is in use no more."""
+    """Returns torch's unused pinned main memory to the system."""
     if device.type == "cuda":
         torch._C._host_emptyCache()
 
 
 def _control_groups(file: Path, root: Path = _CGROUPS) -> Iterator[Path]:
-    """The folders of the control groups for memory that a process is in, from its own upwards.
+    """The folders of a process's memory control groups, from its own group upwards.
 
-    In a container they may be called otherwise inside than outside; the outermost one is there.
+    A container may use other names inside than outside, but the outermost group always exists.
     """
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     for line in lines:
@@ -105,26 +103,30 @@ def _control_groups(file: Path, root: Path = _CGROUPS) -> Iterator[Path]:
 
 
 class Memory(NamedTuple):
-    """Bytes that a store of activations may take: on its device and, on a GPU, of pinned main
-    memory, before the rest goes to disk."""
+    """Limits in bytes of an activation store, above which it spills to disk.
+
+    Attributes:
+        device: memory of its device.
+        host: pinned main memory, if the device is a GPU.
+    """
 
     device: int
     host: int = 0
 
     @classmethod
     def plan(cls, device: torch.device, gib: float | None = None, parts: int = 1) -> Memory:
-        """For each of `parts` stores: a part of `gib`, or of half of what is free now."""
+        """The limits of each of `parts` stores: its part of `gib` or of half the free memory."""
         drop_pinned(device)
-        own = free_memory(device) // 2 if gib is None else int(gib * 2**30)
+        total = free_memory(device) // 2 if gib is None else int(gib * 2**30)
         host = free_memory(torch.device("cpu")) // 2 if device.type == "cuda" else 0
-        return cls(own // parts, host // parts)
+        return cls(total // parts, host // parts)
 
 
-EFFICIENCY = 0.6  # of the rate of bare matrix products; SparseGPT of SmolLM2-135M reached 0.65
+EFFICIENCY = 0.6  # relative to plain matrix products; SparseGPT on SmolLM2-135M attains 0.65
 
 
 def attained_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second that work in a type attains here: its share of bare matrix products'."""
+    """Measures the FLOP/s that work in `dtype` attains: `EFFICIENCY` x plain matrix products."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(dtype)
     product = a @ a

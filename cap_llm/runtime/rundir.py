@@ -1,13 +1,13 @@
-"""The run directory: one pipeline's settings, log, metrics, and one folder a stage.
+"""The run directory: config, log and metrics of one pipeline, and a folder per stage.
 
     config.yaml  environment.json  log.txt  metrics.jsonl  report.md  report.html
-    run.lock  ended.json  who works here, and how the last job ended (see `lock.py`)
-    <stage>/recipe.json   what the stage was asked to do, written before its first result, with
-                          checksums of the models and texts that its settings name
+    run.lock  ended.json  the running job, and the exit status of the last one (see `lock.py`)
+    <stage>/recipe.json   settings of the stage, written before its first result, with checksums of
+                          the models and texts that they name
     <stage>/done.json     written last: the stage is finished and verified
 
-A run directory belongs to one pipeline. Giving the same command again goes on where it stopped; a
-stage that was asked to do something else is refused, never overwritten.
+A run directory belongs to one pipeline. Rerunning the same command resumes it. A stage with other
+settings is rejected, never overwritten.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ from cap_llm.runtime.files import (
     verify,
     write_json,
 )
-from cap_llm.runtime.interrupt import GOES_ON, stopped_by
+from cap_llm.runtime.interrupt import REQUEUE_SIGNALS, stopped_by
 from cap_llm.runtime.lock import ENDED, Lock, write_end
 from cap_llm.runtime.lock import FILE as LOCK_FILE
 from cap_llm.runtime.world import World
 
-CONTENTS = "contents"  # of a recipe: checksums of what its settings name, by option
+CONTENTS = "contents"  # key of a recipe: checksums of the files that its options name
 
 
 class Run:
-    """An open run directory, with the console and the ranks that work in it.
+    """An open run directory, with its console and its ranks.
 
     Attributes:
-        contents: checksums of the models and texts that the settings name, by option; the same
-            model by another path is the same model.
+        contents: checksums of the models and texts, by the option that names them; a model is
+            identified by its checksum, not by its path.
+
+    Raises:
+        UserError: the directory is not usable, or another job has locked it.
     """
 
     def __init__(self, path: str, world: World, console: Console):
@@ -52,41 +55,33 @@ class Run:
         self._metrics = self._lock = None
         self._verified: set[Path] = set()
         self._trackers: list = []
-        self._start = time.time()
-        problem = self._open() if world.first else None
-        problem = world.gather(problem)[0]
-        if problem:
-            raise problem
-        world.tell(lambda why: write_end(self.path, 1, world.rank, why, False))
+        world.decide(self._open)
+        world.on_failure(lambda why: write_end(self.path, 1, world.rank, why, False))
 
-    def _open(self) -> UserError | None:
-        """Makes the directory and takes its lock; the first rank's part."""
+    def _open(self) -> None:
+        """Creates and locks the directory, and opens its files, on rank 0."""
+        check_run_dir(self.path)
         try:
-            refuse_strangers(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-        except UserError as error:
-            return error
         except OSError as error:
-            return UserError(f"output_dir {self.path} cannot be used: {error.strerror}")
+            raise UserError(f"output_dir {self.path} cannot be used: {error.strerror}") from None
         try:
             self._lock = Lock(self.path, self.console)
             self.console.log_to(self.path / "log.txt")
             self._metrics = open(self.path / "metrics.jsonl", "a", 1, "utf-8")  # noqa: SIM115
-        except UserError as error:
-            return error
         except OSError as error:
-            return disk_error(self.path, Path(error.filename or LOCK_FILE).name, error)
-        return None
+            name = Path(error.filename or LOCK_FILE).name
+            raise disk_error(self.path, name, error) from None
 
     def describe(self, name: str, config_yaml: str) -> None:
-        """Records what runs, on what: `config.yaml` and `environment.json`."""
-        if self.world.first:
+        """Writes `config.yaml` and `environment.json`."""
+        if self.world.is_main:
             with atomic(self.path / "config.yaml") as temporary:
                 temporary.write_text(config_yaml, encoding="utf-8")
             write_json(self.path / "environment.json", {"run": name} | environment(self.world))
 
     def metric(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Appends one line a value to `metrics.jsonl`."""
+        """Appends one line per value to `metrics.jsonl`."""
         if self._metrics:
             now = round(time.time(), 3)
             for name, value in values.items():
@@ -98,92 +93,87 @@ class Run:
             for tracker in self._trackers:
                 tracker.log(stage, step, values)
 
-    def track_with(self, tracker) -> None:
-        """Also gives all metrics from now on to `tracker` (`log`, `close`)."""
+    def add_tracker(self, tracker) -> None:
+        """Also logs all further metrics to `tracker` (`log`, `close`)."""
         self._trackers.append(tracker)
 
     def stage(self, name: str, recipe: dict) -> tuple[Path, dict | None]:
         """The folder of stage `name`, and its `done.json` if it is finished.
 
-        Writes nothing: until the stage has something to keep (`bind`), its recipe may change.
+        Writes nothing: a stage may change its recipe until its first result (`bind`).
 
         Raises:
-            UserError: the folder holds this stage with other settings, or a file of it has changed
-                since it was finished.
+            UserError: the stage has other settings there, or a file of the finished stage changed.
         """
         folder = self.path / name
 
-        def look() -> dict | None:
-            refuse_other(folder, self._known(recipe))
+        def read_done() -> dict | None:
+            check_same_settings(folder, with_contents(recipe, self.contents))
             path = folder / "done.json"
-            done = read_json(path, _whole) if path.exists() else None
+            done = read_json(path, _parse_done) if path.exists() else None
             if done and (changed := self._changed(folder, done)):
                 raise UserError(
-                    f"{folder / changed}. Restore the file, or delete {folder} and rerun"
+                    f"{folder / changed}. Restore the file, or delete {folder} and rerun."
                 )
             return done
 
-        # all have met, too, before the first one writes
-        return folder, self.world.decide(look)
+        # This also synchronizes the ranks before rank 0 writes.
+        return folder, self.world.decide(read_done)
 
     def _changed(self, folder: Path, done: dict) -> str | None:
-        """What is wrong with the files of a finished stage; looked at once per process."""
+        """The first problem of a finished stage's files; checked once per process."""
         if folder in self._verified:
             return None
         self._verified.add(folder)
         recorded = done["files"]
-        gone = {name for name in recorded if not (folder / name).exists()}  # perhaps to save space
-        if any(name.endswith(".index.json") for name in gone):  # what is left of weights is none
+        # Weights may be deleted to save space; without their index, the rest is not a model either.
+        missing = {name for name in recorded if not (folder / name).exists()}
+        if any(name.endswith(".index.json") for name in missing):
             return None
-        return verify(folder, {n: facts for n, facts in recorded.items() if n not in gone})
+        return verify(folder, {n: digest for n, digest in recorded.items() if n not in missing})
 
     def bind(self, folder: Path, recipe: dict) -> None:
-        """Records what a stage was asked to do, before its first result is written."""
-        if self.world.first:
+        """Writes a stage's recipe, before its first result."""
+        if self.world.is_main:
             self.record(folder, recipe)
         self.world.barrier()
 
     def record(self, folder: Path, recipe: dict) -> None:
-        """The same, by the first rank alone."""
+        """Writes a stage's recipe, on rank 0 alone."""
         if not (folder / "recipe.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "recipe.json", self._known(recipe))
-
-    def _known(self, recipe: dict) -> dict:
-        """A recipe with what its settings name by paths."""
-        return with_contents(recipe, self.contents)
+            write_json(folder / "recipe.json", with_contents(recipe, self.contents))
 
     def finish_stage(self, folder: Path, summary: dict, files: Iterable[str] = ()) -> None:
-        """Marks a stage as finished, and says by what command on which machine; its last write.
+        """Writes `done.json` with the environment and checksums of `files`, as the last step.
 
-        A later job holds `files` of the folder against what they are now.
+        A later job checks `files` against these checksums.
         """
         self.world.barrier()
-        if self.world.first:
+        if self.world.is_main:
             summary = summary | {"environment": environment(self.world)}
             write_json(folder / "done.json", summary | {"files": digests(folder, files)})
         self._verified.add(folder)
         self.world.barrier()
 
-    def blame(self, error: BaseException) -> BaseException:
-        """`error`, or what is behind it: a rank that has gone without a word.
+    def explain_failure(self, error: BaseException) -> BaseException:
+        """Returns `error`, or a `RankLost` if a dead rank caused it.
 
-        Its connections break, which may come up as any error, and its launcher asks the others to
-        stop; neither says why.
+        A dead rank's connections break, which may raise any error, and its launcher stops the other
+        ranks. Neither names the cause.
         """
         if self.world.size > 1:
-            time.sleep(1.0)  # for the one that knows more to say it
-            lost = self.world.lost()
-            if lost and not (self.path / ENDED).exists():
+            time.sleep(1.0)  # lets a rank that knows the cause report it first
+            dead = self.world.dead_ranks()
+            if dead and not (self.path / ENDED).exists():
                 return RankLost(
-                    f"{' and '.join(lost)} ended without a word: killed, perhaps for its memory "
-                    "(the kernel's log or sacct say), or crashed; give the same command again to "
-                    "go on from what was finished"
+                    f"{' and '.join(dead)} died unexpectedly (out of memory? check dmesg or "
+                    "sacct). Rerun the same command to resume."
                 )
         return error
 
     def close(self, code: int = 0, error: BaseException | None = None) -> None:
-        """Says how the run ends, closes its files and lets another job have the directory."""
+        """Writes how the run ended, closes its files and releases the directory."""
         number = stopped_by(error) if error else None
         if number:
             why = f"stopped by {signal.Signals(number).name}"
@@ -192,83 +182,83 @@ class Run:
             why = " ".join(f"{kind}{error}".split())[:500]
         else:
             why = "done"
-        if error or self.world.first:
-            write_end(self.path, code, self.world.rank, why, number in GOES_ON)
+        if error or self.world.is_main:
+            write_end(self.path, code, self.world.rank, why, number in REQUEUE_SIGNALS)
         for file in (*self._trackers, self._metrics, self._lock):
             if file:
                 file.close()
 
 
-def _whole(done: dict) -> dict:
-    """A `done.json`, if it holds what `finish_stage` always writes."""
+def _parse_done(done: dict) -> dict:
+    """Checks that a `done.json` has the fields that `finish_stage` writes."""
     return done | {"environment": done["environment"], "files": dict(done.get("files", {}))}
 
 
-def refuse_strangers(path: Path) -> None:
-    """Refuses to work in a directory that is no run directory, unless it is empty or not there.
+def check_run_dir(path: Path) -> None:
+    """Checks that `path` is a run directory, empty, or does not exist.
 
     Raises:
-        UserError: it holds other files, is a file, or cannot be read or written.
+        UserError: it is not, or it is not readable and writable.
     """
     try:
-        strangers = os.listdir(path)
+        names = os.listdir(path)
     except FileNotFoundError:
-        strangers = []
+        names = []
     except (OSError, ValueError) as error:  # no permission, too long a name, a null byte
         if os.path.isfile(path):
-            raise UserError(f"output_dir {path} is a file; choose a new directory") from None
+            raise UserError(f"output_dir {path} is a file. Choose another directory.") from None
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"output_dir {str(path)!r} cannot be used: {reason}") from None
-    place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(
-            f"output_dir {path} cannot be written: {place} is read-only for this user. Choose "
-            "another directory."
+            f"output_dir {path} is not writable ({parent} is read-only). Choose another directory."
         )
-    if strangers and LOCK_FILE not in strangers:
+    if names and LOCK_FILE not in names:
         raise UserError(
-            f"output_dir {path} holds other files ({strangers[0]}, ...); choose a new directory"
+            f"output_dir {path} is not empty and is not a cap-llm run directory (found "
+            f"{names[0]}). Choose another directory."
         )
 
 
 def with_contents(recipe: dict, contents: dict[str, str]) -> dict:
-    """A recipe with the checksums of what it names by paths, unless it has them already."""
-    own = {name: known for name, known in contents.items() if name.partition(".")[0] in recipe}
+    """Adds the checksums of the files that a recipe names, unless it has them already."""
+    own = {name: value for name, value in contents.items() if name.partition(".")[0] in recipe}
     return ({CONTENTS: own} if own else {}) | recipe
 
 
-def refuse_other(folder: Path, recipe: dict) -> None:
-    """Refuses to go on in a stage's folder that was begun with other settings.
+def check_same_settings(folder: Path, recipe: dict) -> None:
+    """Checks that a stage's folder was created with the settings of `recipe`.
 
     Raises:
-        UserError: names the first one that differs.
+        UserError: a setting differs.
     """
     if not (folder / "recipe.json").exists():
         return
     if changed := difference(read_json(folder / "recipe.json", dict), recipe):
-        field, was, now = changed
+        field, old, new = changed
         raise UserError(
-            f"{folder} holds another run: {field} was {was!r} there and is {now!r} now; "
-            "choose another output_dir or remove that folder"
+            f"{folder} was created with different settings ({field}: {old!r}, now {new!r}). Use "
+            f"another output_dir, or delete {folder}."
         )
 
 
 def difference(old: dict, new: dict) -> tuple[str, object, object] | None:
-    """The first field in which two nested dicts differ, and its two values; None if none does.
+    """The first field in which two recipes differ, with both values; None if they are equal.
 
-    A field that one of them lacks is one that is None: versions of the settings may differ. A path
-    may be another where both have the same `contents` for it.
+    A missing field counts as None, because versions may have different settings. Paths may differ
+    if both recipes have the same checksum in `contents`.
     """
     return next(_differences(old, new), None)
 
 
 def _differences(old: dict, new: dict) -> Iterator[tuple[str, object, object]]:
-    known, now_known = old.get(CONTENTS) or {}, new.get(CONTENTS) or {}
-    same = {name for name, checksum in now_known.items() if known.get(name) == checksum}
+    old_sums, new_sums = old.get(CONTENTS) or {}, new.get(CONTENTS) or {}
+    same = {name for name, checksum in new_sums.items() if old_sums.get(name) == checksum}
     for key in dict.fromkeys(key for key in (*old, *new) if key != CONTENTS):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found = [(f"{key}.{name}", *values) for name, *values in _differences(was, now)]
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changes = [(f"{key}.{name}", *values) for name, *values in _differences(a, b)]
         else:
-            found = [(key, was, now)] if was != now else []
-        yield from (change for change in found if change[0] not in same)
+            changes = [(key, a, b)] if a != b else []
+        yield from (change for change in changes if change[0] not in same)

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, for those who want their curves there as well."""
+"""Optional loggers of a run's metrics: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """One point of each curve."""
+        """Logs one point of each curve."""
         for name, value in values.items():
             self._writer.add_scalar(f"{stage}/{name}", value, step)
 
     def close(self) -> None:
-        """Writes what is pending."""
+        """Writes pending events."""
         self._writer.close()
 
 
 class Wandb:
-    """Logs to a project of Weights & Biases; `WANDB_MODE=offline` keeps it on this machine."""
+    """Logs to a Weights & Biases project; `WANDB_MODE=offline` logs locally."""
 
     def __init__(self, folder: Path, project: str, title: str, settings: dict):
         require("wandb", "recover.log.wandb")
         import wandb
 
         self._stages: set[str] = set()
-        own_id = folder / "wandb_id"  # a repeated command goes on with its own curves
-        if not own_id.exists():
-            own_id.write_text(uuid.uuid4().hex, encoding="utf-8")
+        id_file = folder / "wandb_id"  # a resumed run continues its curves
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
         try:
             self._run = wandb.init(
                 project=project,
@@ -47,9 +47,9 @@ class Wandb:
                 config=settings,
                 resume="allow",
                 settings=wandb.Settings(silent=True, console="off"),  # the run has its own log
-                id=own_id.read_text(encoding="utf-8"),
+                id=id_file.read_text(encoding="utf-8"),
             )
-        except Exception as error:  # no key, no network, no such project
+        except Exception as error:  # an invalid key, network or project
             raise UserError(
                 f"recover.log.wandb {project}: {type(error).__name__} "
                 f"{' '.join(str(error).split())}. "
@@ -57,20 +57,22 @@ class Wandb:
             ) from None
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """One point of each curve, over the steps of its stage."""
+        """Logs one point of each curve, over the steps of its stage."""
         if stage not in self._stages:
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
             self._stages.add(stage)
         self._run.log({f"{stage}/{k}": v for k, v in values.items()} | {f"{stage}/step": step})
 
     def close(self) -> None:
-        """Sends what is pending."""
+        """Uploads pending metrics."""
         self._run.finish()
 
 
 def require(package: str, option: str) -> None:
-    """Raises:
-    UserError: the package is not installed.
+    """Checks that an option's package is installed.
+
+    Raises:
+        UserError: it is not.
     """
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{option} needs the package {package}: pip install {package}")
+        raise UserError(f"{option} needs the package {package}. Run: pip install {package}")

@@ -1,11 +1,14 @@
-"""Each rank's watch over the others: a job whose ranks cannot go on ends, and says which and why.
+"""Detects ranks that are dead or deadlocked, and ends the job with the reason.
 
-A thread of each rank gives a sign of life to the store of the process group, and reads the others'.
-Three things end the job: a rank of this node whose process is gone, where that has not broken this
-one's connections (gloo's break, a wait for a GPU goes on); a rank that is not heard of any more
-(its node has vanished, its process is stopped); and work that has come to a halt, each rank waiting
-for another one. What takes long but is being worked on, such as the conversion of a large model by
-one rank, is none of them.
+A thread of each rank writes a heartbeat to the store of the process group and reads the others'.
+Three conditions end the job:
+
+- A rank of this node is dead, but this rank still waits for it. gloo connections break by
+  themselves; a wait for a GPU does not.
+- A rank's heartbeat stops, because its node is down or its process is stopped.
+- All ranks wait for each other.
+
+Long work of a single rank, such as converting a large model, does not end the job.
 """
 
 from __future__ import annotations
@@ -19,36 +22,36 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-BEAT = 5.0  # seconds between two signs of life
-GONE = 10.0  # seconds in which the others may end by themselves when a process has
-LOST = 180.0  # seconds without a sign of life
-HALT = 1200.0  # seconds in which no rank gets past what should take seconds
+HEARTBEAT = 5.0  # seconds between two heartbeats
+DEAD_RANK_GRACE = 10.0  # seconds in which the other ranks may fail by themselves
+HEARTBEAT_TIMEOUT = 180.0  # seconds without a heartbeat
+DEADLOCK_TIMEOUT = 1200.0  # seconds in which no rank leaves a body that should take seconds
 
 
 class Watch:
     """The watch of one rank, from now until `stop`.
 
     Attributes:
-        tell: what to do with the reason before the process ends.
-        gone: names the ranks whose processes have ended, as far as this one can see them.
+        on_failure: receives the reason before the process ends.
+        dead_ranks: names the dead ranks that this rank can see.
     """
 
     def __init__(self, rank: int, size: int, address: tuple[str, int]):
-        self.tell: Callable[[str], None] = lambda why: None
-        self.gone: Callable[[], list[str]] = list
+        self.on_failure: Callable[[str], None] = lambda why: None
+        self.dead_ranks: Callable[[], list[str]] = list
         self._rank, self._size = rank, size
         self._at, self._since = "", time.monotonic()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._store = dist.TCPStore(*address, is_master=False)
-        self._names = [f"cap_llm/alive/{r}" for r in range(size)]
-        self._store.set(self._names[rank], "0||0")
-        self._silent = 0
-        for task in (self._run, self._listen):
+        self._keys = [f"cap_llm/alive/{r}" for r in range(size)]
+        self._store.set(self._keys[rank], "0||0")
+        self._missed_reads = 0
+        for task in (self._run, self._watch_store):
             threading.Thread(target=task, daemon=True).start()
 
     @contextlib.contextmanager
     def bounded(self, what: str) -> Iterator[None]:
-        """The body of the `with` ends soon, or as soon as all other ranks come to it."""
+        """Marks a body that takes seconds once all ranks have reached it."""
         before = self._at
         self._at, self._since = what, time.monotonic()
         try:
@@ -57,50 +60,56 @@ class Watch:
             self._at, self._since = before, time.monotonic()
 
     def stop(self) -> None:
-        """Ends the watch."""
-        self._over.set()
+        """Stops the watch."""
+        self._stopped.set()
 
     def _run(self) -> None:
-        beats, heard, complete = 0, {}, time.monotonic()
-        while not self._over.wait(BEAT):
-            beats, now = beats + 1, time.monotonic()
-            if not (gone := self.gone()):
-                complete = now
-            elif now - complete > GONE:
-                self._end(f"{' and '.join(gone)} has ended, and this one waits for it")
+        count, heartbeats, last_complete = 0, {}, time.monotonic()
+        while not self._stopped.wait(HEARTBEAT):
+            count, now = count + 1, time.monotonic()
+            if not (dead := self.dead_ranks()):
+                last_complete = now
+            elif now - last_complete > DEAD_RANK_GRACE:
+                self._end(f"{' and '.join(dead)} died while this rank waits for it")
             waits = int(now - self._since) if self._at else 0
             try:
-                self._store.set(self._names[self._rank], f"{beats}|{self._at}|{waits}")
-                said = [value.decode() for value in self._store.multi_get(self._names)]
-                self._silent = 0
-            except Exception:  # the store lives in the first rank or in its launcher
+                self._store.set(self._keys[self._rank], f"{count}|{self._at}|{waits}")
+                states = [value.decode() for value in self._store.multi_get(self._keys)]
+                self._missed_reads = 0
+            except Exception:  # rank 0 or its launcher hosts the store
                 continue
-            for rank, text in enumerate(said):
-                if heard.get(rank, ("", 0))[0] != text:
-                    heard[rank] = text, now
-            lost = [str(r) for r, (_, when) in heard.items() if now - when > LOST]
-            if lost:
-                self._end(f"rank {', '.join(lost)} has not been heard of{_long(LOST)}")
-            elif min(int(text.split("|")[2]) for text in said) > HALT:
-                at = ", ".join(f"rank {r} at {t.split('|')[1]}" for r, t in enumerate(said))
-                self._end(f"no rank gets on: {at}{_long(HALT)}")
+            for rank, state in enumerate(states):
+                if heartbeats.get(rank, ("", 0))[0] != state:
+                    heartbeats[rank] = state, now
+            silent = [
+                str(rank)
+                for rank, (_, when) in heartbeats.items()
+                if now - when > HEARTBEAT_TIMEOUT
+            ]
+            if silent:
+                self._end(f"no heartbeat from rank {', '.join(silent)}{_for(HEARTBEAT_TIMEOUT)}")
+            elif min(int(state.split("|")[2]) for state in states) > DEADLOCK_TIMEOUT:
+                at = ", ".join(f"rank {r} at {s.split('|')[1]}" for r, s in enumerate(states))
+                self._end(f"all ranks are blocked{_for(DEADLOCK_TIMEOUT)}: {at}")
 
-    def _listen(self) -> None:
-        """Ends the job once the store has gone: where its node vanishes, a call of it in `_run`
-        never returns, whatever its timeout."""
-        while not self._over.wait(BEAT):
-            self._silent += 1
-            if self._silent * BEAT > LOST:
-                self._end(f"rank 0 has not been heard of{_long(LOST)}")
+    def _watch_store(self) -> None:
+        """Ends the job once the store is gone.
+
+        If the store's node is down, its calls in `_run` never return, whatever their timeout.
+        """
+        while not self._stopped.wait(HEARTBEAT):
+            self._missed_reads += 1
+            if self._missed_reads * HEARTBEAT > HEARTBEAT_TIMEOUT:
+                self._end(f"no heartbeat from rank 0{_for(HEARTBEAT_TIMEOUT)}")
 
     def _end(self, why: str) -> None:
-        if self._over.is_set():
+        if self._stopped.is_set():
             return
-        why += "; the job ends: give the same command again to go on from what was finished"
-        self.tell(why)
+        why += ". Rerun the same command to resume."
+        self.on_failure(why)
         print(f"cap-llm: rank {self._rank}: {why}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
-def _long(seconds: float) -> str:
+def _for(seconds: float) -> str:
     return f" for {seconds / 60:g} minutes"

@@ -127,9 +127,9 @@ def find(
         UserError: there is none where one must be, or it belongs to another recipe or ZeRO stage.
     """
     requeued = number("SLURM_RESTART_COUNT", 0) > 0  # the same job, which goes on
-    if world.first and config.checkpoint.resume is False and not requeued:
+    if world.is_main and config.checkpoint.resume is False and not requeued:
         shutil.rmtree(folder, ignore_errors=True)
-    if world.first and folder.exists():
+    if world.is_main and folder.exists():
         for path in folder.glob("*-*"):
             if not (path / COMPLETE).exists():
                 shutil.rmtree(path)  # its writer was killed
@@ -192,7 +192,7 @@ def save(
 ) -> None:
     """Writes a checkpoint with all ranks, marks it complete, and removes the oldest ones."""
     tag = f"step-{step:06d}"
-    if world.first:
+    if world.is_main:
         _remove(folder / tag)
         folder.mkdir(parents=True, exist_ok=True)
     world.barrier()
@@ -211,7 +211,7 @@ def save(
     files = {
         name: f for part in world.gather(digests(folder / tag, names)) for name, f in part.items()
     }
-    if world.first:
+    if world.is_main:
         facts = {"step": step, "ranks": world.size, "zero_stage": stage, "state": state}
         write_json(folder / tag / COMPLETE, facts | {"recipe": recipe, "files": files})
         # of this training only: one started by `resume` may be behind an earlier one here
@@ -314,7 +314,7 @@ def _universal(path: Path, stage: int, world: World) -> Path:
     """DeepSpeed's universal form of a checkpoint, beside it."""
     target = path.with_name(f"universal-{path.name}")
     problem = None
-    if world.first and not (target / COMPLETE).exists():
+    if world.is_main and not (target / COMPLETE).exists():
         shutil.rmtree(target, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         command += ["--input_folder", str(path), "--output_folder", str(target)]

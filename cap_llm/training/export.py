@@ -50,7 +50,7 @@ def export(
     parameters = dict(model.named_parameters())
     inside = tuple(f"{prefix}.{i}." for i in range(len(blocks)))
     zeros: dict[str, int] = {}
-    if world.first:
+    if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     world.barrier()
     masked = set(masks)
@@ -59,9 +59,9 @@ def export(
         names = [n for n in keys if n.startswith(start) == (block is not None)]
         present = [n for n in names if n in parameters]
         with gathered(parameters[n] for n in present):
-            if world.first:
+            if world.is_main:
                 tensors = {keys[n]: parameters[n].detach().to("cpu", copy=True) for n in present}
-        if world.first:
+        if world.is_main:
             tensors |= checkpoint.read(keys[n] for n in names if n not in parameters)
             tensors = {key: _cast(key, t, dtype, checkpoint) for key, t in tensors.items()}
             writer.write(block, tensors)
@@ -69,7 +69,7 @@ def export(
             kind = max(tensors.values(), key=torch.Tensor.numel).dtype
             zeros |= {n: int((tensors[keys[n]] == 0).sum()) for n in present if n in masked}
         world.barrier()
-    if world.first:
+    if world.is_main:
         writer.finish(source)
         content = read_json(folder / "config.json")
         content.pop("torch_dtype", None)

@@ -19,9 +19,9 @@ import torch
 
 from cap_llm.config import ObjectiveConfig, RecoverConfig
 from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
-from cap_llm.runtime.console import size
+from cap_llm.runtime.console import format_bytes
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.interrupt import Stopped, held_back, stop_before_limit
+from cap_llm.runtime.interrupt import Stopped, defer_signals, stop_before_limit
 from cap_llm.runtime.memory import peaks
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
@@ -137,7 +137,7 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
     job.contrasts.refill(teacher_states, job.before + first, config.engine.micro_batch, run.console)
     seconds, units, overflows = 0.0, 0, 0
     longest = slowest = 0.0  # seconds of a step and of a checkpoint
-    with held_back() as request, run.console.bar(job.title, config.steps, "steps") as bar:
+    with defer_signals() as request, run.console.bar(job.title, config.steps, "steps") as bar:
         bar.advance(first)
         for step in range(first + 1, config.steps + 1):
             start = time.monotonic()
@@ -294,6 +294,6 @@ def _line(figures: dict[str, float], task: Task) -> str:
     shown = [f"loss {figures['loss']:.4f}", f"{speed:,.0f} {task.unit}/s"]
     norm = f"norm {figures['grad_norm']:.3f}" if "grad_norm" in figures else "overflow, skipped"
     shown += [f"lr {figures['lr']:.1e}", norm]
-    shown += [size(figures.get("peak_cuda_bytes", figures["peak_memory_bytes"]))]
+    shown += [format_bytes(figures.get("peak_cuda_bytes", figures["peak_memory_bytes"]))]
     parts = [f"{name} {figures[name]:.4f}" for name in ObjectiveConfig.TERMS if name in figures]
     return "  ".join(shown + parts)

@@ -18,7 +18,7 @@ OPTIONS = {
     "no whole number": (["--calibration.sequences", "2.5"], ["calibration.sequences", "2.5"]),
     "no truth value": (["--oneshot.refit", "perhaps"], ["oneshot.refit", "perhaps"]),
     "not a list": (["--stages", "oneshot"], ["stages", "list"]),
-    "not a dict": (["--oneshot.layers", "all"], ["oneshot.layers", "all", "names with numbers"]),
+    "not a dict": (["--oneshot.layers", "all"], ["oneshot.layers", "all"]),
     "unknown method": (
         ["--oneshot.method", "sparsegtp"],
         ["oneshot.method", "sparsegtp", "magnitude", "wanda", "sparsegpt"],
@@ -121,8 +121,8 @@ def test_evaluate_without_a_corpus_is_refused(refuse):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("dmo", "did you mean demo?"),
-        ("xyzzy-plugh", "recipes: "),
+        ("dmo", "mean demo?"),
+        ("xyzzy-plugh", "opt-125m-50"),
         ("/nowhere/x.yaml", "neither a file nor a recipe"),
     ],
 )
@@ -144,7 +144,7 @@ YAML = {
     "a list as a section": ("oneshot:\n  - sparsity: 0.5\n", ["oneshot to ["]),
     "false as a section": ("evaluate: false\n", ["evaluate to False"]),
     "a text as a nested section": ("oneshot: {owl: strong}\n", ["oneshot.owl to 'strong'"]),
-    "a list": ("- oneshot\n", ["holds ['oneshot']"]),
+    "a list": ("- oneshot\n", ["['oneshot']"]),
     "a field twice": (
         "oneshot:\n  sparsity: 0.5\n  sparsity: 0.6\n",
         ["sparsity is set twice", "line 2", "line 3"],

@@ -145,7 +145,7 @@ class Assets:
         self.half = folder / "half" / "oneshot"  # 50 % by SparseGPT
         settings = self.options(folder / "half", 1) | {"model.path": self.dense}
         config, text, _ = read_config(arguments(settings | {"stages": "[oneshot]"}))
-        pipeline(config, text, Console(speaks=False))
+        pipeline(config, text, Console(enabled=False))
 
     def options(self, out: Path, ranks: int) -> dict:
         """The settings of a small sound run from the half pruned model."""

@@ -42,7 +42,7 @@ def test_recover_is_a_job_of_its_own_after_oneshot_and_zero3_ends_with_0(assets,
     settings = assets.options(tmp_path / "run", 2) | {"model.path": assets.dense}
     settings |= {"recover.teacher": "null", "recover.optimizer.tokens": 2 * BATCH * LENGTH}
     config, text, _ = read_config(arguments(settings | {"stages": "[oneshot]"}))
-    pipeline(config, text, Console(speaks=False))
+    pipeline(config, text, Console(enabled=False))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     settings |= {"recover.engine.deepspeed": "zero3"}
     training = launched([*torchrun, "--nproc_per_node", "2"], settings)
@@ -96,7 +96,7 @@ def test_a_real_signal_ends_a_training_with_143_and_a_checkpoint(assets, tmp_pat
     settings |= {"recover.checkpoint.every": 1000, "recover.log.evaluate_every": 10}
     job = signalled(tmp_path / "run", "step    20/150", signal.SIGTERM, arguments(settings))
     assert job.returncode == 143, job.stderr
-    assert "cap-llm: stopped; give the same command again to go on" in job.stderr
+    assert "cap-llm: interrupted" in job.stderr
     step = int(re.search(r"checkpoint at step (\d+)/150", job.stdout).group(1))
     assert 20 <= step < 150
     assert checkpoints(tmp_path / "run") == [f"step-{step:06d}"]

@@ -44,7 +44,7 @@ from cap_llm.cli import command_line  # noqa: E402
 from cap_llm.pipeline import pipeline  # noqa: E402
 from cap_llm.recovery import check  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
-from cap_llm.runtime.interrupt import Stopped, stop_at_once  # noqa: E402
+from cap_llm.runtime.interrupt import Stopped, raise_on_signals  # noqa: E402
 from cap_llm.sparsity import keeper as zeros  # noqa: E402
 from cap_llm.training import loop as training  # noqa: E402
 
@@ -242,11 +242,11 @@ def tensor_bytes() -> int:
 def main(folder: Path) -> None:
     """Runs all cases; every rank's outcome of each is kept."""
     torch.set_num_threads(1)
-    stop_at_once()
+    raise_on_signals()
     if SIZE > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)
     command_line.make_parser = functools.cache(command_line.make_parser)  # for speed
-    console = Console(speaks=RANK == 0)
+    console = Console(enabled=RANK == 0)
     results = {}
     for case in json.loads((folder / "cases.json").read_text()):
         console.say(f"== {case['name']}")
