@@ -42,7 +42,7 @@ from cap_llm.runtime.files import atomic
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.rundir import Run
 from cap_llm.solvers.admm import alps
-from cap_llm.solvers.hessian import Moments, factorise
+from cap_llm.solvers.hessian import Moments, factorize
 from cap_llm.solvers.methods import Solver, pattern_of
 from cap_llm.solvers.redensify import redensify, redensify_by_sgd
 from cap_llm.sparsity.choose import choose, obeys
@@ -334,7 +334,7 @@ class _Step:
         grams = self._grams(batches)
         if grams is None:
             name = prefix + names[0]
-            hessian = factorise(batches[0].hessian, self.oneshot.damping, name).hessian
+            hessian = factorize(batches[0].hessian, self.oneshot.damping, name).hessian
         free = {}
         for n, owner in owners({n: sparse[n] for n in names}, self.world).items():
             weight = torch.empty_like(sparse[n])
