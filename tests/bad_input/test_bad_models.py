@@ -316,7 +316,7 @@ def test_positions_that_the_padding_takes_are_not_the_models(refuse, accept, tmp
 def test_an_encoder_has_no_perplexity(refuse, tiny, scored, stages):
     corpora = ["--evaluate.corpora", f"[{scored}]"]
     message = refuse("--model.path", tiny("bert"), "--stages", stages, *corpora)
-    assert "BertForMaskedLM gives no next-token logits" in message
+    assert "BertForMaskedLM" in message and "next-token logits" in message
     if "oneshot" in stages:
         assert "--stages [oneshot]" in message
 
