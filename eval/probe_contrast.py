@@ -123,7 +123,7 @@ def contrast(text, dense: torch.Tensor, n: int, changes: dict, folder: Path, wor
     units = TextUnits(text, settings, dense.shape[-1], RecoverConfig.SKIP, 0, world.device)
     bank = Bank(folder, {}, (len(text.ids), units.n_units, units.dim), world)
     others = torch.arange(n, len(text.ids))
-    contrasts = ContrastiveObjective(units, settings.extra_negatives, n, world, share=others)
+    contrasts = ContrastiveObjective(units, settings.extra_negatives, n, world, others)
     everyone = torch.arange(len(text.ids))
     contrasts.fill(bank, lambda ids: dense[ids], everyone, 4, "banking", Console(enabled=False))
     contrasts.terms.append(ContrastTerm("prc", 1.0, [bank]))

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PHASES = {  # what is wrapped, to count its calls and to kill inside one
     "one-shot": ("cap_llm.blockwise.oneshot", "prune_block"),
     "reconstruction": ("cap_llm.blockwise.reconstruct", "_Trainer.train"),
-    "bank building": ("cap_llm.contrast.terms", "Contrasts.fill"),
+    "bank building": ("cap_llm.contrast.terms", "ContrastiveObjective.fill"),
     "training": ("cap_llm.training.loop", "step_once"),
     "checkpointing": ("cap_llm.training.checkpoints", "save"),
     "export": ("cap_llm.recovery.recover", "export"),

@@ -5,8 +5,8 @@ import reference
 import torch
 
 from cap_llm.solvers import admm
-from cap_llm.solvers.admm import admm_grad, alps, regularised_inverse
-from cap_llm.solvers.hessian import factorise
+from cap_llm.solvers.admm import admm_grad, alps, regularized_inverse
+from cap_llm.solvers.hessian import factorize
 from cap_llm.solvers.refit import refit
 from cap_llm.solvers.sparsegpt import sparsegpt
 from cap_llm.sparsity.choose import choose
@@ -66,7 +66,7 @@ def test_without_correlation_both_come_close_to_the_known_best_mask(solve, patte
 def test_inputs_that_never_fire_lose_their_weights_first(solve):
     x = 0.1 * reference.correlated(400, 64)
     x[:, :16] = 0
-    h = factorise(reference.second_moment(x).float(), 0.01, "w").hessian
+    h = factorize(reference.second_moment(x).float(), 0.01, "w").hessian
     _, mask = solve(reference.gaussian(32, 64), h, Pattern("unstructured"), 0.5)
     assert not mask[:, :16].any()
 
@@ -75,9 +75,9 @@ def test_a_mask_that_is_given_whole_is_found_at_once(monkeypatch):
     weight, h = reference.problem()
     allowed = choose(weight.abs(), Pattern("row"), 0.5)
     rounds = []
-    solved = admm.regularised_inverse
+    solved = admm.regularized_inverse
     monkeypatch.setattr(
-        admm, "regularised_inverse", lambda *args: rounds.append(0) or solved(*args)
+        admm, "regularized_inverse", lambda *args: rounds.append(0) or solved(*args)
     )
     _, mask = alps(weight * allowed, h, Pattern("row"), 0.5, allowed)
     assert torch.equal(mask, allowed)
@@ -86,7 +86,7 @@ def test_a_mask_that_is_given_whole_is_found_at_once(monkeypatch):
 
 def test_an_iterate_of_b_solves_its_linear_system():
     _, h = reference.problem()
-    inverse = regularised_inverse(h, 0.3)
+    inverse = regularized_inverse(h, 0.3)
     eye = torch.eye(len(h))
     assert torch.allclose(inverse @ (h + 0.3 * eye), eye, atol=1e-3)
 
@@ -102,7 +102,7 @@ def test_alps_is_better_than_sparsegpt_with_refit_on_real_layers(layers, name):
     weight = layers[name].weight
     weight = weight if "o_proj" in name else weight[:: len(weight) // 64]  # a matrix of their own
     h = reference.damped(layers[name].hessian).float()
-    factor = factorise(layers[name].hessian.float(), 0.01, name)
+    factor = factorize(layers[name].hessian.float(), 0.01, name)
     for text in ("unstructured", "row", "2:4"):
         pattern = Pattern.parse(text)
         errors = {}

@@ -109,7 +109,7 @@ def test_a_bank_of_other_facts_is_refused_by_their_name_and_left_as_it_is(tmp_pa
     with pytest.raises(UserError) as refused:
         Bank(tmp_path, facts, shape, ALONE)
     was, now = (SHAPE[0], 11) if name == "shape" else (FACTS[name], value)
-    for part in (str(tmp_path), f"its {name} ", str(was), str(now)):
+    for part in (str(tmp_path), f"({name}: ", str(was), str(now)):
         assert part in str(refused.value)
     again = Bank(tmp_path, FACTS, SHAPE, ALONE)
     assert torch.equal(again.read(torch.tensor([3])), stored(rows(1)))
@@ -374,7 +374,7 @@ def test_an_online_contrast_draws_as_many_as_are_asked_for_once_they_are_there(t
 
 def test_a_bank_needs_only_the_share_of_its_training(tmp_path):
     c, share = contrasts(), torch.tensor([1, 4, 5, 7, 11, 12, 20, 23])
-    c.share = share
+    c.example_ids = share
     bank = bank_of(c, tmp_path, Model(), share)
     c.terms = [ContrastTerm("fic", 0.1, [bank])]
     tokens = c.extractor.text.ids

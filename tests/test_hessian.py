@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
-from cap_llm.solvers.hessian import Moments, factorise
+from cap_llm.solvers.hessian import Moments, factorize
 
 CPU = torch.device("cpu")
 
@@ -127,14 +127,14 @@ def test_an_activation_that_is_not_finite_is_told_by_name(bad, full):
 @pytest.mark.parametrize("columns", [1, 2, 48, 300])
 def test_the_factor_is_upper_triangular_and_gives_the_inverse(columns):
     h = reference.second_moment(reference.correlated(400, columns)).float()
-    factor = factorise(h.clone(), 0.01, "w")
+    factor = factorize(h.clone(), 0.01, "w")
     expected = reference.damped(h)
     assert_close(factor.hessian, expected, 1e-6)
     assert torch.equal(factor.upper, factor.upper.triu())
     assert bool((factor.upper.diagonal() > 0).all())
     u = factor.upper.double()
     assert_close(u.T @ u @ expected, torch.eye(columns, dtype=torch.float64), 1e-3)
-    for one in (factor, factorise(h.clone(), 0.01, "w")):  # with U at hand, and without
+    for one in (factor, factorize(h.clone(), 0.01, "w")):  # with U at hand, and without
         assert_close(one.inverse.double() @ expected, torch.eye(columns, dtype=torch.float64), 1e-3)
     assert factor.damping == 0.01
     assert not factor.dead.any()
@@ -144,7 +144,7 @@ def test_dead_inputs_are_found_and_do_no_harm():
     x = reference.correlated(400, 30)
     dead = [0, 11, 29]
     x[:, dead] = 0
-    factor = factorise(moments(x, []).finish("w").hessian, 0.01, "w")
+    factor = factorize(moments(x, []).finish("w").hessian, 0.01, "w")
     assert factor.dead.nonzero().flatten().tolist() == dead
     alive = ~factor.dead
     u = factor.upper.double()
@@ -154,7 +154,7 @@ def test_dead_inputs_are_found_and_do_no_harm():
 
 
 def test_inputs_that_are_all_dead_are_factorised():
-    factor = factorise(torch.zeros(5, 5), 0.01, "w")
+    factor = factorize(torch.zeros(5, 5), 0.01, "w")
     assert factor.dead.all()
     assert torch.equal(factor.upper, torch.eye(5))
 
@@ -170,7 +170,7 @@ def with_lowest_eigenvalue(low: float) -> torch.Tensor:
 @pytest.mark.parametrize(("low", "damping"), [(0.5, 0.01), (-0.05, 0.1), (-0.5, 1.0), (-5.0, 10.0)])
 def test_damping_is_raised_tenfold_until_it_suffices(low, damping):
     h = with_lowest_eigenvalue(low)
-    factor = factorise(h.clone(), 0.01, "w")
+    factor = factorize(h.clone(), 0.01, "w")
     assert factor.damping == pytest.approx(damping)
     expected = h.double() + damping * torch.eye(8, dtype=torch.float64)
     assert_close(factor.hessian, expected, 1e-5)
@@ -180,13 +180,13 @@ def test_damping_is_raised_tenfold_until_it_suffices(low, damping):
 
 def test_a_hessian_that_three_raises_do_not_mend_is_refused_by_name():
     with pytest.raises(UserError, match=r"layers\.7\.q_proj.* 10\b"):
-        factorise(with_lowest_eigenvalue(-50.0), 0.01, "layers.7.q_proj")
+        factorize(with_lowest_eigenvalue(-50.0), 0.01, "layers.7.q_proj")
 
 
 def test_fewer_tokens_than_columns_are_factorised_with_damping():
     x = reference.correlated(10, 64)
     x[:, 32:] = x[:, :32]  # and every feature twice
     h = reference.second_moment(x)
-    factor = factorise(h.float(), 0.01, "w")
+    factor = factorize(h.float(), 0.01, "w")
     u = factor.upper.double()
     assert_close(u.T @ u @ reference.damped(h), torch.eye(64, dtype=torch.float64), 1e-3)

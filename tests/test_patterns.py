@@ -195,5 +195,5 @@ def test_a_matrix_that_n_of_m_does_not_divide_is_refused_by_name_and_shape():
 @pytest.mark.parametrize("sparsity", [-0.1, 1.1, 50, float("nan")])
 @pytest.mark.parametrize("text", ["unstructured", "row"])
 def test_a_sparsity_that_is_not_a_share_is_refused(text, sparsity):
-    with pytest.raises(UserError, match="share of zeros"):
+    with pytest.raises(UserError, match="sparsity"):
         choose(SCORES["distinct"], Pattern.parse(text), sparsity)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cap_llm.solvers.hessian import Factor, factorise
+from cap_llm.solvers.hessian import Factor, factorize
 from cap_llm.solvers.refit import refit
 from cap_llm.solvers.scores import magnitude, wanda
 from cap_llm.solvers.sparsegpt import sparsegpt
@@ -99,7 +99,7 @@ def test_without_correlations_nothing_moves():
 
 def test_a_better_solver_never_has_a_larger_error_on_the_mask_of_sparsegpt():
     target, h = reference.problem()
-    factor = factorise(h.clone(), 0.01, "w")
+    factor = factorize(h.clone(), 0.01, "w")
     for text, sparsity in PATTERNS.items():
         start, mask = sparsegpt(target, factor, Pattern.parse(text), sparsity)
         new = refit(start, mask, target, factor.hessian)
@@ -153,7 +153,7 @@ class Real:
 @pytest.fixture(scope="module", params=reference.REAL_LAYERS)
 def real(request, smollm2, calibration_ids) -> Real:
     layer = reference.real_layers(smollm2, calibration_ids)[request.param]
-    factor = factorise(layer.hessian.float(), 0.01, request.param)
+    factor = factorize(layer.hessian.float(), 0.01, request.param)
     return Real(layer, factor, *sparsegpt(layer.weight, factor, Pattern("unstructured"), 0.5))
 
 

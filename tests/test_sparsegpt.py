@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cap_llm.solvers.hessian import Factor, factorise
+from cap_llm.solvers.hessian import Factor, factorize
 from cap_llm.solvers.scores import magnitude
 from cap_llm.solvers.sparsegpt import sparsegpt
 from cap_llm.sparsity.choose import choose
@@ -16,7 +16,7 @@ UNSTRUCTURED, ROW = Pattern("unstructured"), Pattern("row")
 
 
 def factor_of(x: torch.Tensor) -> Factor:
-    return factorise(reference.second_moment(x).float(), 0.01, "w")
+    return factorize(reference.second_moment(x).float(), 0.01, "w")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_columns_that_no_block_divides_equal_the_reference(columns):
 
 def test_with_white_inputs_it_is_magnitude_pruning():
     weight = reference.gaussian(24, 60)
-    factor = factorise(torch.eye(60), 0.01, "w")
+    factor = factorize(torch.eye(60), 0.01, "w")
     for pattern in (UNSTRUCTURED, ROW, Pattern.parse("2:4")):
         new, mask = sparsegpt(weight, factor, pattern, 0.5)
         assert torch.equal(mask, choose(magnitude(weight), pattern, 0.5))
@@ -227,7 +227,7 @@ def test_rows_of_a_real_layer_equal_the_reference(layers, name):
     layer = layers[name]
     weight = layer.weight[:: len(layer.weight) // 64]
     hessian = reference.damped(layer.hessian)
-    factor = factorise(layer.hessian.float(), 0.01, name)
+    factor = factorize(layer.hessian.float(), 0.01, name)
     texts = ["unstructured"] if "down_proj" in name else ["unstructured", "row", "2:4"]
     for pattern in map(Pattern.parse, texts):
         new, mask = sparsegpt(weight, factor, pattern, 0.5)

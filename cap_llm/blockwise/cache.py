@@ -1,4 +1,4 @@
-"""Hidden states of all micro-batches, within a memory budget; what does not fit goes to disk."""
+"""Hidden states of all micro-batches within a memory budget; the rest spills to disk."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cap_llm.runtime.memory import Memory
 
 
 class ActivationCache:
-    """A list of tensors, each kept on the device, in main memory or on disk.
+    """Tensors by index, each stored on the device, in pinned host memory or on disk.
 
     Args:
-        device: where tensors come from and go to.
-        memory: what it may take.
-        folder: where to spill; the file has no name and vanishes with the process.
+        device: of the tensors.
+        memory: budgets of device and host.
+        folder: to spill to; the file is unnamed and disappears with the process.
     """
 
     def __init__(self, device: torch.device, memory: Memory, folder: Path):
@@ -32,12 +32,12 @@ class ActivationCache:
 
     @property
     def left(self) -> int:
-        """Bytes of the device's budget that are not taken yet."""
+        """Remaining bytes of the device's budget."""
         return self._left["device"]
 
     @property
     def spilled(self) -> int:
-        """Bytes on disk."""
+        """Bytes spilled to disk."""
         return self._end
 
     def __setitem__(self, i: int, tensor: torch.Tensor) -> None:
@@ -60,16 +60,16 @@ class ActivationCache:
 
     def _assign(self, n_bytes: int) -> str:
         for place, left in self._left.items():
-            # of pinned memory torch takes a power of two
-            taken = 1 << (n_bytes - 1).bit_length() if place == "host" else n_bytes
-            if taken <= left:
-                self._left[place] -= taken
+            # torch rounds pinned memory up to a power of two
+            needed = 1 << (n_bytes - 1).bit_length() if place == "host" else n_bytes
+            if needed <= left:
+                self._left[place] -= needed
                 return place
         return "disk"
 
     def _write(self, i: int, tensor: torch.Tensor) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (lives as long as this)
+            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
         if i not in self._on_disk:
             self._on_disk[i] = (self._end, tensor.shape, tensor.dtype)
             self._end += tensor.nbytes
@@ -78,8 +78,8 @@ class ActivationCache:
             _write_all(self._file.fileno(), data.reshape(-1).data, self._on_disk[i][0])
         except OSError as error:
             raise UserError(
-                f"activations cannot be spilled to {self.folder}: {error.strerror}; free some disk "
-                "or raise --runtime.activation_gib"
+                f"Activations cannot be spilled to {self.folder}: {error.strerror}. Free disk "
+                "space, or raise --runtime.activation_gib."
             ) from None
 
     def _read(self, i: int) -> torch.Tensor:

@@ -16,10 +16,10 @@ from cap_llm.blockwise import owl
 from cap_llm.blockwise.perplexity import head_nll
 from cap_llm.blockwise.prune import (
     PrunedBlock,
-    carry,
     matches,
     plan_sparsities,
     prune_block,
+    record_unchanged,
 )
 from cap_llm.blockwise.stage import BlockStage
 from cap_llm.blockwise.walk import Walk
@@ -81,7 +81,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
                 continue
             with model.block(i) as block:
                 if i in work.finished:
-                    bar.phase("passing a finished block")
+                    bar.phase("replaying a finished block")
                     work.load(i, block)
                     walk.forward(i, block)
                     bar.advance()
@@ -89,7 +89,7 @@ def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = S
                 result = prune_block(
                     model, i, block, walk, settings, plan, world, earlier, bar.phase
                 )
-                carry(model, i, _left(model, i, result, earlier, settings), result)
+                record_unchanged(model, i, _left(model, i, result, earlier, settings), result)
                 bar.phase("writing")
                 if world.is_main:
                     weights = {r.name: model.model.get_parameter(r.name) for r in result.rows}

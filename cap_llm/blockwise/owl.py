@@ -1,8 +1,8 @@
-"""OWL: uneven sparsity, from how many outliers the activations of each block have.
+"""OWL: sparsity per block from the share of outliers in its activations.
 
-Yin et al. 2024, equation 3 and the released code: one sparsity for all matrices of a block. The
-mean over all prunable weights is kept exactly, also where blocks differ in size (the released code
-takes blocks as equals).
+Yin et al. 2024, equation 3 and the released code; all matrices of a block have the same sparsity.
+The mean over all prunable weights is exact even if blocks differ in size, unlike in the released
+code.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from cap_llm.solvers.scores import wanda
 def outlier_shares(
     model: BlockModel, walk: Walk, threshold: float, world: World, advance: Callable[[], None]
 ) -> list[float]:
-    """Percentage of each block's Wanda scores that exceed `threshold` times their mean.
+    """Returns the percentage of each block's Wanda scores above `threshold` times their mean.
 
-    Takes the walk through the whole dense model.
+    Passes the walk through the whole dense model.
     """
     shares = []
     for i in range(len(model)):
         with model.block(i) as block:
-            score: list[torch.Tensor] = []
+            scores: list[torch.Tensor] = []
             linears = model.linears(i)
 
-            def collect(group: Group, inputs: Iterator, score=score, linears=linears) -> None:
+            def collect(group: Group, inputs: Iterator, scores=scores, linears=linears) -> None:
                 moments = Moments(group.columns, model.device, full=False)
                 for x in inputs:
                     moments.add(x)
                 moments.merge(world)
                 mean_square = moments.finish(group.names[0]).diagonal
-                score += [wanda(matrix(linears[n]).float(), mean_square) for n in group.names]
+                scores += [wanda(matrix(linears[n]).float(), mean_square) for n in group.names]
 
             walk.visit(i, block, collect)
-        mean = sum(s.sum().item() for s in score) / sum(s.numel() for s in score)
-        above = sum(int((s > threshold * mean).sum()) for s in score)
-        shares.append(100 * above / sum(s.numel() for s in score))
+        n_scores = sum(s.numel() for s in scores)
+        mean = sum(s.sum().item() for s in scores) / n_scores
+        above = sum(int((s > threshold * mean).sum()) for s in scores)
+        shares.append(100 * above / n_scores)
         advance()
     return shares
 
@@ -53,35 +54,35 @@ def allocate(
     sizes: list[int],
     sparsity: float,
     config: OwlConfig,
-    gone: list[float] | None = None,
+    minimum: list[float] | None = None,
 ) -> list[float]:
-    """Sparsity of each block: more outliers, fewer zeros.
+    """Allocates a sparsity per block: the more outliers, the fewer zeros.
 
     Args:
-        shares: outlier percentage of each block.
-        sizes: prunable weights of each block.
-        sparsity: the mean to keep, over all weights.
-        config: `strength` is half of the range that they span.
-        gone: the share of each block that an earlier mask removes already; it cannot come back.
+        shares: outlier percentage per block.
+        sizes: prunable weights per block.
+        sparsity: mean over all weights.
+        config: `strength` is half the range of sparsities.
+        minimum: sparsity per block that an existing mask already has.
 
     Returns:
-        A sparsity for each block, in [0.01, 0.99], and at least what is gone.
+        A sparsity per block, in [0.01, 0.99] and at least `minimum`.
     """
     low, high = min(shares), max(shares)
     width = high - low
-    kept = [2 * config.strength * (d - low) / width if width else 0.0 for d in shares]
+    offsets = [2 * config.strength * (d - low) / width if width else 0.0 for d in shares]
     total = sum(sizes)
-    mean = sum(k * n for k, n in zip(kept, sizes, strict=True)) / total
-    wanted = [sparsity - (k - mean) for k in kept]
-    least = [max(0.01, g) for g in gone or [0.0] * len(wanted)]
-    # where a bound cuts, the others take over what it leaves
-    for _ in range(len(wanted)):
-        wanted = [min(0.99, max(low, s)) for low, s in zip(least, wanted, strict=True)]
-        off = sparsity - sum(s * n for s, n in zip(wanted, sizes, strict=True)) / total
-        free = [i for i, s in enumerate(wanted) if (s < 0.99 if off > 0 else s > least[i])]
-        if abs(off) < 1e-12 or not free:
+    mean = sum(k * n for k, n in zip(offsets, sizes, strict=True)) / total
+    result = [sparsity - (k - mean) for k in offsets]
+    lower = [max(0.01, s) for s in minimum or [0.0] * len(result)]
+    # redistribute what the bounds cut off over the blocks within them
+    for _ in range(len(result)):
+        result = [min(0.99, max(low, s)) for low, s in zip(lower, result, strict=True)]
+        error = sparsity - sum(s * n for s, n in zip(result, sizes, strict=True)) / total
+        free = [i for i, s in enumerate(result) if (s < 0.99 if error > 0 else s > lower[i])]
+        if abs(error) < 1e-12 or not free:
             break
-        share = off * total / sum(sizes[i] for i in free)
+        change = error * total / sum(sizes[i] for i in free)
         for i in free:
-            wanted[i] += share
-    return wanted
+            result[i] += change
+    return result

@@ -1,8 +1,8 @@
-"""Perplexity on windows of tokens, as SparseGPT and Wanda measure it.
+"""Perplexity on windows of tokens, as in SparseGPT and Wanda.
 
 ppl = exp(mean negative log-likelihood) over the window - 1 predicted tokens of each window. The
-model is streamed: every window passes one block before the next block is read, so a model larger
-than memory can be scored.
+model is streamed: all windows pass one block before the next block is read, so a model larger than
+memory can be scored.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
 
-LOGIT_TOKENS = 2048  # tokens whose logits stand in memory at once
+LOGIT_TOKENS = 2048  # per chunk of logits
 
 
 def next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Summed negative log-likelihood of ids [B, T] from logits [B, T, V], T - 1 tokens a row."""
+    """Sums the negative log-likelihood of ids [B, T] under logits [B, T, V]; T - 1 per row."""
     targets = ids[:, 1:].to(logits.device)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for row, target in zip(logits, targets, strict=True):
@@ -34,7 +34,7 @@ def next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
-    """Perplexity of a causal language model in memory on ids [N, T], one window at a time."""
+    """Computes the perplexity of a causal language model in memory on token ids [N, T]."""
     device = next(model.parameters()).device
     nll = sum(
         next_token_nll(model(input_ids=w.to(device)).logits, w).item() for w in windows.split(1)
@@ -51,26 +51,26 @@ def streamed_nll(
     scratch: Path,
     advance: Callable[[], None] = lambda: None,
 ) -> float:
-    """Summed negative log-likelihood of ids [N, T] under a model, over all ranks.
+    """Sums the negative log-likelihood of ids [N, T] under a model, over all ranks.
 
     Args:
-        model: the model, streamed block by block.
+        model: streamed block by block.
         windows: all windows; each rank takes its share.
         world: the ranks.
-        memory: what its activations may take.
-        scratch: a folder to spill to.
+        memory: budget for activations.
+        scratch: folder to spill to.
         advance: called after each block.
 
     Raises:
-        UserError: the model is no causal language model, or its output is not finite.
+        UserError: the model is not a causal language model, or an output is not finite.
     """
     if not model.is_causal:
         raise UserError(
-            f"{type(model.model).__name__} gives no next-token logits, so it has no perplexity; "
-            "leave evaluate out of --stages"
+            f"{type(model.model).__name__} has no next-token logits, so it has no perplexity. "
+            "Remove evaluate from --stages."
         )
-    mine = windows[list(world.shard(len(windows)))]
-    walk = Walk(model, mine, memory, scratch) if len(mine) else None
+    own = windows[list(world.shard(len(windows)))]
+    walk = Walk(model, own, memory, scratch) if len(own) else None
     if walk:
         for i in range(len(model)):
             with model.block(i) as block:
@@ -81,7 +81,7 @@ def streamed_nll(
 
 @torch.no_grad()
 def head_nll(model: BlockModel, walk: Walk | None, world: World) -> float:
-    """Summed negative log-likelihood of the ids of a walk that has passed all blocks."""
+    """Sums the negative log-likelihood of a walk's ids after all blocks, over all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for k, ids in enumerate(walk.ids if walk else ()):
         rows = max(1, LOGIT_TOKENS // ids.shape[1])

@@ -1,6 +1,6 @@
-"""One-shot pruning of a model's blocks: the mathematics meets the walk. No files here.
+"""One-shot pruning of a model's blocks: connects the solvers with the walk, without files.
 
-`prune` is the way in for a module in memory; the stage `oneshot` streams and writes instead.
+`prune` is the entry for a model in memory; the stage `oneshot` streams blocks and writes files.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from cap_llm.solvers.hessian import Moments
 from cap_llm.solvers.methods import Solver
 from cap_llm.sparsity.pattern import Pattern
 
-MEASURED = 16  # sequences that measure the error of a method which needs no Hessian
+MEASURED = 16  # sequences for the layer errors of a method without a Hessian
 
 
 @dataclass
 class PrunedBlock:
-    """The outcome of one block.
+    """The result of one block.
 
     Attributes:
-        masks: [R, C] of each pruned weight, by its name.
-        rows: one for each pruned weight.
-        seconds: taken by the block.
-        error: of the block's own output, where a stage works on that.
+        masks: [R, C] per pruned weight, by name.
+        rows: one per pruned weight.
+        seconds: time of the block.
+        error: of the block's output, from a stage that trains it.
     """
 
     masks: dict[str, torch.Tensor]
@@ -56,35 +56,35 @@ def prune(
     """Prunes a transformers model in memory, in place.
 
     Args:
-        model: any model whose blocks are linears; it stays on its device.
+        model: any supported model, on any device.
         windows: calibration ids [N, T]; None for magnitude.
-        config: method, pattern and `layers`; `earlier_mask` belongs to the stage.
+        config: method, pattern and `layers`; `earlier_mask` only affects the stage.
 
     Returns:
-        The masks [R, C] by weight name, true where a weight stays.
+        The masks [R, C] by weight name, true where a weight is kept.
 
     Raises:
-        UserError: the model cannot be walked, the pattern does not fit it, or `budget` is not
-            uniform: to allocate one is the stage's work.
+        UserError: the model is not supported, the pattern does not fit it, or `budget` is not
+            uniform, which only the stage supports.
     """
-    # anew: what was changed in place is held against its range, too
+    # a copy: fields that were assigned after construction are validated again
     config = dataclasses.replace(config) if config else OneshotConfig()
     if config.allocation != "uniform":
         raise UserError(
-            f"prune() takes no budget {config.allocation!r}: give oneshot.layers, or run "
-            "the stage oneshot"
+            f"oneshot.allocation {config.allocation!r} is not supported by prune(). "
+            "Set oneshot.layers, or run the stage oneshot."
         )
     configs = (model.config, model.config.get_text_config())
     caches = [(c, c.use_cache) for c in configs if hasattr(c, "use_cache")]
     precision = torch.get_float32_matmul_precision()
-    was = [(m, m.training) for m in model.modules()]
-    trained = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    gradients = [(p, p.requires_grad) for p in model.parameters()]
     masks: dict[str, torch.Tensor] = {}
     try:
         torch.set_float32_matmul_precision("highest")  # no TF32 in Hessians and solvers
         blocks = BlockModel(model, model.device)
         if windows is None and config.uses_calibration:
-            raise UserError(f"{config.method} needs calibration ids; only magnitude goes without")
+            raise UserError(f"oneshot.method {config.method} needs calibration ids as `windows`.")
         plan = plan_sparsities(blocks, config)
         world = World.alone(model.device)
         with tempfile.TemporaryDirectory() as scratch:
@@ -95,28 +95,28 @@ def prune(
                     masks |= prune_block(blocks, i, block, walk, config, plan, world).masks
     finally:
         torch.set_float32_matmul_precision(precision)
-        for module, training in was:
+        for module, training in modes:
             module.training = training
-        for p, requires_grad in trained:
+        for p, requires_grad in gradients:
             p.requires_grad_(requires_grad)
-        for own, use_cache in caches:
-            own.use_cache = use_cache
+        for c, use_cache in caches:
+            c.use_cache = use_cache
     return masks
 
 
 def plan_sparsities(model: BlockModel, settings: OneshotConfig) -> dict[str, float]:
-    """The sparsity of every prunable weight by its name: `settings.layers` over the uniform one.
+    """Returns the sparsity per prunable weight: uniform, overridden by `settings.layers`.
 
     Raises:
-        UserError: an entry of `layers` matches nothing, or the pattern does not divide a matrix.
+        UserError: an entry of `layers` matches nothing, or the pattern does not fit a matrix.
     """
-    plan = by_hand(uniform(model, settings), settings)
+    plan = override(uniform(model, settings), settings)
     _check_shapes(model, plan, settings)
     return plan
 
 
 def uniform(model: BlockModel, config: OneshotConfig) -> dict[str, float]:
-    """The same sparsity for every prunable weight, by name."""
+    """Returns the same sparsity for every prunable weight, by name."""
     return {
         model.weight_name(i, linear): config.target_sparsity
         for i in range(len(model))
@@ -124,45 +124,49 @@ def uniform(model: BlockModel, config: OneshotConfig) -> dict[str, float]:
     }
 
 
-def by_hand(plan: dict[str, float], settings: OneshotConfig) -> dict[str, float]:
-    """Applies `oneshot.layers`; a later entry wins."""
-    for wanted, sparsity in settings.layers.items():
-        names = [n for n in plan if matches(n, wanted)]
+def override(plan: dict[str, float], settings: OneshotConfig) -> dict[str, float]:
+    """Applies `oneshot.layers`; the last matching entry wins.
+
+    Raises:
+        UserError: an entry matches nothing, or nothing is left to prune.
+    """
+    for glob, sparsity in settings.layers.items():
+        names = [n for n in plan if matches(n, glob)]
         if not names:
             raise UserError(
-                f"oneshot.layers names {wanted!r}, which matches no prunable matrix; they are "
-                f"called like {next(iter(plan)).removesuffix('.weight')}"
+                f"oneshot.layers: {glob!r} matches no prunable matrix. An example of a name is "
+                f"{next(iter(plan)).removesuffix('.weight')}."
             )
         plan = plan | dict.fromkeys(names, sparsity)
     if not any(plan.values()):
-        raise UserError("oneshot.layers leaves every matrix dense; nothing is left to prune")
+        raise UserError("oneshot.layers leaves every matrix dense, so nothing is left to prune.")
     return plan
 
 
-def matches(name: str, wanted: str) -> bool:
-    """Whether an entry of `oneshot.layers` means a weight."""
-    return fnmatch.fnmatchcase(name.removesuffix(".weight"), wanted)
+def matches(name: str, glob: str) -> bool:
+    """Returns whether an entry of `oneshot.layers` matches a weight."""
+    return fnmatch.fnmatchcase(name.removesuffix(".weight"), glob)
 
 
 def _check_shapes(model: BlockModel, plan: dict[str, float], settings: OneshotConfig) -> None:
-    """Refuses a pattern that does not fit a matrix, before any work.
+    """Verifies that pattern and sparsity fit every matrix.
 
     Raises:
-        UserError: names the matrix.
+        UserError: one does not fit.
     """
     pattern = Pattern.parse(settings.pattern)
     for i in range(len(model)):
         for linear, module in model.linears(i).items():
             name = model.weight_name(i, linear)
-            if not (share := plan.get(name)):
+            if not (sparsity := plan.get(name)):
                 continue
             shape = matrix(module).shape
             pattern.check(name, shape)
-            if not pattern.m and round(share * shape.numel()) in (0, shape.numel()):
-                which = "no weight" if share < 0.5 else "every weight"
+            if not pattern.m and round(sparsity * shape.numel()) in (0, shape.numel()):
+                amount = "no weight" if sparsity < 0.5 else "every weight"
                 raise UserError(
-                    f"a sparsity of {share} removes {which} of {name} {list(shape)}; choose one "
-                    "between, or leave the matrix dense by --oneshot.layers"
+                    f"Sparsity {sparsity} removes {amount} of {name} {list(shape)}. Use another "
+                    "value, or exclude the matrix by --oneshot.layers."
                 )
 
 
@@ -174,23 +178,23 @@ def prune_block(
     config: OneshotConfig,
     sparsities: dict[str, float],
     world: World,
-    earlier: Callable[[str, torch.Tensor], torch.Tensor | None] = lambda name, weight: None,
+    allowed_mask: Callable[[str, torch.Tensor], torch.Tensor | None] = lambda name, weight: None,
     phase: Callable[[str], None] = lambda text: None,
     measure: bool = True,
 ) -> PrunedBlock:
-    """Prunes block i, and takes the walk's hidden states through it.
+    """Prunes block i and passes the walk's hidden states through it.
 
     Args:
         model: the model.
-        i: the block's number.
-        block: the block with its weights; changed in place, rounded to the stored type.
-        walk: the calibration text in front of the block; None where the method needs none.
+        i: index of the block.
+        block: the block, with its weights; changed in place, rounded to the stored dtype.
+        walk: at the input of the block; None if the method needs no calibration.
         config: method and pattern.
-        sparsities: by weight name; 0 or absent leaves a weight dense.
-        world: the ranks; each solves some of the matrices that share an input.
-        earlier: gives the mask [R, C] inside which a weight's new mask must lie, or None.
-        phase: told what is being done.
-        measure: compute the errors also where the method needs no Hessian.
+        sparsities: by weight name; 0 or absent: the weight remains dense.
+        world: the ranks, which share the matrices of each input.
+        allowed_mask: returns the mask [R, C] that a weight's new mask must be a subset of, or None.
+        phase: called with a description of the current work.
+        measure: compute layer errors even if the method needs no Hessian.
 
     Raises:
         UserError: activations overflow, or a Hessian is not positive definite.
@@ -199,21 +203,23 @@ def prune_block(
     result = PrunedBlock({}, [], 0.0)
     linears = model.linears(i)
     full = config.second_order
-    most = _measured_tokens(walk, world) if walk and measure and not full else None
+    n_measured = _measured_tokens(walk, world) if walk and measure and not full else None
 
     def change(group: Group, inputs: Iterator[torch.Tensor]) -> None:
         names = [n for n in group.names if sparsities.get(model.weight_name(i, n))]
         phase(f"reading {group.short}")
         moments = Moments(group.columns, model.device, full)
-        sample = None if most is None else Moments(group.columns, model.device, most=most)
-        seen = [m for m in (moments, sample) if m and names]
+        sample = None
+        if n_measured is not None:
+            sample = Moments(group.columns, model.device, max_tokens=n_measured)
+        statistics = [m for m in (moments, sample) if m and names]
         for x in inputs:
-            for part in seen:
-                part.add(x)
+            for m in statistics:
+                m.add(x)
         if names:
-            for part in seen:
-                part.merge(world)
-                part.finish(f"{model.block_name(i)}.{names[0]}")
+            for m in statistics:
+                m.merge(world)
+                m.finish(f"{model.block_name(i)}.{names[0]}")
             phase(f"solving {group.short}")
             solve(names, moments, sample)
 
@@ -221,20 +227,20 @@ def prune_block(
         name = f"{model.block_name(i)}.{names[0]}"
         solver = Solver(config, moments, name, sample=sample)
 
-        def one(name: str, dtype: torch.dtype) -> Solved:
+        def solve_one(name: str, dtype: torch.dtype) -> Solved:
             dense, full_name = matrix(linears[name]).float(), model.weight_name(i, name)
-            inside = _check(earlier(full_name, dense), full_name)
-            new, mask = solver(dense, sparsities[full_name], inside)
+            allowed = _check_allowed(allowed_mask(full_name, dense), full_name)
+            new, mask = solver(dense, sparsities[full_name], allowed)
             new = new.to(dtype)
             return Solved(new, mask, solver.error(dense, new.float()), solver.damping)
 
-        spread(model, i, names, config.pattern, world, one, result)
+        solve_across_ranks(model, i, names, config.pattern, world, solve_one, result)
 
     with torch.no_grad():
         if walk:
             walk.visit(i, block, change)
         else:
-            phase("choosing")
+            phase("solving")
             names = [n for n in linears if sparsities.get(model.weight_name(i, n))]
             if names:
                 solve(names, None)
@@ -243,7 +249,7 @@ def prune_block(
 
 
 def _measured_tokens(walk: Walk, world: World) -> int:
-    """How many of this rank's tokens belong to the first `MEASURED` sequences of all ranks."""
+    """Counts this rank's tokens among the first `MEASURED` sequences of all ranks."""
     counts = world.gather(sum(len(ids) for ids in walk.ids))
     sequences = min(counts[world.rank], max(0, MEASURED - sum(counts[: world.rank])))
     return sequences * walk.ids[0].shape[1]
@@ -251,7 +257,15 @@ def _measured_tokens(walk: Walk, world: World) -> int:
 
 @dataclass
 class Solved:
-    """One matrix: its weight [R, C] in the stored type, its mask [R, C], facts for its `Row`."""
+    """A solved matrix.
+
+    Attributes:
+        weight: [R, C], in the stored dtype.
+        mask: [R, C].
+        error: relative output error.
+        damping: of the Hessian.
+        kept: name of the selected candidate, from a stage with several.
+    """
 
     weight: torch.Tensor
     mask: torch.Tensor
@@ -260,7 +274,7 @@ class Solved:
     kept: str | None = None
 
 
-def spread(
+def solve_across_ranks(
     model: BlockModel,
     i: int,
     names: list[str],
@@ -269,17 +283,17 @@ def spread(
     solve: Callable[[str, torch.dtype], Solved],
     result: PrunedBlock,
 ) -> None:
-    """Solves matrices of block i, each on one of the ranks, and gives all ranks the results.
+    """Solves matrices of block i, each on one rank, and broadcasts the results.
 
     Args:
-        model: the model, whose block i gets the new weights.
-        i: the block's number.
-        names: of the linears in their block.
+        model: the model, whose block i receives the new weights.
+        i: index of the block.
+        names: of the linears within the block.
         pattern: for the rows.
         world: the ranks.
-        solve: gets one of `names` and the type that its weight is stored in; what follows must see
-            the weights as they will be stored.
-        result: takes masks and rows.
+        solve: called with a name and the dtype of its stored weight; must round to that dtype, so
+            that later layers see the stored weights.
+        result: receives masks and rows.
     """
     linears = model.linears(i)
     owner = owners({name: linears[name].weight for name in names}, world)
@@ -289,9 +303,9 @@ def spread(
         weight = matrix(linears[name])
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         if owner[name] == world.rank:
-            tick = time.monotonic()
+            start = time.monotonic()
             solved = solve(name, stored_dtype(model, full_name))
-            mask = solved.mask.contiguous()  # as the other ranks receive it
+            mask = solved.mask.contiguous()  # as on the other ranks
             rows[name] = Row(
                 full_name,
                 list(weight.shape),
@@ -300,18 +314,18 @@ def spread(
                 int((~mask).sum()),
                 solved.error,
                 solved.damping,
-                round(time.monotonic() - tick, 4),
+                round(time.monotonic() - start, 4),
                 solved.kept,
             )
             weight.copy_(solved.weight)
         contiguous = weight.contiguous()  # Conv1D stores the transpose
         weight.copy_(world.broadcast(contiguous, owner[name]))
         result.masks[full_name] = world.broadcast(mask, owner[name]).cpu()
-    everyone = {name: row for part in world.gather(rows) for name, row in part.items()}
-    result.rows += [everyone[name] for name in names]
+    all_rows = {name: row for part in world.gather(rows) for name, row in part.items()}
+    result.rows += [all_rows[name] for name in names]
 
 
-def carry(
+def record_unchanged(
     model: BlockModel,
     i: int,
     masks: dict[str, torch.Tensor],
@@ -319,10 +333,15 @@ def carry(
     patterns: dict[str, str] | None = None,
     seconds: float = 0.0,
 ) -> None:
-    """Takes the masks [R, C] of linears of block i that a stage leaves as they are into its result.
+    """Records the masks of linears that a stage leaves unchanged, so that later stages keep them.
 
-    Without them what follows would take their zeros for weights to train. `patterns` has what a
-    weight's pattern is called, by its name; each row gets these `seconds`.
+    Args:
+        model: the model.
+        i: index of the block.
+        masks: [R, C], by the linear's name within the block.
+        result: receives masks and rows.
+        patterns: pattern names by weight name.
+        seconds: for each row.
     """
     linears = model.linears(i)
     for n, mask in masks.items():
@@ -335,7 +354,7 @@ def carry(
 
 
 def owners(weights: dict[str, torch.Tensor], world: World) -> dict[str, int]:
-    """The rank that solves each matrix: the largest first, each to the least loaded rank."""
+    """Assigns each matrix to a rank: the largest first, each to the least loaded rank."""
     load = [0] * world.size
     owner = {}
     for name in sorted(weights, key=lambda n: -weights[n].numel()):
@@ -344,10 +363,10 @@ def owners(weights: dict[str, torch.Tensor], world: World) -> dict[str, int]:
     return owner
 
 
-def _check(inside: torch.Tensor | None, name: str) -> torch.Tensor | None:
-    if inside is not None and not bool(inside.any()):
+def _check_allowed(allowed: torch.Tensor | None, name: str) -> torch.Tensor | None:
+    if allowed is not None and not bool(allowed.any()):
         raise UserError(
-            f"the earlier mask of {name} keeps no weight, and nothing is left to prune: leave it "
-            "dense by --oneshot.layers, or set --oneshot.initial_mask ignore"
+            f"The existing mask of {name} keeps no weight. Exclude the matrix by "
+            "--oneshot.layers, or set --oneshot.initial_mask ignore."
         )
-    return inside
+    return allowed

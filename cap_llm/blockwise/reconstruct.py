@@ -1,21 +1,21 @@
-"""The stage `reconstruct`: each pruned block is trained to give the dense block's output.
+"""The stage `reconstruct`: trains each pruned block to reproduce the dense block's output.
 
-All weights that the mask leaves, biases and norms of a block are trained together (Shin et al.
-2024, "BR + GP"; Guo et al. 2024, EBFT). With the student's own activations as input a block makes
-good for those before it, for which it must wait; the ranks share the sequences of each step. With
-the dense model's activations the blocks are independent: as many blocks as there are ranks make a
-round, in which the ranks share the sequences on their way through the dense blocks, and then each
-trains one block on all of them; what keeps W ranks from being W times as fast is that a round lasts
-as long as its slowest block.
+The unmasked weights, biases and norms of a block are trained together (Shin et al. 2024, "BR + GP";
+Guo et al. 2024, EBFT). With the student's activations as input, a block corrects the errors of the
+previous blocks and must wait for them; the ranks share the sequences of each step. With the dense
+model's activations, blocks are independent. A round then has one block per rank: the ranks share
+the sequences of the dense forward pass, and each trains one block on all sequences. A round lasts
+as long as its slowest block, so W ranks are less than W times as fast.
 
-Adam's steps are a share of each tensor's root mean square, so that one rate fits models of any
-scale, matrices and norms alike (as Adafactor's relative steps, Shazeer & Stern 2018). With the
-papers' rate for all, 2e-4 in steps of 8 sequences, a small model's weights move too little.
+Adam's step size is relative to the root mean square of each tensor, so one learning rate fits
+models of any scale, matrices and norms alike (like Adafactor's relative steps, Shazeer & Stern
+2018). At the papers' absolute rate, 2e-4 with steps of 8 sequences, a small model changes too
+little.
 
-The error is relative, token by token, |y - y_dense|^2 / |y_dense|^2: the first position's
-activations are hundreds of times the others', and a plain mean would see nothing else. Text that
-is held out decides when to stop and which epoch's weights to keep; the pruned block itself counts
-as epoch 0, so that a block never gets worse on it, trained whole or in halves.
+The error is relative per token, |y - y_dense|^2 / |y_dense|^2. The first position's activations are
+hundreds of times larger and would dominate a plain mean. The held-out error decides when to stop
+and which epoch's weights to keep. The pruned block is epoch 0, so a block's held-out error never
+increases.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import ActivationCache
-from cap_llm.blockwise.prune import PrunedBlock, carry
+from cap_llm.blockwise.prune import PrunedBlock, record_unchanged
 from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
@@ -47,8 +47,8 @@ from cap_llm.runtime.world import World
 from cap_llm.text.reading import Texts
 
 STAGE = "reconstruct"
-WARMUP = 0.1  # of the steps: Adam's first ones are as large as the rate, whatever the gradient
-PATIENCE = 2  # epochs; large steps may make it worse first, and the small ones at the end better
+WARMUP = 0.1  # of the steps: Adam's first steps have full size whatever the gradient
+PATIENCE = 2  # epochs without improvement; early large steps may increase the error
 
 
 def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
@@ -56,90 +56,91 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
 
     Args:
         pruned: directory of the pruned model.
-        dense: directory of the model that it was pruned from.
-        texts: with calibration and held-out ids.
-        config: the run's settings.
+        dense: directory of the dense model.
+        texts: calibration and held-out ids.
+        config: settings of the run.
         run: the run directory.
 
     Returns:
         The directory of the result.
 
     Raises:
-        UserError: see the messages; whatever is finished is kept.
+        UserError: a setting or an input is invalid. Finished blocks remain on disk.
     """
     work = BlockStage(STAGE, config.recipe(STAGE), run, pruned, dense)
     if work.done:
         return work.folder
     work.begin(texts, config, dtype=torch.float32)
-    world, in_turn = run.world, config.reconstruct.inputs == "dense"
-    if in_turn:
-        work.model.drop_outside()  # before the dense model brings its own
+    world, independent = run.world, config.reconstruct.inputs == "dense"
+    if independent:
+        work.model.drop_outside()  # before the dense model loads its own
     masks = start_masks(pruned, run)
-    if not in_turn and world.size > config.reconstruct.batch:
+    if not independent and world.size > config.reconstruct.batch:
         run.console.say(
-            f"{STAGE}: {world.size} ranks share steps of {config.reconstruct.batch} sequences, so "
-            "some have no work: raise --reconstruct.batch, and --reconstruct.lr by the root of the "
-            "same factor, or take --reconstruct.inputs dense",
+            f"reconstruct.batch is {config.reconstruct.batch}, so some of the {world.size} ranks "
+            "are idle. Increase it, and reconstruct.lr by the square root of the same factor, or "
+            "set --reconstruct.inputs dense.",
             style="yellow",
         )
     n_blocks = len(work.model)
     todo = [i for i in range(n_blocks) if i not in work.finished]
-    # A round is a block for each rank; where they share one, the student's stream goes through all.
-    in_order = todo if in_turn else range(n_blocks if todo else 0)
-    size, place = (world.size, world.rank) if in_turn else (1, 0)
+    # A round has one block per rank, or one block that all ranks share. The student's stream passes
+    # through finished blocks too.
+    order = todo if independent else range(n_blocks if todo else 0)
+    size, index = (world.size, world.rank) if independent else (1, 0)
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")
             dense_model = BlockModel.open(dense, world.device, torch.float32)
             trainer = _Trainer(work.model, dense_model, masks, texts, config, world, scratch)
-        passed = 0  # blocks that the dense stream is through
-        for at in range(0, len(in_order), size):
-            round_ = in_order[at : at + size]
-            own = round_[place] if place < len(round_) else None
+        passed = 0  # blocks that the dense stream has passed
+        for start in range(0, len(order), size):
+            round_ = order[start : start + size]
+            own = round_[index] if index < len(round_) else None
             trains = own in todo
             for i in range(passed, round_[-1] + 1):
                 bar.phase("dense outputs")
                 trainer.pass_dense(i, keep=trains and i == own)
             results: dict[int, PrunedBlock] = {}
-            if trains or not in_turn:
+            if trains or not independent:
                 with work.model.block(own) as block:
                     if trains:
                         results[own] = result = trainer.train(own, block, bar.phase)
                         bar.phase("writing")
-                        if in_turn or world.is_main:
+                        if independent or world.is_main:
                             prefix = work.model.block_name(own) + "."
                             trained = {prefix + n: p for n, p in block.named_parameters()}
                             work.write(own, trained, result)
                         result.masks = {}
                     else:
-                        bar.phase("passing a finished block")
+                        bar.phase("replaying a finished block")
                         work.load(own, block)
-                    if not in_turn:
+                    if not independent:
                         trainer.pass_student(own, block)
-            # Everyone's blocks of this round are there; ranks that share one have the same.
-            everyone = {j: r for part in world.gather(results) for j, r in part.items()}
-            for j in sorted(everyone):
-                work.report(j, everyone[j])
+            # ranks that share a block return the same result
+            all_results = {j: r for part in world.gather(results) for j, r in part.items()}
+            for j in sorted(all_results):
+                work.report(j, all_results[j])
             bar.advance(round_[-1] + 1 - passed)
             passed = round_[-1] + 1
     return work.finish()
 
 
 class _Trainer:
-    """The streams of text through both models, and the training of one block between them.
+    """Passes the text through both models and trains one block at a time.
 
     Args:
         student: the pruned model.
-        dense: the model that it was pruned from.
-        masks: the student's.
-        texts: with calibration and held-out ids.
-        config: the run's settings.
+        dense: the dense model.
+        masks: of the student.
+        texts: calibration and held-out ids.
+        config: settings of the run.
         world: the ranks.
-        scratch: a folder to spill activations to.
+        scratch: folder to spill activations to.
 
     Attributes:
         team: the ranks that train a block together, each on its share of the sequences.
-        pool: the ranks that each need all of the dense stream, and share the work of it.
+        pool: the ranks that share the dense forward passes, and each store all of their outputs.
     """
 
     def __init__(
@@ -161,48 +162,48 @@ class _Trainer:
         low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
         self.n = len(texts.calibration)
-        mine, held_out = self.team.shard(self.n), self.team.shard(len(texts.held_out))
-        self.place = {sequence: k for k, sequence in enumerate(mine)}  # of the ones to train on
-        self.judges = range(len(mine), len(mine) + len(held_out))
-        self.n_judges = len(texts.held_out)
-        windows = torch.cat([texts.calibration[list(mine)], texts.held_out[list(held_out)]])
+        own, held_out = self.team.shard(self.n), self.team.shard(len(texts.held_out))
+        self.index = {sequence: k for k, sequence in enumerate(own)}  # of training sequences
+        self.held_out = range(len(own), len(own) + len(held_out))
+        self.n_held_out = len(texts.held_out)
+        windows = torch.cat([texts.calibration[list(own)], texts.held_out[list(held_out)]])
         parts = 4 if self.settings.split_attention else 3
         memory = Memory.plan(device, config.runtime.activation_gib, parts)
         self.new_store = lambda: ActivationCache(device, memory, scratch)
-        length = windows.shape[1]  # one sequence at a time, so that steps can mix them freely
-        self.given = Walk(dense, windows, memory, scratch, length)
-        self.seen = Walk(student, windows, memory, scratch, length) if own_inputs else None
-        # the dense stream, and of the block to be trained what goes in and what comes out
-        self.stores = [self.given.hidden, self.new_store(), self.new_store()]
+        length = windows.shape[1]  # one sequence per forward pass, so that steps can mix them
+        self.dense_walk = Walk(dense, windows, memory, scratch, length)
+        self.walk = Walk(student, windows, memory, scratch, length) if own_inputs else None
+        # the dense stream, and inputs and outputs of the block to train
+        self.stores = [self.dense_walk.hidden, self.new_store(), self.new_store()]
         self.inputs = self.outputs = None
         dense.drop_outside()
         student.drop_outside()
 
     @torch.no_grad()
     def pass_dense(self, i: int, keep: bool) -> None:
-        """Takes the dense stream through block i, and keeps both its ends for `train`."""
-        x, pool, n = self.given.hidden, self.pool, len(self.given.ids)
+        """Passes the dense stream through block i; `keep` stores inputs and outputs for `train`."""
+        x, pool, n = self.dense_walk.hidden, self.pool, len(self.dense_walk.ids)
         if keep:
             self.inputs = x
-        busy = (self.inputs, self.outputs)  # until they are trained on; else in place
-        y = x if x not in busy else next(s for s in self.stores if s is not x and s not in busy)
+        used = (self.inputs, self.outputs)  # not to overwrite before the training
+        y = x if x not in used else next(s for s in self.stores if s is not x and s not in used)
         with self.dense.block(i) as block, self.autocast():
             for first in range(0, n, pool.size):
                 k = min(first + pool.rank, n - 1)
-                outputs = pool.all_gather(self.given.output(i, k, block).float())  # [W, T, H]
+                outputs = pool.all_gather(self.dense_walk.output(i, k, block).float())  # [W, T, H]
                 for j, output in enumerate(outputs.split(1)[: n - first]):
                     y[first + j] = output
-        self.given.hidden = y
+        self.dense_walk.hidden = y
         if keep:
             self.outputs = y
 
     def pass_student(self, i: int, block: nn.Module) -> None:
-        """Takes the student's stream through block i as it stands."""
+        """Passes the student's stream through block i."""
         with self.autocast():
-            self.seen.forward(i, block)
+            self.walk.forward(i, block)
 
     def train(self, i: int, block: nn.Module, phase: Callable[[str], None]) -> PrunedBlock:
-        """Trains block i in place, between what `pass_dense` kept.
+        """Trains block i in place on the inputs and outputs that `pass_dense` stored.
 
         Raises:
             UserError: an activation or an error is not finite.
@@ -224,7 +225,7 @@ class _Trainer:
             pruned, before = _copies(everything), whole.judge()
             sections = [half.train(phase) for half in halves]
             error = whole.train(phase) | {"before": before, "sections": sections}
-            if error["after"] > before:  # a better attention has made a worse block
+            if error["after"] > before:  # the attention improved, but the block got worse
                 _put(everything, pruned)
                 error |= {"after": before, "epoch": 0}
         else:
@@ -233,34 +234,34 @@ class _Trainer:
         seconds = time.monotonic() - start
         result = PrunedBlock({}, [], seconds, error)
         each = round(seconds / max(1, len(masks)), 4)
-        carry(self.student, i, masks, result, self.patterns, each)
+        record_unchanged(self.student, i, masks, result, self.patterns, each)
         return result
 
     @torch.no_grad()
     def targets(self, i: int, module: str | None) -> ActivationCache:
-        """What dense block i, or a module of it, gives for each sequence."""
+        """Returns the output of dense block i, or of one of its modules, per sequence."""
         if module is None:
             return self.outputs
         targets = self.new_store()
         with self.dense.block(i) as block, self.autocast():
-            for k in range(len(self.given.ids)):
-                call = self.given.calls[k][i]
+            for k in range(len(self.dense_walk.ids)):
+                call = self.dense_walk.calls[k][i]
                 targets[k] = _output(call, block, self.inputs[k], module)
         return targets
 
 
 class _Section:
-    """Parameters that are trained together, for the output of their block or of a module of it.
+    """Parameters that are trained together to match the output of their block or module.
 
-    They are fp32 while they are trained, but judged as they will be stored, and so they end.
+    They are trained in fp32, but evaluated and finally set to their stored dtype.
 
     Args:
-        trainer: has the text.
-        i: the block's number.
-        block: the student's.
-        module: the name in the block of the module whose output counts; None: the block's own.
-        parameters: to be trained.
-        keep: masks, in the shape of their parameters.
+        trainer: provides the text.
+        i: index of the block.
+        block: of the student.
+        module: name of the module whose output to match; None: the block.
+        parameters: to train.
+        keep: masks by parameter, in its shape.
     """
 
     def __init__(
@@ -276,9 +277,9 @@ class _Section:
         self.i, self.block, self.module, self.parameters = i, block, module, parameters
         self.keep = {p: keep[p] for p in parameters if p in keep}
         self.targets = trainer.targets(i, module)
-        seen = trainer.seen or trainer.given
-        self.calls = [calls[i] for calls in seen.calls]
-        self.inputs = trainer.seen.hidden if trainer.seen else trainer.inputs
+        walk = trainer.walk or trainer.dense_walk
+        self.calls = [calls[i] for calls in walk.calls]
+        self.inputs = trainer.walk.hidden if trainer.walk else trainer.inputs
         self.name = trainer.student.block_name(i)
         names = {p: f"{self.name}.{name}" for name, p in block.named_parameters()}
         self.stored = {p: stored_dtype(trainer.student, names[p]) for p in parameters}
@@ -287,89 +288,89 @@ class _Section:
         """Trains the parameters in place.
 
         Returns:
-            The error on held-out text before and after, the epoch that is kept, and their number.
+            The held-out error before and after, the selected epoch, and the number of epochs.
 
         Raises:
             UserError: an error is not finite.
         """
         settings = self.settings
         groups = [{"params": [p], "lr": settings.lr * _scale(p)} for p in self.parameters]
-        # gradients fall with the number of weights; the default of 1e-8 would shorten their steps
+        # gradients decrease with the number of weights, so the default of 1e-8 would shorten steps
         optimizer = torch.optim.Adam(groups, eps=1e-12, fused=True)
         n_steps = settings.epochs * -(-self.trainer.n // settings.batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / (WARMUP * n_steps)) * (1 - step / n_steps)
         )
-        draw = torch.Generator().manual_seed(settings.seed * 100_003 + self.i)
+        generator = torch.Generator().manual_seed(settings.seed * 100_003 + self.i)
         phase("error before")
-        before = least = self.judge()
-        best, kept = _copies(self.parameters), 0
+        before = lowest = self.judge()
+        best, best_epoch = _copies(self.parameters), 0
         with self._trainable():
-            epochs = settings.epochs if before else 0  # the dense block itself learns nothing
+            epochs = settings.epochs if before else 0  # a dense block has nothing to learn
             for epoch in range(1, epochs + 1):
-                phase(f"epoch {epoch} of {settings.epochs}, error {least:.4f}")
-                self._epoch(optimizer, schedule, draw)
+                phase(f"epoch {epoch}/{settings.epochs}, error {lowest:.4f}")
+                self._epoch(optimizer, schedule, generator)
                 with self._as_stored():
-                    now = self.judge(epoch)
-                    if not self.trainer.n_judges or now < least:
-                        least, kept, best = now, epoch, _copies(self.parameters)
-                    elif epoch - kept == PATIENCE:
+                    error = self.judge(epoch)
+                    if not self.trainer.n_held_out or error < lowest:
+                        lowest, best_epoch, best = error, epoch, _copies(self.parameters)
+                    elif epoch - best_epoch == PATIENCE:
                         break
         _put(self.parameters, best)
-        return {"before": before, "after": least, "epoch": kept, "epochs": settings.epochs}
+        return {"before": before, "after": lowest, "epoch": best_epoch, "epochs": settings.epochs}
 
     @torch.no_grad()
     def judge(self, epoch: int = 0) -> float:
-        """The mean error on held-out text, over all ranks; without any, on the text to train on.
+        """Returns the mean error on held-out text, else on the training text, over all ranks.
 
         Args:
-            epoch: after which it is asked for; 0: before any.
+            epoch: number of trained epochs.
 
         Raises:
-            UserError: it is not finite.
+            UserError: the error is not finite.
         """
         trainer = self.trainer
         total = torch.zeros((), dtype=torch.float64, device=self.team.device)
         with trainer.autocast():
-            for k in trainer.judges if trainer.n_judges else trainer.place.values():
+            for k in trainer.held_out if trainer.n_held_out else trainer.index.values():
                 total += self._error(k)
-        value = (self.team.sum(total) / (trainer.n_judges or trainer.n)).item()
+        value = (self.team.sum(total) / (trainer.n_held_out or trainer.n)).item()
         if not math.isfinite(value):
             raise UserError(
-                f"the error of {self.name} is not finite while it is trained; "
-                f"lower --reconstruct.lr (it is {self.settings.lr:g})"
+                f"reconstruct.lr is {self.settings.lr:g}, and the error of {self.name} is not "
+                "finite during training. Lower it."
                 if epoch
-                else f"the error of {self.name} is not finite before it is trained: the pruned "
-                "model's activations overflow there; prune it anew, or score it first"
+                else f"The error of {self.name} is not finite before its training: activations of "
+                "the pruned model overflow. Prune the model again."
             )
         return value
 
-    def _epoch(self, optimizer, schedule, draw: torch.Generator) -> None:
-        """One pass over the calibration text, in an order of its own.
+    def _epoch(self, optimizer, schedule, generator: torch.Generator) -> None:
+        """Trains for one pass over the calibration text, in a random order.
 
-        A step takes a sequence from each of as many parts of the text, so that ranks that share the
-        text, by parts too, share every step.
+        The text is divided into as many parts as a step has sequences, and a step takes one from
+        each part. Ranks that share the text by parts then share every step.
         """
-        place, n = self.trainer.place, self.trainer.n
+        index, n = self.trainer.index, self.trainer.n
         parts = torch.arange(n).tensor_split(min(self.settings.batch, n))
-        orders = (part[torch.randperm(len(part), generator=draw)].tolist() for part in parts)
+        orders = (part[torch.randperm(len(part), generator=generator)].tolist() for part in parts)
         for step in itertools.zip_longest(*orders):
             batch = [sequence for sequence in step if sequence is not None]
             optimizer.zero_grad()
-            with self.trainer.autocast():  # around all, so that weights are cast once
+            with self.trainer.autocast():  # around all sequences, so that weights are cast once
                 for sequence in batch:
-                    if sequence in place:
-                        (self._error(place[sequence]) / len(batch)).backward()
+                    if sequence in index:
+                        (self._error(index[sequence]) / len(batch)).backward()
             for p in self.parameters if self.team.size > 1 else ():
                 p.grad = self.team.sum(torch.zeros_like(p) if p.grad is None else p.grad)
-            for p, mask in self.keep.items():  # zeros leave Adam's moments and the weights at zero
-                if p.grad is not None:  # else the block makes no use of it
+            for p, mask in self.keep.items():  # keeps Adam's moments and the weights at zero
+                if p.grad is not None:  # otherwise the block does not use it
                     p.grad.mul_(mask)
             optimizer.step()
             schedule.step()
 
     def _error(self, k: int) -> torch.Tensor:
-        """The mean relative error of sequence k's tokens."""
+        """Returns the mean relative error over the tokens of sequence k."""
         with self.trainer.autocast():
             out = _output(self.calls[k], self.block, self.inputs[k], self.module)
         y, out = self.targets[k].float(), out.float()
@@ -378,7 +379,7 @@ class _Section:
 
     @contextmanager
     def _trainable(self) -> Iterator[None]:
-        """Gradients for the parameters."""
+        """Enables gradients of the parameters."""
         for p in self.parameters:
             p.requires_grad_(True)
         try:
@@ -390,7 +391,7 @@ class _Section:
 
     @contextmanager
     def _as_stored(self) -> Iterator[None]:
-        """The parameters rounded to the types that they are stored in, and exact again after."""
+        """Temporarily rounds the parameters to their stored dtypes."""
         exact = {p: p.detach().clone() for p, dtype in self.stored.items() if dtype != p.dtype}
         for p in exact:
             p.data.copy_(p.data.to(self.stored[p]))
@@ -401,7 +402,7 @@ class _Section:
 
 
 def _scale(p: nn.Parameter) -> float:
-    """The root mean square of a tensor's non-zero entries; a least one for biases that are zero."""
+    """Returns the root mean square of a tensor's nonzero entries, at least 1e-3 (zero biases)."""
     energy = p.detach().square().sum().item() / max(1, int(p.count_nonzero()))
     return max(1e-3, math.sqrt(energy))
 
@@ -415,32 +416,32 @@ def _put(parameters: Iterable[nn.Parameter], values: Iterable[torch.Tensor]) -> 
         p.data.copy_(value)
 
 
-class _Reached(Exception):
-    """Carries a module's output out of a forward that need not go on."""
+class _ModuleOutput(Exception):
+    """Returns a module's output from a forward pass that need not continue."""
 
 
 def _output(call: Call, block: nn.Module, hidden: torch.Tensor, module: str | None):
-    """What a block, or a module of it, gives for the hidden states [B, T, H]."""
+    """Returns the output of a block, or of one of its modules, for hidden states [B, T, H]."""
     if module is None:
         return call.run(block, hidden)
 
     def stop(_, args, out):
-        raise _Reached(states_of(out))
+        raise _ModuleOutput(states_of(out))
 
     handle = block.get_submodule(module).register_forward_hook(stop)
     try:
         call.run(block, hidden)
-    except _Reached as reached:
-        return reached.args[0]
+    except _ModuleOutput as output:
+        return output.args[0]
     finally:
         handle.remove()
     raise AssertionError(f"{module} did not run")
 
 
 def _sections(block: nn.Module, halves: bool) -> list[tuple[str | None, list[nn.Parameter]]]:
-    """What is trained together, each with the module whose output it is trained for.
+    """Returns the parameter groups to train in order, each with the module whose output to match.
 
-    Of halves the first is the attention: the first module that holds linears without being one.
+    The first half is the attention, taken to be the first child that contains linears.
     """
     everything = list(block.parameters())
     if not halves:
@@ -448,10 +449,10 @@ def _sections(block: nn.Module, halves: bool) -> list[tuple[str | None, list[nn.
     for name, module in block.named_children():
         linears = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
         if linears and module not in linears:
-            inside = list(module.parameters())
-            rest = [p for p in everything if not any(p is q for q in inside)]
-            return [(name, inside), (None, rest)]
+            attention = list(module.parameters())
+            rest = [p for p in everything if not any(p is q for q in attention)]
+            return [(name, attention), (None, rest)]
     raise UserError(
-        f"{type(block).__name__} has no attention module to train by itself; leave out "
-        "--reconstruct.split_attention"
+        f"reconstruct.split_attention: {type(block).__name__} has no separate attention "
+        "module. Set it to false."
     )

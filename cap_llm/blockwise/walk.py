@@ -1,11 +1,11 @@
-"""The walk: calibration text goes through a model block by block, each block changed on the way.
+"""The walk: calibration text passes through a model block by block, and each block is changed.
 
-Within a block, the linears that read one input are changed together, as soon as all micro-batches
-have reached that input; so every linear sees what the changed ones before it give. To walk a block
-only once, the forward of each micro-batch is a coroutine (a greenlet, because the pause lies deep
-inside the model's own code): it stops where it is about to read the next input, waits until that
-input's linears are changed, and goes on. A waiting micro-batch holds its intermediate values; those
-for which memory does not last are run again from the block's start, with the same result.
+Within a block, the linears that share an input change together, once all micro-batches have reached
+that input. So each linear sees the outputs of the changed ones before it. To run each block only
+once, the forward pass of a micro-batch is a coroutine: it pauses at the next input, waits until its
+linears have changed, and resumes. It is a greenlet, since it pauses deep inside the model's code. A
+paused micro-batch holds its intermediate values. Those that exceed the memory are recomputed from
+the start of the block, with the same result.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from cap_llm.models.blocks import BlockModel, Call, Group
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
 
-MICRO_TOKENS = 2048  # tokens a forward; enough for full matrix rates, few enough for the caches
+MICRO_TOKENS = 2048  # per forward pass: large enough for matrix throughput, small enough for caches
 
 
 class Walk:
-    """A model's hidden states on their way from the embedding to the head.
+    """The hidden states of the calibration text, between two blocks of a model.
 
     Args:
         model: the model.
         windows: token ids [N, T] of this rank.
-        memory: for the hidden states.
-        scratch: a folder to spill to.
-        micro_tokens: tokens a forward.
+        memory: budget for the hidden states.
+        scratch: folder to spill to.
+        micro_tokens: tokens per forward pass.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class Walk:
 
     @torch.no_grad()
     def forward(self, i: int, block: nn.Module) -> None:
-        """Takes all micro-batches through block i as it stands.
+        """Passes all micro-batches through block i without changing it.
 
         Raises:
-            UserError: its output is not finite.
+            UserError: an output is not finite.
         """
         for k in range(len(self.ids)):
             self.hidden[k] = self.output(i, k, block)
 
     def output(self, i: int, k: int, block: nn.Module) -> torch.Tensor:
-        """What block i as it stands gives for micro-batch k.
+        """Returns the output of block i for micro-batch k.
 
         Raises:
-            UserError: it is not finite.
+            UserError: the output is not finite.
         """
         return self._finite(i, self.calls[k][i].run(block, self.hidden[k]))
 
@@ -78,13 +78,16 @@ class Walk:
         block: nn.Module,
         change: Callable[[Group, Iterator[torch.Tensor]], None],
     ) -> None:
-        """Takes all micro-batches through block i and lets `change` loose on it on the way.
+        """Passes all micro-batches through block i and calls `change` on each group of linears.
 
         Args:
-            i: the block's number.
+            i: index of the block.
             block: the block, with its weights.
-            change: called for each group of linears with the micro-batches' inputs [..., C] to it,
-                which it must read to their end before it changes the group's weights.
+            change: called with a group and its inputs [..., C] per micro-batch; must read all of
+                them before it changes the group's weights.
+
+        Raises:
+            UserError: an output is not finite.
         """
         groups = self.model.groups(i, self.calls[0][i], self.hidden[0])
         held = self.hidden.left // max(1, self._held_bytes(block, groups))
@@ -103,34 +106,34 @@ class Walk:
                 handle.remove()
 
     def _finite(self, i: int, output: torch.Tensor) -> torch.Tensor:
-        # Later norms may turn infinity into something finite, so it is caught here.
+        # checked here, since later norms may turn infinity into finite values
         if not bool(output.sum().isfinite()) and not bool(output.isfinite().all()):
             raise UserError(
-                f"the output of {self.model.block_name(i)} is not finite: the model overflows; "
-                "check its weights, or use one stored in bfloat16 or float32"
+                f"The output of {self.model.block_name(i)} is not finite. Check the model's "
+                "weights, or use a checkpoint in bfloat16 or float32."
             )
         return output
 
     def _held_bytes(self, block: nn.Module, groups: list[Group]) -> int:
-        """Upper bound of what one waiting micro-batch holds: all inputs and outputs of linears.
+        """Upper bound of the bytes of one paused micro-batch: all inputs and outputs of linears.
 
-        Attention in plain PyTorch ("eager": BLOOM has no other) also keeps the scores of all
-        pairs of tokens in its frame, and two tensors that it makes of them.
+        Eager attention (the only one of BLOOM) also holds the scores of all pairs of tokens and two
+        tensors derived from them.
         """
         example, config = self.hidden[0], self.model.model.config.get_text_config()
         outputs = sum(
             _out_features(block.get_submodule(name)) for group in groups for name in group.names
         )
-        a_token = 2 * example.shape[-1] + sum(g.columns for g in groups) + outputs
-        n_bytes = a_token * self.ids[0].numel() * example.element_size()
+        per_token = 2 * example.shape[-1] + sum(g.columns for g in groups) + outputs
+        n_bytes = per_token * self.ids[0].numel() * example.element_size()
         if config._attn_implementation == "eager":
             pairs = self.ids[0].numel() * self.ids[0].shape[1]
-            n_bytes += 3 * config.num_attention_heads * pairs * 4  # the softmax is float32
+            n_bytes += 3 * config.num_attention_heads * pairs * 4  # fp32 softmax
         return n_bytes
 
 
 class _Lane:
-    """One micro-batch on its way through a block."""
+    """One micro-batch in a block."""
 
     def __init__(self, walk: Walk, i: int, k: int, block: nn.Module, hold: bool):
         self._run = lambda: walk.calls[k][i].run(block, walk.hidden[k])
@@ -138,7 +141,7 @@ class _Lane:
         self._held: greenlet | None = None
 
     def input(self, g: int) -> torch.Tensor:
-        """The input [..., C] of group g, once the groups before it are changed."""
+        """Returns the input [..., C] of group g, after the previous groups have changed."""
         if self._hold and self._held:
             return self._held.switch()
         self._held = greenlet(self._run)
@@ -146,12 +149,12 @@ class _Lane:
         for _ in range(g):
             x = self._held.switch()
         if not self._hold:
-            self._held.throw()  # ends it where it waits
+            self._held.throw()  # ends the paused forward pass
             self._held = None
         return x
 
     def finish(self, n_groups: int) -> torch.Tensor:
-        """The block's output, once all groups are changed."""
+        """Returns the block's output, after all groups have changed."""
         if not self._hold:
             self._hold = True
             self.input(n_groups - 1)
@@ -161,7 +164,7 @@ class _Lane:
 
 
 def _pause(module: nn.Module, args: tuple) -> None:
-    """Hands the input to whoever started this lane, and waits there to be resumed."""
+    """Passes the input to the lane's parent greenlet and pauses."""
     getcurrent().parent.switch(args[0])
 
 

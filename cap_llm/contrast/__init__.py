@@ -1,1 +1,1 @@
-"""Contrastive pruning: units, banks, the loss, the terms. Knows no text."""
+"""Contrastive objectives: units, banks, loss and terms. Independent of text."""

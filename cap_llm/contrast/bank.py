@@ -1,14 +1,12 @@
-"""The bank: units of a frozen model for every sequence of the recovery text, on disk.
+"""A bank stores the units of a frozen model for every training example, on disk.
 
-    bank.json   what the rows were made of and from: checked before they are used again
-    rows.bin    [N, U, d] bfloat16, memory-mapped, row = id of the sequence
+    bank.json   the data and model that the rows come from, verified on reuse
+    rows.bin    [N, U, d] bfloat16, memory-mapped; row = example id
     valid.bin   [N] bytes: 1 where a row is written
 
-A mark may reach the disk before its row does, so that a machine that crashes leaves marked rows of
-zeros: a row counts if it is marked and none of its units, which have length 1, is zero.
-
-A row is written by one rank and read by any, in whatever order: it is found by its sequence's id,
-never by the order of a sampler.
+One rank writes a row, every rank reads it; the index is the example's id, never the sampler's
+order. After a machine crash a valid byte may be on disk without its row, which is then zero. So a
+row counts as written if its byte is 1 and no unit is all zero (units have length 1).
 """
 
 from __future__ import annotations
@@ -20,33 +18,28 @@ import numpy as np
 import torch
 
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import (
-    disk_error,
-    holding,
-    read_json,
-    write_json,
-)
+from cap_llm.runtime.files import disk_error, holding, read_json, write_json
 from cap_llm.runtime.world import World
 
 
 class Bank:
-    """An open bank.
+    """An open bank. All ranks open it together.
 
     Args:
-        folder: where it lies; made if it is not there, or lacks a part of its files.
-        facts: of what the rows are made (text, model, sizes); a bank of other facts is refused.
+        folder: of the bank; created, or completed if files are missing.
+        facts: that identify the rows: text, model, sizes.
         shape: (N, U, d).
-        world: the ranks; all open the bank together.
+        world: the ranks.
 
     Raises:
-        UserError: the folder holds a bank of something else, or the disk is full.
+        UserError: the folder has a bank with other facts, or the disk is full.
     """
 
     def __init__(self, folder: Path, facts: dict, shape: tuple[int, int, int], world: World):
         self.folder, self.shape, self.world = folder, shape, world
         facts = facts | {"shape": list(shape)}
         path = folder / "bank.json"
-        problem = self._make(path, facts) if world.is_main else None
+        problem = self._create(path, facts) if world.is_main else None
         problem = world.gather(problem)[0]
         if problem:
             raise problem
@@ -54,26 +47,26 @@ class Bank:
         self._valid = np.memmap(folder / "valid.bin", np.uint8, "r+", shape=shape[:1])
         self._describe(read_json(path))
 
-    def _make(self, path: Path, facts: dict) -> UserError | None:
-        """Makes the files, or looks whether they fit; the first rank's part."""
+    def _create(self, path: Path, facts: dict) -> UserError | None:
+        """Creates the files or verifies the existing ones. Runs on one rank; returns the error."""
         try:
-            known = read_json(path, holding(facts=dict)) if path.exists() else None
+            content = read_json(path, holding(facts=dict)) if path.exists() else None
         except UserError as error:
-            return UserError(f"{error}; remove {self.folder} to build the bank anew")
-        if known and (other := [k for k in facts if known["facts"].get(k) != facts[k]]):
+            return UserError(f"Delete {self.folder} to rebuild the bank: {error}")
+        stored = content["facts"] if content else facts
+        if key := next((k for k in facts if stored.get(k) != facts[k]), None):
             return UserError(
-                f"the bank {self.folder} was made from other data: its {other[0]} was "
-                f"{known['facts'].get(other[0])!r} and is {facts[other[0]]!r} now; remove that "
-                "folder to build it anew"
+                f"Bank {self.folder} was built from other data ({key}: {stored.get(key)!r}, now "
+                f"{facts[key]!r}). Delete the folder to rebuild it."
             )
         n, units, dim = self.shape
         sizes = {self.folder / "valid.bin": n, self.folder / "rows.bin": 2 * n * units * dim}
-        if not known or any(not f.exists() or f.stat().st_size != sizes[f] for f in sizes):
+        if not content or any(not f.exists() or f.stat().st_size != sizes[f] for f in sizes):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for place, size in sizes.items():
-                    with open(place, "wb") as file:
-                        # all of it now: a disk that fills up later ends a writer without a word
+                for file_path, size in sizes.items():
+                    with open(file_path, "wb") as file:
+                        # allocates the whole file: on a full disk, writing to the map would crash
                         os.posix_fallocate(file.fileno(), 0, size)
                 write_json(path, {"facts": facts})
             except OSError as error:
@@ -87,7 +80,7 @@ class Bank:
         self.effective_rank = content.get("effective_rank")
 
     def set_center(self, center: torch.Tensor, mean_cosine: float, effective_rank: float) -> None:
-        """Fixes the center [d] of the rows, once, with the spread of a sample around it."""
+        """Stores the center [d] of the rows and the anisotropy of a sample around it."""
         path = self.folder / "bank.json"
         measures = {"mean_cosine": mean_cosine, "effective_rank": effective_rank}
         content = read_json(path) | measures | {"center": center.tolist()}
@@ -97,36 +90,36 @@ class Bank:
         self._describe(content)
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
-        """Keeps rows [B, U, d] of length-1 vectors for sequences [B]."""
+        """Writes rows [B, U, d] of unit-length vectors for examples [B]."""
         self._rows[ids.numpy()] = rows.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
         self._valid[ids.numpy()] = 1
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows [B, U, d] of sequences [B], fp32."""
+        """Returns the rows [B, U, d] of examples [B], fp32."""
         return torch.from_numpy(self._rows[ids.numpy()]).view(torch.bfloat16).float()
 
     def has(self, ids: torch.Tensor) -> torch.Tensor:
-        """Which sequences [B] have a row, boolean."""
-        rows = ids.numpy()
-        found = self._valid[rows].astype(bool)
-        for i in np.flatnonzero(found):  # one at a time: all rows may be more than memory
-            found[i] = self._rows[rows[i]].any(-1).all()
-        return torch.from_numpy(found)
+        """Returns which examples [B] have a row, boolean."""
+        indices = ids.numpy()
+        valid = self._valid[indices].astype(bool)
+        for i in np.flatnonzero(valid):  # one at a time: all rows together may exceed memory
+            valid[i] = self._rows[indices[i]].any(-1).all()
+        return torch.from_numpy(valid)
 
     def require(self, ids: torch.Tensor) -> None:
-        """Verifies that the rows of examples [B], which some rank has written, are visible here.
+        """Verifies that the rows of examples [B], written by any rank, are visible to this one.
 
         Raises:
-            UserError: one is missing.
+            UserError: a row is not visible.
         """
         if not self.has(ids).all():
             raise UserError(
                 f"Bank {self.folder}: rows written by other ranks are not visible on this node. "
-                "Memory-mapped files are not coherent on NFS: use Lustre or GPFS for output_dir, "
-                "or one node."
+                "Memory-mapped files are not coherent on NFS. Use Lustre or GPFS for output_dir, "
+                "or a single node."
             )
 
     def flush(self) -> None:
-        """Brings this rank's rows to the disk, before a checkpoint relies on them."""
+        """Flushes this rank's rows to disk, before a checkpoint depends on them."""
         self._rows.flush()
         self._valid.flush()

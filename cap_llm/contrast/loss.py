@@ -1,13 +1,12 @@
-"""The contrastive losses: of a student's units with the banked units of frozen models.
+"""The contrastive loss between a student's units and the banked units of frozen models.
 
-A unit is a vector of a segment or of a token position (`units.py`). An anchor is a unit of the
-student's, with gradient. Its candidates are the units of all ranks' batches, as the student sees
-them now (detached) and as the bank's models saw them, and further rows of the bank. Positive are
-the bank's rows of the anchor's own unit; with labels also the candidates of the same label. Other
-units of the anchor's own documents are neither.
+A unit is a vector with an identity (`units.py`). An anchor is a unit of the student, with gradient.
+Its candidates are the units of all ranks' batches, both the student's (detached) and those of the
+bank's model, and extra rows of the bank. The positives are the bank rows of the same unit and, with
+labels, candidates with the same label. Other units of the anchor's documents are excluded.
 
-The three contrasts of CAP (Xu et al., AAAI 2022) are this one loss on three banks: of the
-pre-trained model (PrC), of the student at earlier levels (SnC), and of a fine-tuned model (FiC).
+The three contrasts of CAP (Xu et al., AAAI 2022) apply this loss to three banks: the pre-trained
+model (PrC), snapshots of the student (SnC) and a fine-tuned model (FiC).
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ import torch.nn.functional as F
 
 @dataclass
 class Units:
-    """What units are, of any shape: which one, which documents it covers, and its label.
+    """Identities of units, tensors of one shape.
 
     Attributes:
-        key: one number for each unit of the recovery text.
-        first_document, last_document: of the packed documents that it reaches into.
-        label: the next token's id for a token unit; -1 for none.
+        key: unique number of the unit in the data set.
+        first_document, last_document: range of documents that the unit covers.
+        label: class of the unit; -1: none.
     """
 
     key: torch.Tensor
@@ -37,12 +36,12 @@ class Units:
         return Units(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     def flatten(self) -> Units:
-        """The same units in one row."""
+        """Returns the units in one dimension."""
         return Units(*(getattr(self, name).flatten() for name in self.__dataclass_fields__))
 
     @classmethod
     def join(cls, parts: list[Units]) -> Units:
-        """Units one after another."""
+        """Concatenates units."""
         return cls(*(torch.cat([getattr(p, n) for p in parts]) for n in cls.__dataclass_fields__))
 
 
@@ -56,50 +55,49 @@ def contrastive_loss(
     unsupervised: float = 1.0,
     supervised: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
-    """InfoNCE and supervised contrast of anchors with their candidates.
+    """InfoNCE with an optional supervised contrastive part.
 
-    For each anchor i with positives P and, of its label and another unit, Q:
-    -(unsupervised / |P| * sum_P l + supervised / |Q| * sum_Q l), where l is the log-softmax of the
-    cosines over the temperature. Unlike the original (`cap_compat`), each part is a plain mean.
+    The loss of an anchor is -(unsupervised / |P| * sum_P l + supervised / |Q| * sum_Q l). P are the
+    bank rows of its own unit, Q the other units with its label, and l is the log-softmax of the
+    cosines over the temperature. Unlike CAP's code (`cap_compat`), each part is a plain mean.
 
     Args:
-        anchors: [A, d], of length 1, with gradient.
-        anchor_units: what they are, [A].
-        candidates: [C, d], of length 1.
-        candidate_units: what they are, [C].
-        from_bank: [C], false for the student's own vectors.
+        anchors: [A, d], unit length, with gradient.
+        anchor_units: their identities, [A].
+        candidates: [C, d], unit length.
+        candidate_units: their identities, [C].
+        from_bank: [C], false for the student's vectors.
         temperature: of the softmax.
-        unsupervised: weight of the part whose positives are the anchor's own bank rows.
-        supervised: weight of the part whose positives have the anchor's label; anchors without a
-            partner contribute nothing to it.
+        unsupervised: weight of the InfoNCE part.
+        supervised: weight of the supervised part; zero for anchors whose label no other unit has.
 
     Returns:
-        The sum over the anchors that have a positive, and their number.
+        The sum over the anchors with a positive, and their number.
 
     Raises:
-        ValueError: `temperature` is not above 0.
+        ValueError: `temperature` is not positive.
     """
     if not temperature > 0:
-        raise ValueError(f"the temperature is {temperature}; it must be above 0")
+        raise ValueError(f"temperature is {temperature}. It must be positive.")
     own = anchor_units.key[:, None] == candidate_units.key
     same_document = (anchor_units.first_document[:, None] <= candidate_units.last_document) & (
         candidate_units.first_document <= anchor_units.last_document[:, None]
     )
     positive = own & from_bank
-    out = (own | same_document) & ~positive
-    scores = (anchors.float() @ candidates.float().T / temperature).masked_fill(out, -torch.inf)
-    log_p = scores.log_softmax(1)
-    known = positive.any(1)
-    total = unsupervised * _mean_over(log_p, positive)[known].sum()
+    excluded = (own | same_document) & ~positive
+    scores = anchors.float() @ candidates.float().T / temperature
+    log_p = scores.masked_fill(excluded, -torch.inf).log_softmax(1)
+    counted = positive.any(1)
+    total = unsupervised * _masked_mean(log_p, positive)[counted].sum()
     if supervised:
         label = anchor_units.label[:, None]
-        partner = (label == candidate_units.label) & (label >= 0) & ~own & ~out
-        total = total + supervised * _mean_over(log_p, partner)[known].sum()
-    return -total, int(known.sum())
+        same_label = (label == candidate_units.label) & (label >= 0) & ~own & ~excluded
+        total = total + supervised * _masked_mean(log_p, same_label)[counted].sum()
+    return -total, int(counted.sum())
 
 
-def _mean_over(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of values [A, C] where mask [A, C], [A]; 0 where there is none."""
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the mean [A] of values [A, C] over a mask [A, C]; 0 for an empty row."""
     return values.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
@@ -113,23 +111,23 @@ def cap_compat(
     supervised: float,
     labels: torch.Tensor,
 ) -> torch.Tensor:
-    """CAP's contrastive term exactly as its published code computes it, for parity.
+    """CAP's contrastive loss exactly as its published code computes it, for parity tests.
 
-    Each part is divided by its number of positives twice, once for each anchor and once for all,
-    so that the weight of a part falls with its number of positives.
+    Each part is divided by its number of positives twice, per anchor and in total, so its weight
+    decreases with the number of positives.
 
     Args:
-        anchors: the student's vectors of a batch, [B, d], of length 1, with gradient.
-        ids: of the batch's examples, [B], rows of `bank`.
-        bank: a frozen model's vectors, [n, R, d], of length 1.
-        extra_ids: further examples whose bank rows are candidates, [E].
+        anchors: the student's vectors of a batch, [B, d], unit length, with gradient.
+        ids: of the batch's examples, [B]; rows of `bank`.
+        bank: a frozen model's vectors, [n, R, d], unit length.
+        extra_ids: of extra examples whose bank rows are candidates, [E].
         temperature: of the softmax.
-        unsupervised: weight where positives are the rows of the anchor's own example.
-        supervised: weight where positives are the candidates of the anchor's label.
+        unsupervised: weight of the part with the anchor's own example as positive.
+        supervised: weight of the part with the anchor's label as positive.
         labels: of all examples, [n].
 
     Returns:
-        The term, a scalar.
+        The loss, a scalar.
     """
     n, r = anchors.shape[0], bank.shape[1]
     rows = torch.cat([ids, extra_ids])

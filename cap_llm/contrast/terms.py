@@ -1,4 +1,4 @@
-"""The contrasts of a training: which banks they have, how these are filled, and their losses."""
+"""The contrastive objective of a training: its terms, their banks and losses."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 
-SAMPLE = 64  # examples that a bank's center and anisotropy are measured on
-MAX_COSINE = 0.7  # above, the vectors are nearly one, and a contrast of them carries no signal
-MIN_RANK = 2  # below, they lie on a line
-MIN_SPREAD = 1e-4  # of their norm: what is left of the vectors when their mean is subtracted
+SAMPLE = 64  # examples that determine a bank's center and anisotropy
+MAX_COSINE = 0.7  # mean cosine; above, the vectors are nearly equal and carry no signal
+MIN_RANK = 2  # effective rank; below, the vectors lie on a line
+MIN_SPREAD = 1e-4  # norm of the centered vectors, relative to the vectors
 
 
 @dataclass
 class ContrastTerm:
-    """One contrast: the pre-trained model (prc), snapshots (snc) or a fine-tuned model (fic).
+    """One term: the contrast with the pre-trained model, snapshots or a fine-tuned model.
 
     Attributes:
         name: prc, snc or fic.
         weight: in the objective.
         banks: one, or one per snapshot.
-        online: whether its rows come from the teacher's forward of the same step.
+        online: the teacher's forward pass of each step writes the rows.
     """
 
     name: str
@@ -39,32 +39,32 @@ class ContrastTerm:
 
     @property
     def center(self) -> torch.Tensor:
-        """What the student's units are centered by, [d]."""
+        """The center [d] of the student's units: the mean over the banks."""
         return torch.stack([bank.center for bank in self.banks]).mean(0)
 
 
 class NoContrast:
-    """The objective of a training without contrasts."""
+    """The contrastive objective without terms."""
 
     terms: tuple = ()
 
     def losses(self, *_) -> dict[str, torch.Tensor]:
-        """No losses."""
+        """Returns no losses."""
         return {}
 
     def refill(self, *_) -> None:
-        """Nothing to fill."""
+        """Does nothing."""
 
 
 class ContrastiveObjective:
-    """All contrasts of a training, with the candidates that they share.
+    """All contrastive terms of a training; they share their candidates.
 
     Args:
         extractor: of units.
-        extra_negatives: further examples per micro-batch whose bank rows are candidates.
+        extra_negatives: extra examples per micro-batch whose bank rows are candidates.
         batch: examples per step, over all ranks.
         world: the ranks.
-        share: ids of the examples that this training sees, which banks must hold; all by default.
+        example_ids: of the training, which the banks must hold; default: all.
     """
 
     def __init__(
@@ -73,111 +73,111 @@ class ContrastiveObjective:
         extra_negatives: int,
         batch: int,
         world: World,
-        share: torch.Tensor | None = None,
+        example_ids: torch.Tensor | None = None,
     ):
         self.extractor, self.extra_negatives = extractor, extra_negatives
         self.batch, self.world = batch, world
-        self.share = torch.arange(extractor.n_examples) if share is None else share
+        self.example_ids = (
+            torch.arange(extractor.n_examples) if example_ids is None else example_ids
+        )
         self.terms: list[ContrastTerm] = []
 
     def losses(
         self,
         states: torch.Tensor,
         teacher_states: torch.Tensor | None,
-        mine: torch.Tensor,
-        everyone: torch.Tensor,
-        place: int,
-        micro: int,
+        ids: torch.Tensor,
+        all_ids: torch.Tensor,
+        step: int,
+        micro_step: int,
     ) -> dict[str, torch.Tensor]:
-        """Each contrast's loss for this rank's part of a micro-batch.
+        """Returns the loss of each term for this rank's part of a micro-batch.
 
         Args:
             states: the student's states [B, T, H], with gradient.
-            teacher_states: the pre-trained model's, for a contrast that is online.
-            mine: ids of this rank's examples, [B].
-            everyone: ids of all ranks' examples, in rank order, [W * B].
-            place: steps that have been taken from the data before this one, by all stages of the
-                schedule.
-            micro: the micro-batch of the step, from 0.
+            teacher_states: the pre-trained model's states, for an online term.
+            ids: of this rank's examples, [B].
+            all_ids: of all ranks' examples, in rank order, [W * B].
+            step: number of steps before this one, over all stages of the schedule.
+            micro_step: micro-batch within the step, from 0.
         """
         extractor, device = self.extractor, states.device
-        raw = extractor.raw(states, mine)
+        raw = extractor.raw(states, ids)
         all_raw = self.world.all_gather(raw.detach())
-        own_units, all_units = extractor.units(mine), extractor.units(everyone)
+        units, all_units = extractor.units(ids), extractor.units(all_ids)
         losses = {}
         for term in self.terms:
             if term.online:
                 center = term.banks[0].center.to(device)
-                rows = normalize(extractor.raw(teacher_states, mine), center)
-                # as the bank keeps them, so that a row is the same whenever it is read
+                rows = normalize(extractor.raw(teacher_states, ids), center)
+                # rounded as in the bank, so that a row does not depend on when it is read
                 rows = rows.to(torch.bfloat16).float()
-                term.banks[0].write(mine, rows)
+                term.banks[0].write(ids, rows)
                 rows = self.world.all_gather(rows)[None]
             else:
-                rows = _required(term.banks, everyone).to(device)
-            extra = self._extra(term, place, micro)
-            further = _required(term.banks, extra).to(device)
+                rows = _read(term.banks, all_ids).to(device)
+            extra_ids = self._extra_ids(term, step, micro_step)
+            extra_rows = _read(term.banks, extra_ids).to(device)
             center = term.center.to(device)
             losses[term.name] = self._loss(
                 normalize(raw, center),
-                own_units,
+                units,
                 normalize(all_raw, center),
                 all_units,
-                torch.cat([rows, further], 1),
-                Units.join([all_units, extractor.units(extra)]),
+                torch.cat([rows, extra_rows], 1),
+                Units.join([all_units, extractor.units(extra_ids)]),
             )
         return losses
 
-    def _loss(self, anchors, own_units, seen, seen_units, banked, banked_units):
-        """A contrast of anchors [B, U, d] with what all ranks' students have `seen` [W * B, U, d]
-        and with the rows of R banks [R, W * B + E, U, d]."""
+    def _loss(self, anchors, anchor_units, student, student_units, bank, bank_units):
+        """Returns the loss of anchors [B, U, d] with candidates from all ranks' students
+        [W * B, U, d] and from R banks [R, W * B + E, U, d]."""
         total = anchors.new_zeros(())
         for kind in self.extractor.kinds:
-            part = kind.place
-            ours, theirs = seen[:, part].flatten(0, 1), banked[:, :, part].flatten(0, 2)
-            units = [seen_units[:, part].flatten()]
-            units += [banked_units[:, part].flatten()] * len(banked)
-            from_bank = torch.arange(len(ours) + len(theirs), device=anchors.device) >= len(ours)
+            part = kind.units
+            student_part, bank_part = student[:, part].flatten(0, 1), bank[:, :, part].flatten(0, 2)
+            candidates = torch.cat([student_part, bank_part])
+            candidate_units = [student_units[:, part].flatten()]
+            candidate_units += [bank_units[:, part].flatten()] * len(bank)
+            from_bank = torch.arange(len(candidates), device=anchors.device) >= len(student_part)
             loss, n = contrastive_loss(
                 anchors[:, part].flatten(0, 1),
-                own_units[:, part].flatten(),
-                torch.cat([ours, theirs]),
-                Units.join(units),
+                anchor_units[:, part].flatten(),
+                candidates,
+                Units.join(candidate_units),
                 from_bank,
                 kind.temperature,
                 1.0,
                 kind.supervised,
             )
-            # All ranks have equally many anchors: the mean over ranks is the mean over anchors.
+            # ranks have the same number of anchors, so averaging over ranks is exact
             total = total + kind.weight * loss / max(1, n)
         return total
 
-    def _extra(self, term: ContrastTerm, place: int, micro: int) -> torch.Tensor:
-        """Further examples whose rows are candidates: the same on every rank, and on a resume.
+    def _extra_ids(self, term: ContrastTerm, step: int, micro_step: int) -> torch.Tensor:
+        """Draws the extra examples, identical on all ranks and after a resume.
 
-        An online contrast has rows of the steps before this one, of all stages of the schedule.
+        The bank of an online term only has rows of previous steps.
         """
-        among = self.seen(place) if term.online else self.share
-        draw = np.random.default_rng([self.extractor.seed, place, micro])
-        n = min(self.extra_negatives, len(among))
-        return torch.from_numpy(draw.choice(among.numpy(), n, replace=False))
+        pool = self._ids_before(step) if term.online else self.example_ids
+        rng = np.random.default_rng([self.extractor.seed, step, micro_step])
+        n = min(self.extra_negatives, len(pool))
+        return torch.from_numpy(rng.choice(pool.numpy(), n, replace=False))
 
-    def refill(self, teacher: Callable, place: int, micro_batch: int, console: Console) -> None:
-        """Fills missing rows of online contrasts: those of the first `place` steps.
+    def refill(self, teacher: Callable, step: int, micro_batch: int, console: Console) -> None:
+        """Fills the missing rows of the first `step` steps in the banks of online terms.
 
-        Args: see `fill`; `teacher` is the model whose forward gives their rows.
+        Args: see `fill`; `teacher` is the model.
         """
         for term in self.terms:
             if term.online:
-                title = f"{term.name}: rebuilding the bank"
-                ids = self.seen(place)
+                title, ids = f"{term.name}: rebuilding the bank", self._ids_before(step)
                 self.fill(term.banks[0], teacher, ids, micro_batch, title, console)
 
-    def seen(self, place: int) -> torch.Tensor:
-        """Ids of the examples of the first `place` steps."""
-        if place * self.batch >= self.extractor.n_examples:
+    def _ids_before(self, step: int) -> torch.Tensor:
+        if step * self.batch >= self.extractor.n_examples:
             return torch.arange(self.extractor.n_examples)
-        return self.extractor.draws(0, place * self.batch)
+        return self.extractor.draws(0, step * self.batch)
 
     @torch.no_grad()
     def fill(
@@ -189,32 +189,30 @@ class ContrastiveObjective:
         title: str,
         console: Console,
     ) -> None:
-        """Measures a bank's center if it has none, and writes the rows [ids] that are missing.
+        """Measures a bank's center if it has none, and writes the missing rows.
 
         Args:
-            bank: to fill.
-            model: gives states [B, T, H] for examples [B].
+            bank: the bank.
+            model: returns states [B, T, H] of examples [B].
             ids: of the examples.
-            micro_batch: examples per rank and forward.
-            title: of the bar.
-            console: for the bar and the bank's facts.
+            micro_batch: examples per rank and forward pass.
+            title: of the progress bar.
+            console: for the progress bar and the bank's anisotropy.
 
         Raises:
-            UserError: the bank is degenerate: nearly all its vectors are one.
+            UserError: the bank is degenerate: its vectors are nearly equal.
         """
         extractor, device = self.extractor, self.world.device
 
         def rounds(ids: torch.Tensor):
-            """This rank's examples, in as many rounds as every other rank has."""
-            each = micro_batch * self.world.size
-            for at in range(0, len(ids), each):
-                part = ids[at : at + each]
+            """Yields this rank's examples and the round's size; every rank has all rounds."""
+            for part in ids.split(micro_batch * self.world.size) if len(ids) else ():
                 yield part[self.world.rank :: self.world.size], len(part)
 
-        def raw(mine: torch.Tensor) -> torch.Tensor:
-            # sharded models run on all ranks together, also where one has no example left
-            asked = mine if len(mine) else torch.zeros(1, dtype=torch.long)
-            return extractor.raw(model(asked), asked)[: len(mine)]
+        def raw(own: torch.Tensor) -> torch.Tensor:
+            # a sharded model runs on all ranks, even on one without an example in this round
+            inputs = own if len(own) else torch.zeros(1, dtype=torch.long)
+            return extractor.raw(model(inputs), inputs)[: len(own)]
 
         if bank.center is None:
             sample = [raw(m) for m, _ in rounds(torch.arange(min(SAMPLE, extractor.n_examples)))]
@@ -222,14 +220,14 @@ class ContrastiveObjective:
             total = torch.cat([sample.sum(0), sample.new_tensor([len(sample)])])
             total = self.world.sum(total)
             center = total[:-1] / total[-1]
-            everyone = torch.cat(self.world.gather(sample.cpu()))
-            around = (everyone - center.cpu()).norm() / everyone.norm()
-            if not around > MIN_SPREAD:  # NaN too
+            sample = torch.cat(self.world.gather(sample.cpu()))
+            spread = (sample - center.cpu()).norm() / sample.norm()
+            if not spread > MIN_SPREAD:  # also true for NaN
                 raise UserError(
-                    f"Bank {bank.folder} is degenerate: its model gives one state for all data, or "
-                    "none that is finite. Check the model, or set the weight of the contrast to 0."
+                    f"Bank {bank.folder} is degenerate: the states of its model are constant or "
+                    "not finite. Check the model, or set the weight of the contrast to 0."
                 )
-            bank.set_center(center.cpu(), *anisotropy(normalize(everyone, center.cpu())))
+            bank.set_center(center.cpu(), *anisotropy(normalize(sample, center.cpu())))
             console.say(
                 f"bank {bank.folder.name}: mean cosine {bank.mean_cosine:.3f}, effective rank "
                 f"{bank.effective_rank:.0f} of {extractor.dim}"
@@ -241,29 +239,28 @@ class ContrastiveObjective:
                 f"{bank.effective_rank:.1f} (at least {MIN_RANK}). Check the model, or set the "
                 "weight of the contrast to 0."
             )
-        # the first rank's view counts, and all have looked before anyone writes
+        # rank 0's view, taken before any rank writes
         has = self.world.gather(bank.has(ids))[0]
         if has.all():
             return
         with console.bar(title, len(ids), "examples") as bar:
             written = has.split(micro_batch * self.world.size)
-            for (mine, n), done in zip(rounds(ids), written, strict=True):
-                # a whole round passes again, also where only a part of it is missing: made among
-                # other examples a row may be another in its last bits
-                if not done.all():
-                    rows = normalize(raw(mine), bank.center.to(device))
-                    missing = ~done[self.world.rank :: self.world.size]
-                    bank.write(mine[missing], rows[missing.to(device)])
+            for (own, n), present in zip(rounds(ids), written, strict=True):
+                # recompute whole rounds: the last bits of a row depend on the rest of its batch
+                if not present.all():
+                    rows = normalize(raw(own), bank.center.to(device))
+                    missing = ~present[self.world.rank :: self.world.size]
+                    bank.write(own[missing], rows[missing.to(device)])
                 bar.advance(n)
         bank.flush()
         self.world.barrier()
 
 
-def _required(banks: list[Bank], ids: torch.Tensor) -> torch.Tensor:
-    """The rows [R, B, U, d] of examples [B] in R banks.
+def _read(banks: list[Bank], ids: torch.Tensor) -> torch.Tensor:
+    """Returns the rows [R, B, U, d] of examples [B] in R banks.
 
     Raises:
-        UserError: one is missing.
+        UserError: a row is missing.
     """
     for bank in banks:
         bank.require(ids)

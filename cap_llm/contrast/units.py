@@ -1,8 +1,8 @@
-"""Units of contrast: short vectors of a model's states, the same way for every model.
+"""Units of a contrast: short vectors of states, extracted in the same way for every model.
 
-States after the final norm are far from isotropic: a few channels dominate all cosines. So vectors
-are projected to fewer dimensions by one fixed orthonormal matrix, centered by the mean over a
-sample of the data, and only then normalized.
+States after the final norm are strongly anisotropic: a few channels dominate all cosines. Units are
+therefore projected to fewer dimensions by a fixed orthonormal matrix, centered by the mean over a
+sample of the data, and normalized.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from cap_llm.contrast.loss import Units
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Units that are contrasted with each other: which of an example's, and how.
+class UnitKind:
+    """A kind of unit; only units of one kind are contrasted with each other.
 
     Attributes:
-        place: of the units among an example's.
-        weight: of their loss.
-        temperature: of their softmax.
-        supervised: weight of positives that share the anchor's label.
+        units: slice of an example's units.
+        weight: of its loss.
+        temperature: of its softmax.
+        supervised: weight of the positives with the anchor's label.
     """
 
-    place: slice
+    units: slice
     weight: float
     temperature: float
     supervised: float = 0.0
 
 
 class UnitExtractor(ABC):
-    """The units of a data set; a task says what they are.
+    """Extracts the units of a data set; a task defines them.
 
-    What a unit is depends on its example's id and the seed alone, so that frozen models can be
-    banked before or during the training.
+    A unit depends only on its example's id and the seed, so a bank can be filled before or during
+    the training.
 
     Args:
-        n_examples: in the data set.
-        n_units: U, per example.
+        n_examples: size of the data set.
+        n_units: U, units per example.
         width: H, of the states.
         dim: d, of the units; at most the width.
         seed: of the projection.
-        device: where states are.
+        device: of the states.
 
     Attributes:
-        kinds: of the units.
-        facts: what the units are made of, for the identity of a bank.
+        kinds: the kinds of units.
+        facts: that identify the units, for the bank.
     """
 
-    kinds: list[Kind]
+    kinds: list[UnitKind]
     facts: dict
 
     def __init__(
@@ -61,42 +61,38 @@ class UnitExtractor(ABC):
         self.n_examples, self.n_units, self.dim = n_examples, n_units, min(dim, width)
         self.seed, self.device = seed, device
         generator = torch.Generator().manual_seed(seed)
-        square = torch.randn(width, self.dim, generator=generator, dtype=torch.float64)
-        self.projection = torch.linalg.qr(square).Q.float().to(device)  # [H, d]
+        random = torch.randn(width, self.dim, generator=generator, dtype=torch.float64)
+        self.projection = torch.linalg.qr(random).Q.float().to(device)  # [H, d]
 
     @abstractmethod
     def pooled(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The states that units are made of, [B, U, H], from states [B, T, H] of examples [B]."""
+        """Pools states [B, T, H] of examples [B] to one vector per unit, [B, U, H]."""
 
     @abstractmethod
     def units(self, ids: torch.Tensor) -> Units:
-        """What the units of examples [B] are, [B, U]."""
+        """Returns the identities [B, U] of the units of examples [B]."""
 
     @abstractmethod
     def draws(self, start: int, end: int) -> torch.Tensor:
-        """Ids of the examples at places `start` to `end` of the training."""
+        """Returns the ids of the examples `start` to `end` in training order."""
 
     def raw(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Projected units [B, U, d] in fp32, not centered yet, from states [B, T, H].
-
-        Args:
-            states: with gradient or without.
-            ids: of the examples, [B].
-        """
+        """Returns projected, uncentered units [B, U, d], fp32, from states [B, T, H] of examples
+        [B]."""
         return self.pooled(states.float(), ids) @ self.projection
 
 
 def normalize(raw: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-    """Units [..., d] minus the bank's center [d], scaled to length 1."""
+    """Centers units [..., d] by a bank's center [d] and scales them to length 1."""
     return F.normalize(raw - center, dim=-1)
 
 
 def anisotropy(vectors: torch.Tensor) -> tuple[float, float]:
-    """How well vectors [n, d] of length 1 fill their space.
+    """Measures how evenly unit vectors [n, d] cover their space.
 
     Returns:
-        The mean cosine of two of them, and the effective rank: exp of the entropy of the
-        eigenvalues of their second moment (Roy and Vetterli 2007).
+        The mean pairwise cosine, and the effective rank: the exponential of the entropy of the
+        normalized eigenvalues of their second moment (Roy and Vetterli 2007).
     """
     vectors = vectors.double()
     n = len(vectors)

@@ -134,11 +134,11 @@ class Banks:
 
     def _fill_from(self, made: ContrastiveObjective, bank: Bank, model: Path, title: str) -> None:
         """Fills a bank by a pass of the model of a directory."""
-        complete = bool(bank.has(made.share).all())
+        complete = bool(bank.has(made.example_ids).all())
         if self.run.world.gather(complete)[0]:
             return
         engine = engines.load_teacher(
             model, self.teacher_ds, self.settings, self.run.world, self.task.teacher
         )
-        self._fill(made, bank, engine, title, made.share)
+        self._fill(made, bank, engine, title, made.example_ids)
         engines.release(engine)

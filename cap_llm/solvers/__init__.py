@@ -1,5 +1,5 @@
-"""Solvers: what to do with one weight matrix. Pure functions on tensors; no files, ranks or hooks.
+"""Layer-wise solvers: pure functions on tensors, without files, ranks or hooks.
 
-`W` is a weight [R, C] (R output features, C input features), `H` the second moment of its inputs
-[C, C] in fp32. Error means tr((W - W_d) H (W - W_d)^T), the squared error of the outputs.
+`W` is a weight matrix [R, C] (R output features, C input features). `H` is the second moment of
+its inputs [C, C], fp32. The layer error is tr((W - W_d) H (W - W_d)^T), the squared output error.
 """

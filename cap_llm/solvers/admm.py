@@ -1,15 +1,13 @@
-"""Pruning by alternating directions: ALPS (Meng et al. 2024) and ADMM-grad (Boza 2024).
+"""Pruning by ADMM: ALPS (Meng et al. 2024) and ADMM-grad (Boza 2024).
 
-Both split the weights in two copies: B minimises the layer's error, D obeys the pattern, and the
-scaled dual U pulls them together. B's step solves a linear system with H + rho I for all rows at
-once; D's is a projection, which keeps the largest entries of B + U. What D gives away is what U
-remembers: U = C - D for C = B + U. Unlike SparseGPT, which walks the columns once, a weight that
-went may come back.
+Both split the weights into two copies that a scaled dual variable U pulls together. B minimizes
+the layer error: one linear system with H + rho I, for all rows at once. D satisfies the sparsity
+pattern: it keeps the largest entries of C = B + U, and U becomes the remainder C - D. Unlike
+SparseGPT, which visits each column once, ADMM can restore a weight that it removed.
 
-Everything happens in coordinates in which every input has unit energy (H scaled to a unit
-diagonal), so that the largest entries are those that matter. (H + rho I)^-1 is taken from a
-Cholesky factorisation for each new rho: on a 135M LLaMA's inputs that costs as much as putting it
-together from an eigendecomposition, which is then not needed at all.
+Columns are scaled so that H has a unit diagonal; magnitudes are then comparable across inputs.
+(H + rho I)^-1 comes from one Cholesky factorization per rho, which is as fast as applying an
+eigendecomposition (135M LLaMA) and does not need one.
 """
 
 from __future__ import annotations
@@ -19,10 +17,11 @@ import torch
 from cap_llm.sparsity.choose import choose
 from cap_llm.sparsity.pattern import Pattern
 
-MOST = 300  # iterations of ALPS
-FAST, RAMP = 20, 15  # iterations of ADMM-grad, and of those the ones in which sparsity grows
-RIDGE = 0.1  # ADMM-grad's, on the unit diagonal
-SOFTEST = 1e-3  # penalty below which ALPS starts no more: `allowed` leaves no choice
+ALPS_MAX_ITER = 300
+ADMM_GRAD_ITERS = 20
+RAMP_ITERS = 15  # of the ADMM-grad iterations: sparsity increases
+RIDGE = 0.1  # of ADMM-grad, added to the unit diagonal
+MIN_PENALTY = 1e-3  # no restart of ALPS below: `allowed` determines the mask
 
 
 def alps(
@@ -33,32 +32,33 @@ def alps(
     allowed: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prunes W [R, C] by ADMM with a growing penalty (ALPS, algorithm 1).
+    """Prunes W [R, C] by ADMM with an increasing penalty (ALPS, algorithm 1).
 
-    Its second part, the least squares on the mask that was found, is `refit`.
+    `refit` is the second half of ALPS, least squares on the final mask.
 
     Args:
-        weight: W, fp32; not changed.
-        hessian: damped H [C, C]; must be positive definite.
-        pattern: where zeros may be.
-        sparsity: share of zeros; not used by N:M.
-        allowed: mask [R, C] inside which the result must lie.
-        start: weights [R, C] to begin from, pruned as asked for; by default the largest of W.
+        weight: W, fp32; not modified.
+        hessian: damped H [C, C], positive definite.
+        pattern: sparsity pattern.
+        sparsity: fraction of zeros; ignored for N:M.
+        allowed: mask [R, C] that the new mask must be a subset of.
+        start: initial weights [R, C] that satisfy pattern and sparsity; default: W pruned by
+            scaled magnitude.
 
     Returns:
-        The weight and its mask, both [R, C].
+        The pruned weight and its mask, both [R, C].
     """
     scale, h = unit_diagonal(hessian)
     dense = weight * scale
     pull = dense @ h
-    rho, grown = 0.1, False
-    inverse = regularised_inverse(h, rho)
+    rho, increased = 0.1, False
+    inverse = regularized_inverse(h, rho)
     first = dense if start is None else start * scale
-    mask = earlier = choose(first.abs(), pattern, sparsity, allowed)
+    mask = previous = choose(first.abs(), pattern, sparsity, allowed)
     first = first * mask
-    kept = max(1, int(mask.sum()))
+    n_nonzero = max(1, int(mask.sum()))
     b, d, u = dense, first, torch.zeros_like(dense)
-    for iteration in range(1, MOST + 1):
+    for iteration in range(1, ALPS_MAX_ITER + 1):
         b = (d - u).mul_(rho).add_(pull) @ inverse
         u += b
         mask = choose(u.abs(), pattern, sparsity, allowed)
@@ -66,20 +66,20 @@ def alps(
         u -= d
         if iteration % 3:
             continue
-        moved = int((mask ^ earlier).sum()) / kept
-        earlier = mask
-        if moved == 0 and not grown and rho > SOFTEST:
-            # so stiff that nothing ever moved: start again, softer
+        change = int((mask ^ previous).sum()) / n_nonzero
+        previous = mask
+        if change == 0 and not increased and rho > MIN_PENALTY:
+            # the mask never changed, so the penalty is too large: restart with a smaller one
             rho /= 5
             d, u = first, torch.zeros_like(dense)
-        elif moved == 0 or (iteration >= 30 and moved < 3e-4):
+        elif change == 0 or (iteration >= 30 and change < 3e-4):
             break
         else:
-            growth = 1.3 if moved >= 0.1 else 1.2 if moved >= 0.005 else 1.1
-            rho, grown = rho * growth, True
+            growth = 1.3 if change >= 0.1 else 1.2 if change >= 0.005 else 1.1
+            rho, increased = rho * growth, True
             u /= growth
-        inverse = None  # the old one goes before the new one is made
-        inverse = regularised_inverse(h, rho)
+        inverse = None  # frees its memory before the next one is allocated
+        inverse = regularized_inverse(h, rho)
     return b * mask / scale, mask
 
 
@@ -90,26 +90,27 @@ def admm_grad(
     sparsity: float,
     allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prunes W [R, C] by 20 iterations of ADMM with a fixed penalty (ADMM-grad).
+    """Prunes W [R, C] by 20 ADMM iterations with a fixed penalty (ADMM-grad).
 
-    Sparsity grows over the first 15 by a cubic; then the mask is fixed and the weights settle on
-    it. N:M grows by whole weights of a group.
+    Sparsity follows a cubic schedule for 15 iterations (N:M: whole weights per group); then the
+    mask is fixed and the weights converge on it.
 
-    Arguments and returns: as `alps`.
+    Arguments and return values are those of `alps`.
     """
     scale, h = unit_diagonal(hessian)
     h.diagonal().add_(RIDGE)
     dense = weight * scale
-    inverse = regularised_inverse(h, 1.0)
+    inverse = regularized_inverse(h, 1.0)
     pull = dense @ h @ inverse
-    u = dense.clone()  # first B + U
-    for iteration in range(1, FAST + 1):
-        if iteration <= RAMP:
-            share = 1 - (1 - iteration / RAMP) ** 3
-            step = pattern
+    u = dense.clone()  # holds B + U
+    for iteration in range(1, ADMM_GRAD_ITERS + 1):
+        if iteration <= RAMP_ITERS:
+            progress = 1 - (1 - iteration / RAMP_ITERS) ** 3
+            current = pattern
             if pattern.m:
-                step = Pattern("n:m", pattern.m - round(share * (pattern.m - pattern.n)), pattern.m)
-            mask = choose(u.abs(), step, share * sparsity, allowed)
+                n_keep = pattern.m - round(progress * (pattern.m - pattern.n))
+                current = Pattern("n:m", n_keep, pattern.m)
+            mask = choose(u.abs(), current, progress * sparsity, allowed)
         d = u * mask
         u -= d
         u += torch.addmm(pull, d - u, inverse)
@@ -117,14 +118,14 @@ def admm_grad(
 
 
 def unit_diagonal(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale e [C] of inputs and H / (e e^T) [C, C], a copy whose diagonal is one."""
+    """Returns the input scale e = sqrt(diag H) [C] and a copy H / (e e^T) [C, C]."""
     scale = hessian.diagonal().sqrt()
     return scale, hessian / scale / scale[:, None]
 
 
-def regularised_inverse(hessian: torch.Tensor, rho: float) -> torch.Tensor:
-    """(H + rho I)^-1 for a positive definite H [C, C]."""
+def regularized_inverse(hessian: torch.Tensor, rho: float) -> torch.Tensor:
+    """Returns (H + rho I)^-1 for a positive definite H [C, C]."""
     shifted = hessian.clone()
     shifted.diagonal().add_(rho)
-    shifted = torch.linalg.cholesky(shifted)  # lets go of what it was
+    shifted = torch.linalg.cholesky(shifted)  # frees the previous matrix
     return torch.cholesky_inverse(shifted)

@@ -1,22 +1,21 @@
-"""Refit: the least-squares weights on a given mask, for all rows at once.
+"""Refit: least-squares weights on a fixed mask, for all rows at once.
 
-Conjugate gradients on min tr((W - W_d) H (W - W_d)^T) with W zero outside the mask, each row with
-step lengths of its own (as in ALPS, Meng et al. 2024, algorithm 2). ALPS preconditions with the
-diagonal of H, which takes 40 to 200 iterations to 1e-4 on layers of a 135M LLaMA; H^-1, masked like
-the residual, takes 15 to 45. It is positive definite on the mask as every principal part of H^-1
-is, and it removes most of what makes H stiff. From SparseGPT's weights a row needs 5 to 17
-iterations to 1e-3; rows that have converged leave the batch.
+Conjugate gradients on min tr((W - W_d) H (W - W_d)^T) with W zero outside the mask and a step size
+per row (ALPS, Meng et al. 2024, algorithm 2). The preconditioner is H^-1, masked like the residual;
+as every principal submatrix of H^-1, it is positive definite on the mask. It needs 15 to 45
+iterations to 1e-4 on layers of a 135M LLaMA; the diagonal of H, as in ALPS, needs 40 to 200.
+From SparseGPT's weights a row takes 5 to 17 iterations to 1e-3. Converged rows leave the batch.
 """
 
 from __future__ import annotations
 
 import torch
 
-# On those layers SparseGPT's errors lie 15 to 45 % above the optimum, and what this leaves lies
-# 0.02 % above it. A tenth of it would cost two or three iterations more.
+# On those layers SparseGPT's error is 15% to 45% above the optimum; this leaves 0.02%.
+# A tenth of it would take two or three more iterations.
 TOLERANCE = 1e-3
-MOST = 100  # iterations
-BATCH = 2**22  # weights solved at once: rows are independent, and there are eight copies of them
+MAX_ITER = 100
+BATCH = 2**22  # weights per batch of rows; the solver holds eight copies of them
 
 
 def refit(
@@ -27,25 +26,25 @@ def refit(
     inverse: torch.Tensor | None = None,
     tolerance: float = TOLERANCE,
 ) -> torch.Tensor:
-    """The weights [R, C] on `mask` whose outputs are closest to those of `target`.
+    """Returns the weights [R, C] on `mask` whose outputs are closest to those of `target`.
 
     Args:
-        weight: where to start, [R, C] fp32; a good start saves iterations, not quality.
-        mask: [R, C], true where a weight may be non-zero.
-        target: W_d [R, C], whose outputs are to be matched.
-        hessian: damped H [C, C]; must be positive definite.
-        inverse: H^-1 [C, C], where it is known; used as preconditioner only.
-        tolerance: a row is done when going on could lower its squared error by at most this part.
+        weight: initial weights [R, C], fp32; better ones only save iterations.
+        mask: [R, C], true where a weight may be nonzero.
+        target: W_d [R, C], whose outputs to match.
+        hessian: damped H [C, C], positive definite.
+        inverse: H^-1 [C, C] for the preconditioner; computed if None.
+        tolerance: a row has converged when its squared error can decrease by at most this fraction.
 
     Returns:
-        The weights [R, C]; never a larger error than `weight` on its mask.
+        The weights [R, C]; their error is never larger than that of `weight * mask`.
     """
     if inverse is None:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     n = max(1, BATCH // weight.shape[1])
     batches = zip(weight.split(n), mask.split(n), target.split(n), strict=True)
-    shared = (hessian, inverse, tolerance)
-    return torch.cat([_conjugate_gradients(*batch, *shared) for batch in batches])
+    problem = (hessian, inverse, tolerance)
+    return torch.cat([_conjugate_gradients(*batch, *problem) for batch in batches])
 
 
 def _conjugate_gradients(weight, mask, target, hessian, inverse, tolerance) -> torch.Tensor:
@@ -54,12 +53,12 @@ def _conjugate_gradients(weight, mask, target, hessian, inverse, tolerance) -> t
     x, m = result.clone(), mask.to(weight.dtype)
     r = (target - x) @ hessian
     error = (r * (target - x)).sum(1)
-    least = 1e-7 * target.square() @ hessian.diagonal()  # smaller gains are lost in float32
+    floor = 1e-7 * target.square() @ hessian.diagonal()  # smaller gains are below fp32 precision
     r.mul_(m)
     z = (r @ inverse).mul_(m)
     p = z.clone()
     rz = (r * z).sum(1)
-    for _ in range(MOST):
+    for _ in range(MAX_ITER):
         hp = (p @ hessian).mul_(m)
         curvature = (p * hp).sum(1)
         step = torch.where(curvature > 0, rz / curvature, 0)[:, None]
@@ -70,14 +69,14 @@ def _conjugate_gradients(weight, mask, target, hessian, inverse, tolerance) -> t
         rz_next = (r * z).sum(1)
         p.mul_(torch.where(rz > 0, rz_next / rz, 0)[:, None]).add_(z)
         rz = rz_next
-        # On the mask (H^-1 masked) >= (H masked)^-1, so rz bounds the gain that is left.
-        busy = rz > tolerance * torch.maximum(error, least)
-        n_busy = int(busy.sum())
-        if n_busy <= 0.8 * len(rows):  # to leave one by one would copy the batch each time
-            result[rows[~busy]] = x[~busy]
-            rows, x, m, r, p, z = (t[busy] for t in (rows, x, m, r, p, z))
-            rz, error, least = rz[busy], error[busy], least[busy]
-            if not n_busy:
+        # on the mask (H^-1 masked) >= (H masked)^-1, so rz bounds the remaining gain
+        active = rz > tolerance * torch.maximum(error, floor)
+        n_active = int(active.sum())
+        if n_active <= 0.8 * len(rows):  # in bulk: each removal copies the batch
+            result[rows[~active]] = x[~active]
+            rows, x, m, r, p, z = (t[active] for t in (rows, x, m, r, p, z))
+            rz, error, floor = rz[active], error[active], floor[active]
+            if not n_active:
                 break
     result[rows] = x
     return result

@@ -1,4 +1,4 @@
-"""Scores of weights: the higher, the longer a weight stays. Magnitude and Wanda need no more."""
+"""Importance scores of weights: the lowest are pruned first."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 
 
 def magnitude(weight: torch.Tensor) -> torch.Tensor:
-    """|W| [R, C]."""
+    """Returns |W| [R, C]."""
     return weight.abs()
 
 
 def wanda(weight: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
-    """|W_ij| * ||x_j|| [R, C] (Sun et al. 2024, eq. 1), from mean squares of the inputs [C].
+    """Returns |W_ij| * ||x_j|| [R, C] (Sun et al. 2024, eq. 1), from input mean squares [C].
 
-    The mean instead of the sum over tokens scales all scores alike, which changes no choice.
+    The mean over tokens, instead of the sum, scales all scores equally.
     """
     return weight.abs() * mean_square.sqrt()

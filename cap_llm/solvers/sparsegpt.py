@@ -1,10 +1,10 @@
-"""SparseGPT (Frantar and Alistarh 2023, algorithm 1), for any pattern and inside any mask.
+"""SparseGPT (Frantar and Alistarh 2023, algorithm 1) for any pattern and any `allowed` mask.
 
-Columns are walked in their natural order. A block of `block_size` columns chooses its mask from
-scores w^2 / U_jj^2, then each column's error is spread over the columns to its right. Work happens
-on W^T, so that a column is contiguous; within a block, sub-blocks of `TILE` columns are updated one
-column at a time and the rest of the block by one matrix product, as the block does for the rest of
-the matrix. That changes the order of summation and nothing else.
+Columns are processed in their natural order. Each block of `block_size` columns chooses its mask by
+the scores w^2 / U_jj^2; the error of each column then updates the columns to its right. The work is
+done on W^T, where a column is contiguous. Within a block, tiles of `TILE` columns are updated one
+column at a time, then the rest of the block by one matrix product; likewise a block and the rest of
+the matrix. This changes only the order of summation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cap_llm.solvers.hessian import Factor
 from cap_llm.sparsity.choose import choose, drop_lowest
 from cap_llm.sparsity.pattern import Pattern, zeros_of
 
-TILE = 16  # columns updated one at a time, or the next multiple of M below it
+TILE = 16  # columns per tile; N:M rounds it down to a multiple of M
 
 
 def sparsegpt(
@@ -26,19 +26,19 @@ def sparsegpt(
     allowed: torch.Tensor | None = None,
     block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prunes W [R, C] and moves the weights that stay.
+    """Prunes W [R, C] and updates the remaining weights.
 
     Args:
-        weight: W, fp32; not changed.
+        weight: W, fp32; not modified.
         factor: of the damped Hessian.
-        pattern: where zeros may be. `unstructured` shares the quota of a block of columns over all
-            rows, `row` gives each row its own.
-        sparsity: share of zeros; not used by N:M.
-        allowed: mask [R, C] inside which the result must lie.
-        block_size: columns between two choices of the mask; N:M rounds it to a multiple of M.
+        pattern: sparsity pattern. The zeros of a block of columns are counted over all rows for
+            `unstructured`, per row for `row`.
+        sparsity: fraction of zeros; ignored for N:M.
+        allowed: mask [R, C] that the new mask must be a subset of.
+        block_size: columns per mask choice; N:M rounds it down to a multiple of M.
 
     Returns:
-        The weight and its mask, both [R, C].
+        The pruned weight and its mask, both [R, C].
     """
     n_rows, n_columns = weight.shape
     upper = factor.upper
@@ -56,7 +56,7 @@ def sparsegpt(
         if not pattern.m:
             score = (block.T / diagonal).square()
             mask[:, start:end] = quota.choose(score, _columns(allowed, start, end))
-            # 1 / U_jj where a weight goes, 0 where it stays
+            # 1 / U_jj where a weight is pruned, 0 elsewhere
             errors = (~mask[:, start:end]).T / diagonal[:, None]
         else:
             errors = torch.empty_like(block)
@@ -64,12 +64,11 @@ def sparsegpt(
             high = min(low + tile, end - start)
             for j in range(low, high):
                 if pattern.m and j % pattern.m == 0:
-                    # chosen from weights that all columns to the left have already moved
+                    # chosen after all columns to the left have updated these weights
                     group = slice(j, j + pattern.m)
                     first, last = start + j, start + j + pattern.m
                     score = (block[group].T / diagonal[group]).square()
-                    inside = _columns(allowed, first, last)
-                    mask[:, first:last] = choose(score, pattern, 0, inside)
+                    mask[:, first:last] = choose(score, pattern, 0, _columns(allowed, first, last))
                     errors[group] = (~mask[:, first:last]).T / diagonal[group, None]
                 errors[j] *= block[j]  # (w - q) / U_jj: q is 0 or w
                 block[j + 1 : high].addr_(u[j, j + 1 : high], errors[j], alpha=-1)
@@ -83,32 +82,33 @@ def _columns(mask: torch.Tensor | None, start: int, end: int) -> torch.Tensor | 
 
 
 class _Quota:
-    """How many weights each block of columns removes, so that the total is exact.
+    """The number of weights that each block of columns removes, with an exact total.
 
-    Each block takes the same share of its allowed weights; what rounding leaves over is carried on.
-    Counts are [1], but [R] where each row has a number of its own.
+    Each block removes the same fraction of its allowed weights; rounding carries over to the next.
+    Counts are [R] for the pattern `row`, [1] otherwise.
     """
 
     def __init__(
         self, pattern: Pattern, sparsity: float, shape: torch.Size, allowed: torch.Tensor | None
     ):
-        self.by_row = pattern.kind == "row"
-        size = shape[1] if self.by_row else shape.numel()
-        self.allowed = self._count(shape, allowed)
-        self.total = (zeros_of(sparsity, size) - (size - self.allowed)).clamp(min=0)
-        self.seen = torch.zeros_like(self.allowed)
-        self.removed = torch.zeros_like(self.allowed)
+        self.per_row = pattern.kind == "row"
+        size = shape[1] if self.per_row else shape.numel()
+        self.n_allowed = self._count(shape, allowed)
+        self.total = (zeros_of(sparsity, size) - (size - self.n_allowed)).clamp(min=0)
+        self.visited = torch.zeros_like(self.n_allowed)
+        self.removed = torch.zeros_like(self.n_allowed)
 
-    def choose(self, score: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
-        self.seen += self._count(score.shape, inside)
-        due = (self.total.double() * self.seen / self.allowed.clamp(min=1)).round().long()
-        rows = score if self.by_row else score.reshape(1, -1)
-        inside = None if inside is None else inside.reshape(rows.shape)
-        mask = drop_lowest(rows, due - self.removed, inside)
-        self.removed = due
+    def choose(self, score: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Returns the mask of the next block of columns."""
+        self.visited += self._count(score.shape, allowed)
+        target = (self.total.double() * self.visited / self.n_allowed.clamp(min=1)).round().long()
+        rows = score if self.per_row else score.reshape(1, -1)
+        allowed = None if allowed is None else allowed.reshape(rows.shape)
+        mask = drop_lowest(rows, target - self.removed, allowed)
+        self.removed = target
         return mask.reshape(score.shape)
 
-    def _count(self, shape: torch.Size, inside: torch.Tensor | None) -> torch.Tensor:
-        if inside is None:
-            return torch.tensor([shape[1] if self.by_row else shape.numel()])
-        return inside.sum(1) if self.by_row else inside.sum().reshape(1)
+    def _count(self, shape: torch.Size, allowed: torch.Tensor | None) -> torch.Tensor:
+        if allowed is None:
+            return torch.tensor([shape[1] if self.per_row else shape.numel()])
+        return allowed.sum(1) if self.per_row else allowed.sum().reshape(1)

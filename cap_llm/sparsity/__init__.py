@@ -1,1 +1,1 @@
-"""Which weights go: patterns, masks and layer budgets."""
+"""Which weights are zero: patterns, the choice of masks, and zeros during training."""

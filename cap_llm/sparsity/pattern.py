@@ -1,4 +1,4 @@
-"""Where zeros may be, by name and numbers. Without torch, so that reading settings is quick."""
+"""Sparsity patterns. Imports no torch, so that reading settings is fast."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cap_llm.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where zeros may be.
+    """A sparsity pattern.
 
     Attributes:
-        kind: `unstructured` (anywhere in the matrix), `row` (the same number in each output row)
-            or `n:m` (at most `n` weights stay in each group of `m` consecutive inputs of a row).
+        kind: `unstructured` (zeros anywhere in the matrix), `row` (the same number of zeros in each
+            output row) or `n:m` (at most `n` nonzeros in each group of `m` consecutive inputs).
 
     Raises:
-        UserError: it is none of these; `parse` reads them from text.
+        UserError: the combination is invalid; `parse` reads a pattern from text.
     """
 
     kind: Literal["unstructured", "row", "n:m"]
@@ -30,25 +30,25 @@ class Pattern:
         plain = self.kind in ("unstructured", "row") and self.n == self.m == 0
         if not plain and not (self.kind == "n:m" and 0 < self.n <= self.m):
             raise UserError(
-                f"pattern {self.kind!r} with N {self.n} and M {self.m} is unknown; use "
-                "Pattern.parse with unstructured, row or N:M (2:4)"
+                f"pattern {self.kind!r} with n={self.n} and m={self.m} is invalid. Use "
+                "Pattern.parse with unstructured, row or N:M (such as 2:4)."
             )
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Reads `unstructured`, `row` or `N:M` ("keep N of M").
+        """Parses `unstructured`, `row` or `N:M` (keep N of M).
 
         Raises:
-            UserError: it is none of these, or keeps none or all.
+            UserError: the text is none of these, or N is not in 1..M-1.
         """
         if text in ("unstructured", "row"):
             return cls(text)
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", str(text))
         if not match:
-            raise UserError(f"pattern {text!r} is unknown; use unstructured, row or N:M (2:4)")
+            raise UserError(f"pattern {text!r} is unknown. Use unstructured, row or N:M.")
         n, m = map(int, match.groups())
         if not 0 < n < m:
-            raise UserError(f"pattern {text} would keep {n} of {m}; N must lie in 1..M-1")
+            raise UserError(f"pattern {text} would keep {n} of {m}. N must be in 1..M-1.")
         return cls("n:m", n, m)
 
     def __str__(self) -> str:
@@ -56,28 +56,28 @@ class Pattern:
 
     @property
     def fixed_sparsity(self) -> float | None:
-        """The share of zeros that the pattern itself fixes."""
+        """The fraction of zeros that N:M implies; None for other patterns."""
         return 1 - self.n / self.m if self.m else None
 
     def check(self, name: str, shape: Sequence[int]) -> None:
-        """Refuses a matrix [R, C] that the pattern does not divide.
+        """Verifies that M divides C of a matrix [R, C].
 
         Raises:
-            UserError: C is not a multiple of M.
+            UserError: it does not.
         """
         if self.m and shape[1] % self.m:
             raise UserError(
-                f"pattern {self} does not divide {name} {list(shape)}: {shape[1]} inputs are no "
-                f"multiple of {self.m}; leave it out by --oneshot.layers or choose another pattern"
+                f"pattern {self} does not divide {name} {list(shape)}: {shape[1]} inputs are not a "
+                f"multiple of {self.m}. Exclude it by --oneshot.layers, or use another pattern."
             )
 
 
 def zeros_of(sparsity: float, weights: int) -> int:
-    """How many of `weights` go.
+    """Returns how many of `weights` are zero at `sparsity`.
 
     Raises:
-        UserError: `sparsity` is not a share of zeros.
+        UserError: `sparsity` is not in [0, 1].
     """
     if not 0 <= sparsity <= 1:
-        raise UserError(f"a sparsity of {sparsity:g} is not a share of zeros; give one in [0, 1]")
+        raise UserError(f"sparsity {sparsity:g} is not a fraction of zeros. Use a value in [0, 1].")
     return round(sparsity * weights)

@@ -1,1 +1,1 @@
-"""Tasks: data, head, losses and metric of a training."""
+"""Tasks: the data, head, losses and metric of a training."""

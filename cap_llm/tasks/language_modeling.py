@@ -1,7 +1,7 @@
-"""Language modeling as a task: packed text, cross-entropy and distillation, held-out perplexity.
+"""Language modeling: packed text, cross-entropy and distillation losses, held-out perplexity.
 
-One forward gives everything the losses need. The head is kept out of it and applied to chunks of
-tokens by `head_loss`, so that no logits [B, T, V] stand in memory.
+One forward pass provides all inputs of the losses. `head_loss` applies the head to chunks of
+tokens, so the logits [B, T, V] are never in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cap_llm.config import ContrastConfig, ObjectiveConfig
 from cap_llm.contrast.loss import Units
-from cap_llm.contrast.units import Kind, UnitExtractor
+from cap_llm.contrast.units import UnitExtractor, UnitKind
 from cap_llm.models.skeleton import find_blocks, states_of
 from cap_llm.runtime.world import World
 from cap_llm.text.packing import PackedText
@@ -28,11 +28,11 @@ class LanguageModeling:
     """Next-token prediction on packed text, with a teacher of the same vocabulary.
 
     Args:
-        text: sequences to train on, and held-out ones. A sequence is an example.
+        text: training and held-out sequences; a sequence is an example.
         objective: weights of the terms.
-        skip: first positions that block outputs are not compared at.
+        skip: number of initial positions excluded from the feature loss.
         seed: of the data order.
-        device: where the models are.
+        device: of the models.
     """
 
     unit, metric, metric_label = "tokens", "held_out_ppl", "held-out ppl"
@@ -49,23 +49,23 @@ class LanguageModeling:
         self.seed, self.device, self.per_example = seed, device, text.ids.shape[1]
 
     def draws(self, start: int, end: int) -> torch.Tensor:
-        """Ids of the sequences at places `start` to `end` of the training."""
+        """Returns the ids of the sequences `start` to `end` in training order."""
         return self.text.draws(start, end, self.seed)
 
     def student(self, model: PreTrainedModel) -> nn.Module:
-        """The model to train, with its losses."""
+        """Wraps the model to train, with its losses."""
         return CausalLMWithLosses(model, self.objective, self.skip)
 
     def teacher(self, model: PreTrainedModel) -> nn.Module:
-        """A frozen model."""
+        """Wraps a frozen model."""
         return CausalLM(model)
 
     def states(self, engine, ids: torch.Tensor) -> torch.Tensor:
-        """Final states [B, T, H] of a frozen model for sequences [B]."""
+        """Returns the final states [B, T, H] of a frozen model for sequences [B]."""
         return engine(self.text.ids[ids].to(self.device), False)[0]
 
     def losses(self, student, teacher, ids: torch.Tensor) -> Losses:
-        """Cross-entropy, distillation and block outputs of sequences [B]."""
+        """Computes cross-entropy, distillation and feature losses of sequences [B]."""
         objective, tokens = self.objective, self.text.ids[ids].to(self.device)
         teacher_out = head = None
         if teacher is not None:
@@ -88,24 +88,24 @@ class LanguageModeling:
 
     @torch.no_grad()
     def evaluate(self, student, micro_batch: int, world: World) -> float:
-        """Perplexity of the held-out sequences under a student, over all ranks."""
-        held_out, each = self.text.held_out, world.size * micro_batch
+        """Returns the perplexity of the held-out sequences, over all ranks."""
+        held_out, batch = self.text.held_out, world.size * micro_batch
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         student.eval()
-        for at in range(0, len(held_out), each):
-            rows = held_out[at : at + each][world.rank :: world.size]
-            ids = (rows if len(rows) else held_out[:1]).to(self.device)
+        for part in held_out.split(batch):
+            own = part[world.rank :: world.size]
+            ids = (own if len(own) else held_out[:1]).to(self.device)  # all ranks run ZeRO-3
             _, ce, *_ = student(ids)
-            nll += ce.double() * len(rows)
+            nll += ce.double() * len(own)
         student.train()
         return math.exp(min(700.0, world.sum(nll).item() / len(held_out)))
 
 
 class CausalLM(nn.Module):
-    """A frozen or trained model seen as states and head.
+    """A causal language model, split into final states and head.
 
     Args:
-        model: a causal language model of transformers; `check.refuse_changed_logits` passes it.
+        model: of transformers; its logits must be the head's output.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -114,12 +114,12 @@ class CausalLM(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The layer from final states to logits."""
+        """The linear layer from final states to logits."""
         return self.model.get_output_embeddings()
 
     def forward(self, ids: torch.Tensor, features: bool) -> tuple[torch.Tensor, ...]:
-        """Final states [B, T, H] (after the last norm) for ids [B, T], then, with `features`, the
-        output of each block."""
+        """Returns the final states [B, T, H] (after the last norm) of ids [B, T], followed by the
+        output of each block if `features`."""
         outputs: list[torch.Tensor] = []
         handles = []
         if features:
@@ -136,13 +136,14 @@ class CausalLM(nn.Module):
 
 
 class CausalLMWithLosses(CausalLM):
-    """The trained model with the losses that need its head: all parameters are used inside one
-    forward, as ZeRO-3 requires.
+    """The trained model with the losses that need its head.
+
+    One forward pass uses all parameters, as ZeRO-3 requires.
 
     Args:
         model: the model.
         objective: weights and temperature of the terms.
-        skip: first positions that block outputs are not compared at.
+        skip: number of initial positions excluded from the feature loss.
     """
 
     def __init__(self, model: PreTrainedModel, objective: ObjectiveConfig, skip: int):
@@ -151,11 +152,11 @@ class CausalLMWithLosses(CausalLM):
         self.loss_head = LossHead(self.head)
 
     def forward(self, ids: torch.Tensor, teacher=None, head=None):
-        """Losses of ids [B, T].
+        """Computes the losses of ids [B, T].
 
         Args:
             ids: the batch.
-            teacher: what the teacher's `CausalLM` returns, or None without distillation.
+            teacher: output of the teacher's `CausalLM`, or None without distillation.
             head: the teacher's head (weight, bias).
 
         Returns:
@@ -177,10 +178,10 @@ class CausalLMWithLosses(CausalLM):
 
 
 class LossHead(nn.Module):
-    """A model's head that gives losses instead of logits; its parameters are the head's own.
+    """A model's head that returns losses instead of logits.
 
-    A module, so that ZeRO-3 gathers them for its forward. Checkpoints know them by the head's name
-    alone.
+    It shares the head's parameters. Being a module, ZeRO-3 gathers them for its forward pass. Its
+    state dict is empty: checkpoints store the parameters under the head's name.
     """
 
     def __init__(self, head: nn.Linear):
@@ -194,22 +195,22 @@ class LossHead(nn.Module):
         pass
 
     def forward(self, states: torch.Tensor, targets: torch.Tensor, teacher, factors: tuple):
-        """See `head_loss`; `factors` are the weights of CE and KL, and the temperature."""
+        """See `head_loss`; `factors`: the weights of CE and KL, and the temperature."""
         return head_loss(states, self.weight, self.bias, targets, teacher, *factors)
 
 
 class TextUnits(UnitExtractor):
-    """The units of a packed text: S segments and m token positions per sequence.
+    """The units of packed text: S segments and m token positions per sequence.
 
-    The first positions are left out, since their states are unlike all others.
+    The initial positions are excluded, because their states differ strongly from all others.
 
     Args:
         text: the recovery text.
         settings: sizes, weights and temperatures.
         width: H, of the states.
-        skip: first positions left out.
+        skip: number of initial positions excluded.
         seed: of positions, projection and data order.
-        device: where states are.
+        device: of the states.
     """
 
     def __init__(
@@ -227,8 +228,8 @@ class TextUnits(UnitExtractor):
         self.text, self.skip = text, skip
         s = settings
         self.kinds = [
-            Kind(slice(0, s.segments), s.segment_weight, s.segment_temperature),
-            Kind(slice(s.segments, None), s.token_weight, s.token_temperature, s.supervised),
+            UnitKind(slice(0, s.segments), s.segment_weight, s.segment_temperature),
+            UnitKind(slice(s.segments, None), s.token_weight, s.token_temperature, s.supervised),
         ]
         counts = (s.segments, s.token_positions)
         self.kinds = [kind for kind, n in zip(self.kinds, counts, strict=True) if n and kind.weight]
@@ -245,40 +246,40 @@ class TextUnits(UnitExtractor):
         self._cuts[:1] = skip
 
     def draws(self, start: int, end: int) -> torch.Tensor:
-        """Ids of the sequences at places `start` to `end` of the training."""
+        """Returns the ids of the sequences `start` to `end` in training order."""
         return self.text.draws(start, end, self.seed)
 
     def pooled(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Means over segments and states of positions, [B, S + m, H], of states [B, T, H]."""
+        """Returns segment means and token states, [B, S + m, H], of states [B, T, H]."""
         parts = [states[:, a:b].mean(1) for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
         parts = [torch.stack(parts, 1)] if parts else []
         if self.n_tokens:
-            at = self._at(ids).to(states.device)[..., None]
-            parts.append(states.gather(1, at.expand(-1, -1, states.shape[-1])))
+            positions = self._positions(ids).to(states.device)[..., None]
+            parts.append(states.gather(1, positions.expand(-1, -1, states.shape[-1])))
         return torch.cat(parts, 1)
 
     def positions(self, sequence: int) -> np.ndarray:
-        """The token positions [m] of a sequence, sorted; the last one has no next token."""
-        draw = np.random.default_rng([self.seed, sequence])
-        most = self.text.ids.shape[1] - 1
-        return np.sort(draw.choice(np.arange(self.skip, most), self.n_tokens, replace=False))
+        """Draws the token positions [m] of a sequence, sorted, each with a next token."""
+        rng = np.random.default_rng([self.seed, sequence])
+        last = self.text.ids.shape[1] - 1
+        return np.sort(rng.choice(np.arange(self.skip, last), self.n_tokens, replace=False))
 
-    def _at(self, ids: torch.Tensor) -> torch.Tensor:
-        """The token positions [B, m] of sequences [B]."""
-        places = [self.positions(i) for i in ids.tolist()]
-        return torch.from_numpy(np.array(places, dtype=np.int64).reshape(len(ids), self.n_tokens))
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the token positions [B, m] of sequences [B]."""
+        rows = [self.positions(i) for i in ids.tolist()]
+        return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(len(ids), self.n_tokens))
 
     def units(self, ids: torch.Tensor) -> Units:
-        """What the units of sequences [B] are, [B, S + m]; a position's label is its next token."""
+        """Returns the units [B, S + m] of sequences [B]; a token's label is its next token."""
         documents, tokens = self.text.documents[ids], self.text.ids[ids]
-        at = self._at(ids)
+        positions = self._positions(ids)
         cuts = torch.from_numpy(self._cuts)
-        following = tokens.gather(1, at + 1)
-        label = following.masked_fill(torch.isin(following, self._frequent), -1)
+        next_tokens = tokens.gather(1, positions + 1)
+        label = next_tokens.masked_fill(torch.isin(next_tokens, self._frequent), -1)
         parts = (
             ids[:, None] * self.n_units + torch.arange(self.n_units),
-            torch.cat([documents[:, cuts[:-1]], documents.gather(1, at)], 1),
-            torch.cat([documents[:, cuts[1:] - 1], documents.gather(1, at)], 1),
+            torch.cat([documents[:, cuts[:-1]], documents.gather(1, positions)], 1),
+            torch.cat([documents[:, cuts[1:] - 1], documents.gather(1, positions)], 1),
             torch.cat([torch.full((len(ids), self.n_segments), -1), label], 1),
         )
         return Units(*(p.long().to(self.device) for p in parts))

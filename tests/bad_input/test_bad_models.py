@@ -235,7 +235,7 @@ def test_a_matrix_that_the_pattern_does_not_divide_is_named(refuse, tiny):
     odd = tiny("llama", intermediate_size=66)
     message = refuse("--model.path", odd, "--oneshot.pattern", "2:4")
     assert "model.layers.0.mlp.down_proj.weight [32, 66]" in message
-    assert "66 inputs are no multiple of 4" in message and "--oneshot.layers" in message
+    assert "66 inputs" in message and "--oneshot.layers" in message
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_positions_that_the_padding_takes_are_not_the_models(refuse, accept, tmp
 def test_an_encoder_has_no_perplexity(refuse, tiny, scored, stages):
     corpora = ["--evaluate.corpora", f"[{scored}]"]
     message = refuse("--model.path", tiny("bert"), "--stages", stages, *corpora)
-    assert "BertForMaskedLM gives no next-token logits" in message
+    assert "BertForMaskedLM" in message and "next-token logits" in message
     if "oneshot" in stages:
         assert "--stages [oneshot]" in message
 

@@ -123,18 +123,18 @@ def test_sds_takes_any_pattern_of_a_model_that_was_pruned_elsewhere(tiny, entry,
 @pytest.mark.parametrize(
     "made, asked, words",
     [
-        (["--oneshot.pattern", "2:4"], [], ["is pruned to 2:4", "give --oneshot.pattern 2:4"]),
+        (["--oneshot.pattern", "2:4"], [], ["--oneshot.pattern 2:4"]),
         (
             ["--oneshot.pattern", "1:4"],
             ["--oneshot.pattern", "2:4"],
-            ["is pruned to 1:4", "give --oneshot.pattern 1:4"],
+            ["--oneshot.pattern 1:4"],
         ),
         (
             [],
             ["--oneshot.pattern", "2:4"],
-            ["is pruned to unstructured", "give --oneshot.pattern unstructured"],
+            ["--oneshot.pattern unstructured"],
         ),
-        ([], ["--oneshot.sparsity", "0.7"], ["to 50.0 % zeros", "give --oneshot.sparsity 0.5"]),
+        ([], ["--oneshot.sparsity", "0.7"], ["50.0%", "--oneshot.sparsity 0.5"]),
     ],
 )
 def test_sds_does_not_change_what_a_model_was_pruned_to_elsewhere(
@@ -169,9 +169,9 @@ def test_sds_on_wanda_keeps_wandas_budget_by_row(tiny, entry):
 @pytest.mark.parametrize(
     "pruned_to, asked, words",
     [
-        (["--oneshot.pattern", "2:4"], [], ["to 2:4", "--oneshot.pattern 2:4"]),
+        (["--oneshot.pattern", "2:4"], [], ["--oneshot.pattern 2:4"]),
         ([], ["--oneshot.pattern", "2:4"], ["--oneshot.pattern unstructured"]),
-        (["--oneshot.sparsity", "0.3"], [], ["30.0 % zeros", "--oneshot.sparsity 0.3"]),
+        (["--oneshot.sparsity", "0.3"], [], ["30.0%", "--oneshot.sparsity 0.3"]),
     ],
 )
 def test_sds_refuses_to_prune_again_to_another_pattern(

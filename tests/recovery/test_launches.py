@@ -879,8 +879,7 @@ def test_a_tracker_that_is_not_installed_is_refused(one):
 )
 def test_a_bank_of_other_data_is_refused(one, name, fact):
     message = one.refused(name)
-    assert f"banks/pretrained was made from other data: its {fact} was" in message
-    assert "remove that folder to build it anew" in message
+    assert "banks/pretrained" in message and f"({fact}: " in message
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(two):

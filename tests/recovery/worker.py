@@ -118,7 +118,7 @@ def spoil_gradient(stage: str, step: int):
 def without_hooks():
     """The keeper's hooks do nothing; its counting stays."""
     with (
-        mock.patch.object(zeros._Kept, "mask_gradient", lambda self, gradient: gradient),
+        mock.patch.object(zeros._MaskedParameter, "mask_gradient", lambda self, gradient: gradient),
         mock.patch.object(zeros.ZeroKeeper, "apply", lambda *_: None),
     ):
         yield
