@@ -275,10 +275,10 @@ def test_zeros_that_are_too_few_for_a_mask_are_told(tiny, tmp_path):
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     masks = Masks(folder, World.alone(torch.device("cpu")))
     assert list(masks) == ["model.layers.0.mlp.up_proj.weight"]
-    assert "the zeros of 1 matrices are taken as theirs" in masks.told
-    assert "1 matrices have zeros that will not stay, fewer than 20%" in masks.told
-    assert "model.layers.0.self_attn.q_proj.weight has most (14.9 %)" in masks.told
-    assert not Masks(tiny("llama"), World.alone(torch.device("cpu"))).told
+    assert "zeros of 1 matrices as masks" in masks.description
+    assert "zeros of 1 matrices, fewer than 20%" in masks.description
+    assert "model.layers.0.self_attn.q_proj.weight, 14.9%" in masks.description
+    assert not Masks(tiny("llama"), World.alone(torch.device("cpu"))).description
 
 
 # what of a directory is read
