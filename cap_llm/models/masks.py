@@ -49,9 +49,7 @@ class Masks(Mapping[str, torch.Tensor]):
             zeros = {name: n for part in world.gather(shard) for name, n in part.items()}
             self._names = [n for n in self._transposed if zeros[n] >= PRUNED * self._size(n)]
             self._n_zeros = {name: zeros[name] for name in self._names}
-            self._unpruned = {
-                n: zeros[n] / self._size(n) for n in zeros if n not in self._n_zeros
-            }
+            self._unpruned = {n: zeros[n] / self._size(n) for n in zeros if n not in self._n_zeros}
 
     def _shard(self, names: list[str]) -> list[str]:
         return names[self._world.rank :: self._world.size]
@@ -105,8 +103,8 @@ class Masks(Mapping[str, torch.Tensor]):
             UserError: a mask has the wrong shape, or a masked weight is not zero.
         """
         names = () if self.from_zeros else self._shard(self._names)
-        problem = next(filter(None, map(self._problem, names)), None)
-        for problem in filter(None, self._world.gather(problem)):
+        first_problem = next(filter(None, map(self._problem, names)), None)
+        for problem in filter(None, self._world.gather(first_problem)):
             raise UserError(
                 f"{problem}. The weights were changed after pruning: prune again, or remove "
                 f"{mask_files.path_of(self.folder)} to use the zeros as masks."

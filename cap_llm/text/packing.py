@@ -1,4 +1,4 @@
-"""The recovery text: documents packed into sequences, and the order in which training reads them."""
+"""The recovery text: documents packed into sequences, and the order that training reads them in."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def pack(
     seed: int,
     console: Console = SILENT,
 ) -> PackedText:
-    """Packs documents in a seeded order: `n_held_out` sequences first, then at most `n` to train on.
+    """Packs documents, in a seeded order, into `n_held_out` sequences and at most `n` to train on.
 
     The tokenizer's own special tokens mark where a document begins. If it adds none, the
     end-of-text token follows each document. No document is in both parts. A corpus of one document
