@@ -50,7 +50,7 @@ def check_lengths(
         if n_positions and length > n_positions:
             raise UserError(
                 f"{option} is {length}, but {name} has only {n_positions} positions. "
-                f"Set --{option} to {n_positions} or less."
+                f"Pass --{option} {n_positions} or less."
             )
     # First on a CPU: on a GPU an out-of-range index makes the whole process unusable.
     places = {(torch.device("cpu"), torch.float32 if device.type == "cuda" else dtype): None}
@@ -74,7 +74,7 @@ def _check_length(rehearsal: Rehearsal, option: str, length: int, name: str) -> 
     if longest:
         raise UserError(
             f"{option} is {length}, but {name} accepts at most {longest} tokens "
-            f"({one_line(error)}). Set --{option} to {longest} or less."
+            f"({one_line(error)}). Pass --{option} {longest} or less."
         )
     raise UserError(f"the forward of {name} fails at any length: {one_line(error)}")
 

@@ -208,9 +208,8 @@ def model_config(folder: Path) -> PreTrainedConfig:
     kind, code = content.get("model_type"), content.get("auto_map")
     if code and str(kind) not in CONFIG_MAPPING:
         raise UserError(
-            f"{folder} needs its own Python code (auto_map in config.json), which cap_llm never "
-            f"runs. Use a model_type that transformers {transformers.__version__} supports; it does "
-            f"not support {kind!r}."
+            f"{folder}: transformers {transformers.__version__} does not support model_type "
+            f"{kind!r}, and cap_llm never runs a model's own Python code (auto_map in config.json)"
         )
     try:
         config = AutoConfig.from_pretrained(folder, **FROM_DIRECTORY)
@@ -231,7 +230,7 @@ def model_config(folder: Path) -> PreTrainedConfig:
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(
-        f"transformers {transformers.__version__} cannot read {folder}/config.json: "
+        f"{folder}/config.json: transformers {transformers.__version__} cannot read it: "
         f"{one_line(error)}"
     )
 
