@@ -288,8 +288,12 @@ def test_a_model_that_gives_no_numbers_is_refused(tmp_path):
         bank_of(c, tmp_path / "prc", lambda ids: Model()(ids) * torch.nan)
 
 
+def batch_ids(c: ContrastiveObjective, step: int) -> torch.Tensor:
+    return c.extractor.text.draws(step * BATCH, (step + 1) * BATCH, c.extractor.seed)
+
+
 def step_losses(c: ContrastiveObjective, student: Model, teacher: Model | None, step: int) -> dict:
-    ids = c.extractor.text.batch(step, BATCH, c.extractor.seed)
+    ids = batch_ids(c, step)
     tokens = c.extractor.text.ids[ids]
     seen = teacher(tokens) if teacher else None
     return c.losses(student(tokens), seen, ids, ids, step, 0)
@@ -305,7 +309,7 @@ def test_the_further_rows_of_a_step_are_the_same_on_every_repeat(tmp_path):
             step_losses(c, Model(1), None, step)
         drawn.append(bank.asked)
     assert drawn[0] == drawn[1]
-    own = [c.extractor.text.batch(step, BATCH, 0).tolist() for step in range(4)]
+    own = [batch_ids(c, step).tolist() for step in range(4)]
     further = [ids for ids in drawn[0] if ids not in own]
     assert len(further) == 4 and len(set(map(tuple, further))) == 4  # anew for each step
     assert all(len(set(ids)) == 6 for ids in further)
@@ -316,7 +320,7 @@ def test_a_row_of_the_step_itself_that_cannot_be_seen_is_an_error(tmp_path):
     bank = bank_of(c, tmp_path, Model())
     c.terms = [ContrastTerm("fic", 0.1, [bank])]
     step_losses(c, Model(1), None, 0)
-    bank.write(c.extractor.text.batch(1, BATCH, 0)[:1], torch.zeros(1, *bank.shape[1:]))
+    bank.write(batch_ids(c, 1)[:1], torch.zeros(1, *bank.shape[1:]))
     with pytest.raises(UserError, match="not visible on this node"):
         step_losses(c, Model(1), None, 1)
 
@@ -357,7 +361,7 @@ def test_rows_of_an_online_contrast_are_only_of_steps_before(tmp_path):
         bank.asked = []
         step_losses(c, Model(1), teacher, step)
         assert [set(ids) for ids in bank.asked] == [before]  # all of them, as N are asked for
-        before |= set(c.extractor.text.batch(step, BATCH, 0).tolist())
+        before |= set(batch_ids(c, step).tolist())
     assert before == set(range(N))
 
 

@@ -190,9 +190,9 @@ def sequences(n: int) -> PackedText:
 @given(n=st.integers(1, 30), size=st.integers(1, 40), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_every_epoch_sees_each_sequence_once(n, size, seed):
-    text, steps = sequences(n), 3 * n // size + 1
-    stream = torch.cat([text.batch(step, size, seed) for step in range(steps)]).tolist()
-    assert len(stream) == steps * size
+    text, end = sequences(n), (3 * n // size + 1) * size
+    stream = [i for at in range(0, end, size) for i in text.draws(at, at + size, seed).tolist()]
+    assert len(stream) == end
     for at in range(0, len(stream) - n + 1, n):
         assert sorted(stream[at : at + n]) == list(range(n))
 
@@ -202,16 +202,17 @@ def test_every_epoch_sees_each_sequence_once(n, size, seed):
 def test_a_batch_depends_on_the_seed_and_what_was_seen_alone(n, step, seed):
     """Neither on global generators nor on the size of steps: two small ones are one large one."""
     torch.manual_seed(step)
-    batch = sequences(n).batch(step, 8, seed)
+    start, end = 8 * step, 8 * step + 8
+    batch = sequences(n).draws(start, end, seed)
     torch.manual_seed(step + 1)
-    assert torch.equal(batch, sequences(n).batch(step, 8, seed))
-    halves = [sequences(n).batch(2 * step + half, 4, seed) for half in (0, 1)]
+    assert torch.equal(batch, sequences(n).draws(start, end, seed))
+    halves = [sequences(n).draws(at, at + 4, seed) for at in (start, start + 4)]
     assert torch.equal(batch, torch.cat(halves))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     text = sequences(50)
-    orders = [text.batch(step, 50, seed).tolist() for step in (0, 1) for seed in (0, 1)]
+    orders = [text.draws(start, start + 50, seed).tolist() for start in (0, 50) for seed in (0, 1)]
     assert len(set(map(tuple, orders))) == 4
     assert list(range(50)) not in orders
 

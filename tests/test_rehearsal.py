@@ -69,7 +69,7 @@ def test_a_model_without_memory_for_its_weights_is_rehearsed(tmp_path):
     ).save_pretrained(tmp_path)
     stage = Rehearsal(tmp_path, CPU, torch.float32)
     assert stage.failure(16) is None
-    assert stage._most**2 * 64 <= SCORES
+    assert stage._max_length**2 * 64 <= SCORES
 
 
 def test_a_model_that_cannot_be_walked_passes_as_a_teacher(tmp_path):

@@ -531,7 +531,7 @@ class Hub:
 
     def load_dataset(self, repository, split, verification_mode, **options):
         name = "wikitext2" if "wikitext" in repository else "ptb"
-        return {corpora._COLUMN[name]: self.rows[name]}
+        return {corpora._SOURCES[name, split].column: self.rows[name]}
 
 
 def test_fetched_corpora_read_as_the_hubs(tmp_path, monkeypatch):

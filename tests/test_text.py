@@ -182,7 +182,7 @@ def test_a_tokenizer_must_not_have_more_entries_than_the_model(tiny, vocabulary,
     if fits:
         assert len(load_tokenizer(folder, vocabulary)) == 512
     else:
-        with pytest.raises(UserError, match=r"512 entries but the model 511.*--model.tokenizer"):
+        with pytest.raises(UserError, match=r"512 .*511.*--model.tokenizer"):
             load_tokenizer(folder, vocabulary)
 
 
@@ -205,7 +205,7 @@ def test_added_tokens_that_no_text_gives_may_exceed_the_model(tiny, tokenizer, t
 
 
 def test_a_tokenizer_far_smaller_than_the_model_is_a_mix_up(tiny):
-    with pytest.raises(UserError, match="512 entries but the model 32000"):
+    with pytest.raises(UserError, match=r"512 .*32000.*--model.tokenizer"):
         load_tokenizer(str(tiny("llama")), 32000)
 
 
@@ -517,9 +517,7 @@ def test_a_ptb_row_is_a_line_and_rows_are_joined_by_a_space(tmp_path, monkeypatc
 def test_a_local_folder_without_the_corpus_is_named_when_the_hub_is_off(tmp_path, monkeypatch):
     monkeypatch.setenv("CAP_LLM_DATA", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        UserError, match=r"'c4' \(train\) is not at .*c4.sample-2000.*hub is switch"
-    ):
+    with pytest.raises(UserError, match=r"'c4' \(train\).*c4.sample-2000.*HF_HUB_OFFLINE"):
         read_corpus("c4", "train")
 
 

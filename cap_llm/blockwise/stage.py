@@ -321,7 +321,7 @@ def start_masks(folder: Path, run: Run) -> Masks:
             "let --stages begin with oneshot, or give a pruned model"
         )
     if masks.from_zeros:
-        run.console.say(masks.told)
+        run.console.say(masks.description)
     return masks
 
 

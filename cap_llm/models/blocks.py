@@ -1,11 +1,10 @@
-"""A Hugging Face model seen as embedding, blocks and head, without code per family.
+"""A Hugging Face model as embedding, blocks and head, without code per model family.
 
-The blocks are the one `ModuleList` of a class that the model itself names in `_no_split_modules`,
-or, where it names none, the one that holds as many modules of one class as the model has layers.
-What a block is called with (masks, rotary embeddings, ALiBi, ...) is recorded from the model's own
-forward, in which every block is replaced by a recorder, and replayed later. So the model's own code
-computes everything, and a new family needs nothing here. What does not hold for a model (a block
-that reads more than its predecessor's output, say) is checked, and refused by name.
+`skeleton.find_blocks` finds the blocks. A block's other inputs (masks, rotary embeddings, ALiBi,
+...) are recorded from the model's own forward, in which every block is replaced by a recorder, and
+replayed later. So the model's own code computes everything, and a new family needs no code here.
+Every assumption (such as that a block reads only its predecessor's output) is checked, and a model
+that violates one is rejected with a message that names the block.
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.models.checkpoint import Checkpoint
@@ -32,15 +28,15 @@ from cap_llm.runtime.errors import UserError
 
 @dataclass
 class Call:
-    """What a block is called with, its hidden states [B, T, H] taken out."""
+    """The arguments of a block's call, without its hidden states [B, T, H]."""
 
     args: tuple
     kwargs: dict
-    slot: int | str  # where the hidden states go: a position or a keyword
+    slot: int | str  # position or keyword of the hidden states
 
     @classmethod
     def record(cls, args: tuple, kwargs: dict) -> tuple[Call, torch.Tensor]:
-        """Splits a call into its frame and the hidden states."""
+        """Splits a call into its other arguments and the hidden states."""
         if args:
             return cls((None, *args[1:]), dict(kwargs), 0), args[0]
         kwargs = dict(kwargs)
@@ -57,31 +53,31 @@ class Call:
 
 @dataclass
 class Group:
-    """The linears of a block that read the same input [tokens, C], in the order they run."""
+    """The linears of a block that read the same input [tokens, C], in execution order."""
 
     names: list[str]
     columns: int
 
     @property
     def short(self) -> str:
-        """The names without their modules', for people."""
+        """The last parts of the names, for messages."""
         return " ".join(name.rpartition(".")[2] for name in self.names)
 
 
 class BlockModel:
     """A model whose blocks are visited one at a time.
 
-    Either wraps a module in memory, or streams a model directory: then only what lies outside the
-    blocks is resident, and `block(i)` brings in the weights of one.
+    It either wraps a module in memory or streams a model directory. When streaming, only the
+    weights outside the blocks stay in memory, and `block(i)` loads those of one block.
 
     Args:
         model: the module; with `checkpoint`, its parameters are on the meta device.
         device: where it computes.
-        checkpoint: the files to stream from.
+        checkpoint: the weights to stream.
         dtype: the type to compute in; by default that of the parameters.
 
     Raises:
-        UserError: no blocks can be found, or a block holds weights that are not linears.
+        UserError: the blocks cannot be found, or a block has matrices that are not linear layers.
     """
 
     def __init__(
@@ -93,13 +89,13 @@ class BlockModel:
     ):
         self.model, self.device, self.checkpoint, self.dtype = model, device, checkpoint, dtype
         model.eval().requires_grad_(False)
-        for config in (model.config, model.config.get_text_config()):  # two where it also sees
+        for config in (model.config, model.config.get_text_config()):  # two if multimodal
             config.use_cache = False
         self.prefix, self.blocks = find_blocks(model)
         for i in range(len(self.blocks)):
-            _refuse_unprunable(self.block_name(i), self.blocks[i])
+            _check_prunable(self.block_name(i), self.blocks[i])
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._n_returned: int | None = None  # values that a block returns; 0: a bare tensor
+        self._n_returned: int | None = None  # length of a block's output tuple; 0: a tensor
         if checkpoint:
             self._key = match_names(model, checkpoint)
             self._load_outside()
@@ -113,7 +109,7 @@ class BlockModel:
         It computes in `dtype`; by default in float32 on a CPU and in the stored type on a GPU.
 
         Raises:
-            UserError: the directory is damaged or the model cannot be walked block by block.
+            UserError: the directory is damaged, or the model cannot run block by block.
         """
         checkpoint = Checkpoint(folder)
         model = skeleton(folder)
@@ -133,7 +129,7 @@ class BlockModel:
         return f"{self.prefix}.{i}"
 
     def linears(self, i: int) -> dict[str, nn.Module]:
-        """The prunable linears of block i by their name in the block."""
+        """The prunable linears of block i, by their name in the block."""
         modules = self.blocks[i].named_modules()
         return {name: m for name, m in modules if isinstance(m, nn.Linear | Conv1D)}
 
@@ -143,12 +139,12 @@ class BlockModel:
 
     @property
     def is_causal(self) -> bool:
-        """Whether the model gives next-token logits, so that it has a perplexity."""
+        """Whether the model is a causal LM, so that it has a perplexity."""
         return type(self.model) in AutoModelForCausalLM._model_mapping.values()
 
     @contextlib.contextmanager
     def block(self, i: int) -> Iterator[nn.Module]:
-        """Block i with its weights on the device; a streamed block is dropped afterwards."""
+        """Block i with its weights on the device; a streamed block is freed afterwards."""
         block = self.blocks[i]
         if not self.checkpoint:
             yield block
@@ -162,7 +158,7 @@ class BlockModel:
                 _drop_weights(module)
 
     def drop_outside(self) -> None:
-        """Frees what lies outside the blocks (embedding, head) of a streamed model.
+        """Frees the weights outside the blocks (embedding, head) of a streamed model.
 
         For a walk that has embedded its text and needs no logits.
         """
@@ -172,17 +168,17 @@ class BlockModel:
                 _drop_weights(module)
 
     def key(self, name: str) -> str:
-        """The name under which the files hold parameter `name`."""
+        """The name of parameter `name` in the files."""
         return self._key[name]
 
     def block_keys(self, i: int) -> list[str]:
-        """The names of all parameters and persistent buffers of block i in the files."""
+        """The names in the files of all parameters and persistent buffers of block i."""
         prefix = self.block_name(i) + "."
         return [key for name, key in self._key.items() if name.startswith(prefix)]
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
-        """What the first block reads for ids [B, T], and the frame of each block's call.
+        """The first block's input [B, T, H] for ids [B, T], and each block's other arguments.
 
         Raises:
             UserError: a block depends on more than its predecessor's output and the shape of `ids`.
@@ -190,10 +186,10 @@ class BlockModel:
         hidden, calls = self._record(ids)
         shape = tuple(ids.shape)
         if shape not in self._calls:
-            other = torch.where(ids > 0, ids - 1, ids + 1).flip(-1)  # any other text of this shape
-            _, again = self._record(other)
-            for i, (a, b) in enumerate(zip(calls, again, strict=True)):
-                _require_same(self.block_name(i), a, b)
+            other_ids = torch.where(ids > 0, ids - 1, ids + 1).flip(-1)  # a text of the same shape
+            _, other_calls = self._record(other_ids)
+            for i, (a, b) in enumerate(zip(calls, other_calls, strict=True)):
+                _check_same(self.block_name(i), a, b)
             self._calls = {**self._calls, shape: calls}
         return hidden, self._calls[shape]
 
@@ -215,26 +211,26 @@ class BlockModel:
 
     @torch.no_grad()
     def groups(self, i: int, call: Call, hidden: torch.Tensor) -> list[Group]:
-        """The linears of block i by the input they read, found by a run on the meta device.
+        """The linears of block i grouped by the input they read, from a run on the meta device.
 
         Raises:
-            UserError: a linear runs never or more than once, so that its input is not one matrix.
+            UserError: a linear does not run exactly once, so its input is not one matrix.
         """
         block = _on_meta(self.blocks[i])
-        seen: dict[str, tuple] = {}
+        keys: dict[str, tuple] = {}  # per linear, what identifies the input of each of its runs
         inputs = []  # kept alive, so that no two of them can share an address
 
-        def note(name: str) -> Callable:
+        def recorder(name: str) -> Callable:
             def hook(module, args):
                 x = args[0]
                 inputs.append(x)
-                place = (x.untyped_storage()._cdata, x.storage_offset(), x.shape[-1], x._version)
-                seen[name] = (*seen.get(name, ()), place)
+                key = (x.untyped_storage()._cdata, x.storage_offset(), x.shape[-1], x._version)
+                keys[name] = (*keys.get(name, ()), key)
 
             return hook
 
         handles = [
-            module.register_forward_pre_hook(note(name))
+            module.register_forward_pre_hook(recorder(name))
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear | Conv1D)
         ]
@@ -243,21 +239,21 @@ class BlockModel:
         for handle in handles:
             handle.remove()
         for name in self.linears(i):
-            if len(seen.get(name, ())) != 1:
+            if len(keys.get(name, ())) != 1:
                 raise UserError(
-                    f"{self.block_name(i)}.{name} runs {len(seen.get(name, ()))} times in a "
-                    "forward of its block; only linears that run once can be pruned"
+                    f"{self.block_name(i)}.{name} runs {len(keys.get(name, ()))} times in a "
+                    "forward of its block. Only linear layers that run once can be pruned."
                 )
         groups: dict[tuple, Group] = {}
-        for name, (place,) in seen.items():
-            groups.setdefault(place, Group([], place[2])).names.append(name)
+        for name, (key,) in keys.items():
+            groups.setdefault(key, Group([], key[2])).names.append(name)
         return list(groups.values())
 
     def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
         """Runs the model with recorders in place of its blocks."""
         calls: list[Call] = []
         first: list[torch.Tensor] = []
-        passed: list[torch.Tensor] = []
+        previous: list[torch.Tensor] = []  # the output of the block before
 
         def recorder(i: int) -> Callable:
             def forward(*args, **kwargs):
@@ -266,16 +262,16 @@ class BlockModel:
                     first.append(hidden)
                     if self._n_returned is None:
                         self._n_returned = self._probe_return(call, hidden)
-                elif hidden is not passed[-1]:
+                elif hidden is not previous[-1]:
                     raise UserError(
-                        f"{self.block_name(i)} does not read what {self.block_name(i - 1)} gives; "
-                        "this model cannot be pruned block by block"
+                        f"{self.block_name(i)} does not read the output of "
+                        f"{self.block_name(i - 1)}. This model cannot be pruned block by block."
                     )
                 calls.append(call)
-                passed[:] = [hidden.clone()]  # one is enough, and the last block needs none
+                previous[:] = [hidden.clone()]
                 if i == len(self) - 1:
                     raise _LastBlock
-                return self._returned(passed[-1])
+                return self._returned(previous[-1])
 
             return forward
 
@@ -285,11 +281,14 @@ class BlockModel:
         ):
             self.model(input_ids=ids.to(self.device))
         if len(calls) != len(self):
-            raise UserError(f"only {len(calls)} of {len(self)} blocks of {self.prefix} run")
+            raise UserError(
+                f"only {len(calls)} of {len(self)} blocks of {self.prefix} run. This model cannot "
+                "be pruned block by block."
+            )
         return first[0], calls
 
     def _returned(self, hidden: torch.Tensor) -> torch.Tensor | tuple:
-        """`hidden` as a block returns it: perhaps with others behind it, which are then None."""
+        """`hidden` as a block returns it: alone, or as the first of a tuple with Nones."""
         return (hidden, *[None] * (self._n_returned - 1)) if self._n_returned else hidden
 
     def _probe_return(self, call: Call, hidden: torch.Tensor) -> int:
@@ -311,7 +310,7 @@ class BlockModel:
                 del block.forward
 
     def _load_outside(self) -> None:
-        """Loads what lies outside the blocks, and brings all buffers to the device."""
+        """Loads the weights outside the blocks and moves all buffers to the device."""
         inside = tuple(self.block_name(i) + "." for i in range(len(self)))
         for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
@@ -339,25 +338,25 @@ class BlockModel:
 
 
 class _LastBlock(Exception):
-    """Ends a recording once the last block has been reached."""
+    """Ends a recording at the last block."""
 
 
-def _refuse_unprunable(name: str, block: nn.Module) -> None:
-    """Refuses a block with matrices that are not linears, such as fused experts."""
+def _check_prunable(name: str, block: nn.Module) -> None:
+    """Rejects a block with matrices that are not linear layers, such as fused experts."""
     for path, module in block.named_modules():
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             continue
         for p_name, p in module.named_parameters(recurse=False):
             if p.dim() >= 2:
                 raise UserError(
-                    f"{name}.{path} ({type(module).__name__}) holds {p_name} {list(p.shape)}, "
-                    "which is no linear layer; models with fused experts or convolutions in their "
-                    "blocks cannot be pruned"
+                    f"{name}.{path} ({type(module).__name__}) has the matrix {p_name} "
+                    f"{list(p.shape)}, which is not a linear layer. Models with fused experts or "
+                    "convolutions in their blocks are not supported."
                 )
 
 
-def _require_same(name: str, a: Call, b: Call) -> None:
-    """Refuses a block whose further arguments depend on the text."""
+def _check_same(name: str, a: Call, b: Call) -> None:
+    """Rejects a block whose other arguments depend on the text."""
     flat_a, _ = tree_flatten((a.args, a.kwargs))
     flat_b, _ = tree_flatten((b.args, b.kwargs))
     for x, y in zip(flat_a, flat_b, strict=True):
@@ -365,8 +364,8 @@ def _require_same(name: str, a: Call, b: Call) -> None:
             parts = {k: [id(leaf) for leaf in tree_flatten(v)[0]] for k, v in a.kwargs.items()}
             which = next((k for k, ids in parts.items() if id(x) in ids), "an argument")
             raise UserError(
-                f"{name} is called with {which}, which depends on the text; "
-                "this model cannot be pruned block by block"
+                f"{name} takes {which}, which depends on the text. This model cannot be pruned "
+                "block by block."
             )
 
 
@@ -381,23 +380,23 @@ def _meta(value):
 
 
 def _on_meta(block: nn.Module) -> nn.Module:
-    """A copy of a block without weights, to see how it is wired."""
-    replaced = block.__dict__.pop("forward", None)
+    """A copy of a block on the meta device, for runs that compute no values."""
+    replacement = block.__dict__.pop("forward", None)
     try:
         memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in block.parameters()}
         return copy.deepcopy(block, memo).to("meta")
     finally:
-        if replaced:
-            block.forward = replaced
+        if replacement:
+            block.forward = replacement
 
 
 def matrix(linear: nn.Module) -> torch.Tensor:
-    """A linear's weight as [R, C]: a view into its parameter, also of the transposed `Conv1D`."""
+    """A linear's weight [R, C]: a view of its parameter, transposed for `Conv1D`."""
     return linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T
 
 
 def stored_dtype(model: BlockModel, name: str) -> torch.dtype:
-    """The type in which a weight is kept: the files', or the module's own."""
+    """The type of a weight in the files, or in the module if the model is in memory."""
     if model.checkpoint:
         return model.checkpoint.dtype(model.key(name))
     return model.model.get_parameter(name).dtype

@@ -1,7 +1,7 @@
 """A model directory's safetensors, read tensor by tensor and written shard by shard.
 
-Nothing here holds more than what the caller asks for: a 70B model passes through one block at a
-time. Shards are written atomically, so that a finished one survives anything.
+Only requested tensors are in memory, so a 70B model can be processed one block at a time. Shards
+are written atomically, so a finished shard survives any crash.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from cap_llm.models.files import (
     open_tensors,
     weight_files,
 )
-from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import (
-    atomic,
-    write_json,
-)
+from cap_llm.runtime.errors import UserError, one_line
+from cap_llm.runtime.files import atomic, write_json
 
-# what torch.compile and data parallel put before all names
+# the prefix that torch.compile, FSDP or data parallel add to all names
 _WRAPPERS = re.compile(r"(?:(?:_orig_mod|_fsdp_wrapped_module|module)\.)+")
-# the ends of what compressed-tensors, GPTQ, AWQ and bitsandbytes store instead of a `weight`
+# suffixes that compressed-tensors, GPTQ, AWQ and bitsandbytes store instead of `.weight`
 _COMPRESSED = re.compile(r"\.(weight_packed|compressed|bitmask|qweight|absmax)$")
 
 DTYPES = {
@@ -45,10 +42,10 @@ class Checkpoint:
     """The tensors of a model directory, by name.
 
     Attributes:
-        prefix: `_orig_mod.` or `module.` before all names in the files, which are read without it.
+        prefix: the prefix of all names in the files (`_orig_mod.`, `module.`), removed here.
 
     Raises:
-        UserError: there are no safetensors, or a file of them is truncated, corrupt or missing.
+        UserError: a safetensors file is missing, truncated or corrupt.
     """
 
     def __init__(self, folder: Path):
@@ -57,7 +54,7 @@ class Checkpoint:
         self._header: dict[str, tuple[list[int], str]] = {}
         for path in weight_files(folder) if can_be_streamed(folder) else [folder / SINGLE]:
             with open_tensors(path) as file:
-                for name in sorted(file.keys()):  # their own order differs from call to call
+                for name in sorted(file.keys()):  # safetensors' order differs from call to call
                     piece = file.get_slice(name)
                     self._file_of[name] = path
                     self._header[name] = (piece.get_shape(), piece.get_dtype())
@@ -81,30 +78,30 @@ class Checkpoint:
         """A tensor's type.
 
         Raises:
-            UserError: it is none of the floating-point types that can be pruned.
+            UserError: it is not a floating-point type that can be pruned.
         """
         kind = self._header[name][1]
         if kind not in DTYPES:
             raise UserError(
-                f"{name} in {self.folder} is stored as {kind}: a quantised model cannot be pruned; "
-                "give the model in float32, float16 or bfloat16"
+                f"{name} in {self.folder} is stored as {kind}. Quantized models cannot be pruned: "
+                "use the model in float32, float16 or bfloat16."
             )
         return DTYPES[kind]
 
     def refuse_compressed(self) -> None:
-        """Refuses weights that are stored in another form than as matrices.
+        """Rejects weights in a compressed or quantized format.
 
         Raises:
-            UserError: they are.
+            UserError: the files contain such weights.
         """
         for name in filter(_COMPRESSED.search, self._file_of):
             raise UserError(
-                f"{name} in {self.folder} is a part of compressed or quantised weights; give the "
-                "model with plain weights in float32, float16 or bfloat16"
+                f"{name} in {self.folder} belongs to compressed or quantized weights. Use the "
+                "model in float32, float16 or bfloat16."
             )
 
     def n_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Bytes of the named tensors (all of them by default) as stored."""
+        """Stored bytes of the named tensors, by default of all."""
         total = 0
         for name in self._file_of if names is None else names:
             shape, kind = self._header[name]
@@ -113,40 +110,40 @@ class Checkpoint:
         return total
 
     def read(self, names: Iterable[str], finite: bool = True) -> dict[str, torch.Tensor]:
-        """Reads tensors into memory of their own: the files' mappings are not kept.
+        """Reads tensors into memory; they do not reference the memory-mapped files.
 
         Raises:
-            UserError: a value is not finite, where all must be `finite`.
+            UserError: `finite` is set and a value is not finite.
         """
         tensors: dict[str, torch.Tensor] = {}
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._file_of[name], []).append(name)
-        for path, wanted in by_file.items():
+        for path, names_in_file in by_file.items():
             with open_tensors(path) as file:
-                for name in wanted:
+                for name in names_in_file:
                     tensors[name] = file.get_tensor(self.prefix + name).clone()
-                    floats = tensors[name].is_floating_point()
-                    if finite and floats and not _finite(tensors[name]):
+                    is_float = tensors[name].is_floating_point()
+                    if finite and is_float and not _finite(tensors[name]):
                         raise UserError(
-                            f"{name} in {path} holds NaN or infinite weights; "
-                            "the model is damaged, get it again"
+                            f"{name} in {path} contains NaN or infinite weights. "
+                            "Download the model again."
                         )
         return tensors
 
 
 class ShardWriter:
-    """Writes a model directory with one shard a block and one for everything else.
+    """Writes a model directory with one shard per block and one for everything else.
 
-    `model-00001-of-000NN.safetensors` holds what lies outside the blocks, the others a block each.
-    The index comes last: without it the directory does not load as a model.
+    `model-00001-of-000NN.safetensors` holds the tensors outside the blocks, each other shard one
+    block. The index is written last: without it the directory does not load as a model.
     """
 
     def __init__(self, folder: Path, n_blocks: int):
         self.folder, self.n_shards = folder, n_blocks + 1
 
     def path(self, block: int | None) -> Path:
-        """The shard of a block, or with None that of everything else."""
+        """The shard of a block; None means the one for everything else."""
         number = 1 if block is None else block + 2
         return self.folder / f"model-{number:05d}-of-{self.n_shards:05d}.safetensors"
 
@@ -157,7 +154,7 @@ class ShardWriter:
             save_file(tensors, temporary, metadata={"format": "pt"})
 
     def finish(self, source: Path) -> None:
-        """Copies the source's configuration and tokenizer files and writes the index."""
+        """Copies the source's config and tokenizer files and writes the index."""
         copy_side_files(source, self.folder)
         weight_map: dict[str, str] = {}
         total = 0
@@ -173,7 +170,7 @@ class ShardWriter:
 
 
 def stored_prefix(folder: Path) -> str:
-    """What torch.compile or data parallel have put before all names in a directory's files."""
+    """The prefix that torch.compile or data parallel added to all names in a directory's files."""
     if can_be_streamed(folder):
         return Checkpoint(folder).prefix
     return _common_prefix(n for f in weight_files(folder) for n in _names_in_bin(f))
@@ -182,17 +179,18 @@ def stored_prefix(folder: Path) -> str:
 def _names_in_bin(path: Path) -> list[str]:
     try:
         return list(load_state_dict(path, map_location="meta"))  # torch's weights-only unpickler
-    except Exception as error:  # every kind of damage shows in a way of its own
-        why = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} is truncated or corrupt ({why}); get the file again") from None
+    except Exception as error:  # each kind of damage raises its own type
+        raise UserError(
+            f"{path} is truncated or corrupt ({one_line(error, 160)}). Download the file again."
+        ) from None
 
 
 def _common_prefix(names: Iterable[str]) -> str:
     names = list(names)
-    found = _WRAPPERS.match(names[0]) if names else None
-    return found[0] if found and all(name.startswith(found[0]) for name in names) else ""
+    match = _WRAPPERS.match(names[0]) if names else None
+    return match[0] if match and all(name.startswith(match[0]) for name in names) else ""
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    # a sum is not finite if any term is not; it may also overflow, so look closer then
+    # a finite sum has only finite terms; an infinite one may also come from overflow
     return bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())

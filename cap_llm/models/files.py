@@ -1,4 +1,4 @@
-"""The files of a model directory: weights as transformers finds them, settings, side files."""
+"""The files of a model directory: weights as transformers finds them, config, side files."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ from cap_llm.runtime.files import atomic, read_json, readable, regular, write_js
 from cap_llm.runtime.world import World
 
 INDEX, SINGLE = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
-
-# by what a directory's weights are found: transformers' own order
+# the files by which transformers finds a directory's weights, in its order
 _ENTRIES = (SINGLE, INDEX, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-
-
-# what a model directory holds besides weights: configuration and tokenizer, never code
+# suffixes of config and tokenizer files; code is never copied
 _SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-
-
-_NOT_COPIED = {"sparsity.json", "recipe.json", "done.json", "perplexity.json"} | {
+_NOT_COPIED = {
+    "sparsity.json",
+    "recipe.json",
+    "done.json",
+    "perplexity.json",
     "zeroshot.json",
     "owl.json",
     "calibration.json",
@@ -40,9 +38,7 @@ _NOT_COPIED = {"sparsity.json", "recipe.json", "done.json", "perplexity.json"} |
     "inputs.json",
     "adapter_config.json",  # its weights are not copied either
 }
-
-
-# what config.json says of how the weights beside it are stored
+# the fields of config.json about the storage format of the weights
 STORAGE = ("quantization_config", "compression_config", "sparsity_config", "transformers_weights")
 
 
@@ -50,42 +46,42 @@ def config_dict(folder: Path) -> dict:
     """A model directory's `config.json`.
 
     Raises:
-        UserError: there is none.
+        UserError: it is missing or not a JSON object.
     """
     path = folder / "config.json"
     with readable(path):
         if not path.is_file():
-            raise UserError(f"{folder} is no model directory: it has no config.json")
+            raise UserError(f"{folder} is not a model directory: config.json is missing")
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no settings; get the file again")
+        raise UserError(f"{path} is not a JSON object. Download the file again.")
     return content
 
 
 def text_settings(folder: Path) -> dict:
-    """Its `config.json`, for a model that also sees or hears with those of the part that reads.
+    """A model directory's `config.json`, merged with its `text_config` if multimodal.
 
     Raises:
-        UserError: there is none.
+        UserError: it is missing or not a JSON object.
     """
     config = config_dict(folder)
-    inside = config.get("text_config")
-    return config | inside if isinstance(inside, dict) else config
+    text_config = config.get("text_config")
+    return config | text_config if isinstance(text_config, dict) else config
 
 
 def can_be_streamed(folder: Path) -> bool:
-    """Whether a directory holds a model's safetensors, not other formats or left-over shards."""
+    """Whether a directory's weights are safetensors, not another format or leftover shards."""
     entry = _entry(folder)
     return entry is not None and ".safetensors" in entry.name
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model directory's weights, those that transformers reads; perhaps none.
+    """The weight files of a model directory that transformers reads; may be empty.
 
-    Shards without an index are none: a removal of them was killed.
+    Shards without an index do not count: their removal was interrupted.
 
     Raises:
-        UserError: one is missing, no regular file, or not in the directory.
+        UserError: one is missing, not a regular file, or outside the directory.
     """
     entry = _entry(folder)
     if entry is None:
@@ -93,20 +89,20 @@ def weight_files(folder: Path) -> list[Path]:
     if not entry.name.endswith(".index.json"):
         return [regular(entry)]
     names = read_json(entry, lambda index: {str(n) for n in dict(index["weight_map"]).values()})
-    ending = entry.name.removesuffix(".index.json").rpartition(".")[2]
+    suffix = entry.name.removesuffix(".index.json").rpartition(".")[2]
     for name in names:
-        if Path(name).name != name or not name.endswith(f".{ending}"):
+        if Path(name).name != name or not name.endswith(f".{suffix}"):
             raise UserError(
-                f"{entry} names {name!r} as a shard, which is not a .{ending} file of that "
-                "directory; get the model again"
+                f"{entry} lists the shard {name!r}, which is not a .{suffix} file in this "
+                "directory. Download the model again."
             )
         if not os.path.lexists(folder / name):
-            raise UserError(f"{folder / name} does not exist; the model directory is not complete")
+            raise UserError(f"{folder / name} does not exist: the model directory is incomplete")
     return [regular(folder / name) for name in sorted(names)]
 
 
 def _entry(folder: Path) -> Path | None:
-    """The file by which transformers finds a directory's weights: all of them or their index."""
+    """The file by which transformers finds a directory's weights: the only one, or the index."""
     with readable(folder):
         named = (folder / "config.json").is_file() and config_dict(folder).get(STORAGE[-1])
         paths = [folder / str(name) for name in ([named] if named else _ENTRIES)]
@@ -115,27 +111,26 @@ def _entry(folder: Path) -> Path | None:
             if os.path.lexists(path):  # a pipe, or a link that leads nowhere
                 regular(path)
     if named and (entry is None or Path(str(named)).name != named):
-        raise UserError(f"{folder}/config.json names {named!r} as its weights, not a file of it")
+        raise UserError(
+            f"{folder}/config.json names the weights {named!r}, which are not in {folder}"
+        )
     return entry
 
 
 def has_weights(folder: Path, world: World) -> bool:
-    """Whether a model directory's weights are there: `remove_weights` leaves none.
-
-    As the first rank sees it: a shared file system may show ranks different things.
-    """
+    """Whether a model directory has weights, as rank 0 sees it on a shared file system."""
     return world.decide(lambda: _entry(folder) is not None)
 
 
 def remove_weights(folder: Path) -> None:
-    """Deletes a model directory's weights, keeping its records; the index goes first."""
+    """Deletes a model directory's weights but not its records; the index first."""
     (folder / INDEX).unlink(missing_ok=True)
     for path in folder.glob("model*.safetensors"):
         path.unlink()
 
 
 def fingerprint(folder: Path) -> str | None:
-    """What tells one model directory from another: 64 samples of each shard; None without one."""
+    """A checksum of about 64 samples of each shard, None without weights."""
     sha, files = hashlib.sha256(), weight_files(folder)
     for path in files:
         n_bytes = path.stat().st_size
@@ -148,7 +143,7 @@ def fingerprint(folder: Path) -> str | None:
 
 
 def weights_digest(folder: Path) -> str:
-    """A checksum of all of a model directory's weights: scores are of these and no others."""
+    """A checksum of all of a model directory's weights, which ties scores to them."""
     sha = hashlib.sha256()
     for path in weight_files(folder):
         with open(path, "rb") as file:
@@ -157,63 +152,67 @@ def weights_digest(folder: Path) -> str:
 
 
 def weights_and_masks(folder: Path) -> list[str]:
-    """The files of a model directory that hold numbers, by their names in it."""
+    """The weight files, index and mask file of a model directory, relative to it."""
     paths = [*weight_files(folder), folder / INDEX, mask_files.path_of(folder)]
     return [str(path.relative_to(folder)) for path in paths if path.exists()]
 
 
-def _is_of_a_model(target: Path, name: str, folder: Path) -> bool:
-    """Whether what a link `name` in `folder` leads to may be published with the model."""
-    place = target.parent
-    if place.name == "blobs":  # the hub's cache: `snapshots/REVISION/NAME` leads to `blobs/HASH`
-        return (place.parent / "snapshots").is_dir()
+def _is_model_file(target: Path, name: str, folder: Path) -> bool:
+    """Whether the target of a link `name` in `folder` may be published with the model."""
+    parent = target.parent
+    if parent.name == "blobs":  # the hub's cache: `snapshots/REVISION/NAME` links to `blobs/HASH`
+        return (parent.parent / "snapshots").is_dir()
     if folder.resolve() in target.parents:
         return True
-    is_model = (place / "config.json").is_file() and "model_type" in config_dict(place)
+    is_model = (parent / "config.json").is_file() and "model_type" in config_dict(parent)
     return is_model and target.name == name
 
 
 def side_files(folder: Path) -> list[Path]:
-    """A model directory's configuration and tokenizer files, which what is made of it gets, too.
+    """A model directory's config and tokenizer files, which derived models also get.
 
     Raises:
-        UserError: one is not a regular file, or a link that leads out of the directory.
+        UserError: one is not a regular file, or is a link to something other than a model's file.
     """
-    found = []
+    files = []
     with readable(folder):
         paths = sorted(folder.iterdir())
     for path in paths:
-        index, inside = path.name.endswith(".index.json"), path.name in _NOT_COPIED
-        if path.suffix not in _SIDE_FILES or index or inside or path.is_dir():
+        skipped = path.name in _NOT_COPIED or path.name.endswith(".index.json")
+        if path.suffix not in _SIDE_FILES or skipped or path.is_dir():
             continue
-        if regular(path).is_symlink() and not _is_of_a_model(path.resolve(), path.name, folder):
-            target = path.resolve()
+        if regular(path).is_symlink() and not _is_model_file(path.resolve(), path.name, folder):
             raise UserError(
-                f"{path} is a link to {target}, which is not a model's file of that name and "
-                "would be copied into the output; replace the link by a copy, or remove it"
+                f"{path} links to {path.resolve()}, which is not a file of a model and would be "
+                "copied into the output. Replace the link by a copy, or remove it."
             )
-        found.append(path)
-    return found
+        files.append(path)
+    return files
 
 
 def copy_side_files(source: Path, folder: Path, replace: bool = True) -> None:
-    """Copies configuration and tokenizer files, with nothing said of the source's storage."""
+    """Copies config and tokenizer files, without the config's storage settings."""
     for file in side_files(source):
         target = folder / file.name
         if replace or not target.exists():
             with atomic(target) as temporary:
                 shutil.copyfile(file, temporary)
     config = read_json(folder / "config.json")
-    if said := set(STORAGE) & config.keys():
-        write_json(folder / "config.json", {k: v for k, v in config.items() if k not in said})
+    if set(STORAGE) & config.keys():
+        write_json(folder / "config.json", {k: v for k, v in config.items() if k not in STORAGE})
 
 
 def open_tensors(path: Path):
+    """Opens a safetensors file.
+
+    Raises:
+        UserError: it is missing, not a regular file, truncated or corrupt.
+    """
     if not os.path.lexists(path):
-        raise UserError(f"{path} does not exist; the model directory is not complete")
+        raise UserError(f"{path} does not exist: the model directory is incomplete")
     try:
         return safe_open(regular(path), "pt")
     except UserError:
         raise
-    except Exception as error:  # safetensors raises its own kinds, by version
-        raise UserError(f"{path} is truncated or corrupt ({error}); get the file again") from None
+    except Exception as error:  # safetensors' own types, which differ by version
+        raise UserError(f"{path} is truncated or corrupt ({error}). Download it again.") from None

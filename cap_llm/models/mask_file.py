@@ -1,9 +1,9 @@
-"""Masks on disk: one bit a weight, in `masks/masks.safetensors` of a model directory.
+"""Masks on disk: one bit per weight, in `masks/masks.safetensors` of a model directory.
 
-The folder is their own, for who takes every `*.safetensors` of a directory for weights. Each tensor
-is uint8 [R, ceil(C / 8)], `numpy.packbits` of the mask's rows, under the name of its weight; the
-file's metadata holds the number of columns of each. A mask cannot always be read from the zeros:
-quantised models hold weights that are zero and yet stay.
+They have their own folder, because some tools load every `*.safetensors` of a directory as weights.
+Each tensor is uint8 [R, ceil(C / 8)], `numpy.packbits` of the mask's rows, under the name of its
+weight. The file's metadata holds each mask's number of columns. A mask cannot always be inferred
+from zeros: quantized models have zeros that are not pruned.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic, regular
 
 FILE = "masks/masks.safetensors"
-_OLD_FILE = "masks.safetensors"  # where earlier versions wrote them
+_OLD_FILE = "masks.safetensors"  # as written by earlier versions
 
 
 def path_of(folder: Path) -> Path:
-    """The file of a model directory's masks, which may not be there."""
+    """The mask file of a model directory, whether or not it exists."""
     old = folder / _OLD_FILE
     return old if old.exists() and not (folder / FILE).exists() else folder / FILE
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
-    """Mask [R, C] to bytes [R, ceil(C / 8)]."""
+    """Bytes [R, ceil(C / 8)] of a mask [R, C]."""
     rows = np.ascontiguousarray(mask.cpu().numpy())  # a transposed mask packs transposed
     return torch.from_numpy(np.packbits(rows, axis=1))
 
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Bytes [R, ceil(C / 8)] to the mask [R, C] that they hold."""
+    """Mask [R, C] of bytes [R, ceil(C / 8)]."""
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
 
 
@@ -54,7 +54,7 @@ def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Gives equal masks equal bytes: safetensors writes its metadata in an order of the process."""
+    """Makes files of equal masks equal: safetensors writes metadata in an arbitrary order."""
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -66,10 +66,10 @@ def _sort_metadata(path: Path) -> None:
 
 
 class MaskFile:
-    """A file of masks, read mask by mask.
+    """A mask file, read mask by mask.
 
     Raises:
-        UserError: the file is not readable, or not written by cap_llm.
+        UserError: the file is unreadable or was not written by cap_llm.
     """
 
     def __init__(self, path: Path):
@@ -85,8 +85,8 @@ class MaskFile:
                     raise ValueError(f"{name} is {kind} {shape} for {columns} columns")
         except UserError:
             raise
-        except Exception as error:  # safetensors raises its own kinds, by version
-            raise UserError(f"{path} is not a file of masks: {error}") from None
+        except Exception as error:  # safetensors' own types, which differ by version
+            raise UserError(f"{path} is not a mask file: {error}") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.columns
@@ -97,10 +97,10 @@ class MaskFile:
 
 
 def join(parts: Iterable[Path], path: Path) -> None:
-    """Joins files of masks into one, without holding more than a buffer in memory.
+    """Joins mask files into one, with only a buffer in memory.
 
-    safetensors itself can only write what is in memory at once; the masks of a 70B model are 9 GB.
-    The format is a length, a JSON header, and the tensors' bytes one after another.
+    safetensors can only write tensors that are all in memory; the masks of a 70B model take 9 GB.
+    The format is a length, a JSON header, and the bytes of the tensors.
     """
     header: dict[str, dict] = {"__metadata__": {}}
     bodies, offset = [], 0
@@ -112,12 +112,9 @@ def join(parts: Iterable[Path], path: Path) -> None:
         for name, entry in entries.items():
             start, end = entry["data_offsets"]
             header[name] = entry | {"data_offsets": [start + offset, end + offset]}
-        n_bytes = part.stat().st_size - 8 - length
         bodies.append((part, 8 + length))
-        offset += n_bytes
-    header["__metadata__"] = dict(
-        sorted(header["__metadata__"].items())
-    )  # the same bytes each time
+        offset += part.stat().st_size - 8 - length
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # deterministic bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(exist_ok=True)

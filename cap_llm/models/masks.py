@@ -1,4 +1,4 @@
-"""The masks of a pruned model directory, from its file of masks or from its zeros."""
+"""The masks of a pruned model directory, read from its mask file or inferred from its zeros."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from cap_llm.models.skeleton import find_blocks, match_names, skeleton
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 
-# The share of zeros from which on a matrix counts as pruned. One that nobody pruned has some where
-# it was quantised: rounded to 4 bits symmetrically, 12 % of Gaussian weights.
+# A matrix with this share of zeros counts as pruned. Quantization alone leaves fewer: symmetric
+# rounding to 4 bits makes 12% of Gaussian weights zero.
 PRUNED = 0.2
-NOTED = 0.01  # the share from which on zeros that are no mask are spoken of
+NOTED = 0.01  # zeros that are not a mask are reported from this share on
 
 
 class Masks(Mapping[str, torch.Tensor]):
     """The masks [R, C] of a pruned model directory by weight name, one in memory at a time.
 
-    They come from its file of masks, or from the zeros of the matrices where there is none: a
-    matrix outside the blocks, or with fewer than a fifth of zeros, has no mask. A dense model has
-    none at all. All ranks open them together, and each reads its share of the weights.
+    They come from its mask file or, without one, from the zeros of its matrices. A matrix outside
+    the blocks, or with fewer than 20% zeros, then has no mask. All ranks open the masks together,
+    and each reads its share of the weights.
     """
 
     def __init__(self, folder: Path, world: World):
@@ -39,22 +39,20 @@ class Masks(Mapping[str, torch.Tensor]):
         if self._file:
             for name in self._file.columns.keys() - self._transposed.keys():
                 raise UserError(
-                    f"{file} holds a mask of {name}, which is no linear layer of the blocks of "
-                    f"{folder}: it is another model's; remove the file"
+                    f"{file} contains a mask for {name}, which is not a linear layer in the blocks "
+                    f"of {folder}. It belongs to another model: remove the file."
                 )
             self._names = [name for name in self._transposed if name in self._file]
         else:
-            mine = {n: self._zeros(n) for n in self._share(list(self._transposed))}
-            zeros = {name: n for part in world.gather(mine) for name, n in part.items()}
+            names = self._shard(list(self._transposed))
+            shard = {name: int((self._weight(name) == 0).sum()) for name in names}
+            zeros = {name: n for part in world.gather(shard) for name, n in part.items()}
             self._names = [n for n in self._transposed if zeros[n] >= PRUNED * self._size(n)]
-            self._found = {name: zeros[name] for name in self._names}
-            self._passed = {n: z / self._size(n) for n, z in zeros.items() if n not in self._found}
+            self._n_zeros = {name: zeros[name] for name in self._names}
+            self._unpruned = {n: zeros[n] / self._size(n) for n in zeros if n not in self._n_zeros}
 
-    def _share(self, names: list[str]) -> list[str]:
+    def _shard(self, names: list[str]) -> list[str]:
         return names[self._world.rank :: self._world.size]
-
-    def _zeros(self, name: str) -> int:
-        return int((self._weight(name) == 0).sum())
 
     def _size(self, name: str) -> int:
         return math.prod(self._checkpoint.shape(self._keys[name]))
@@ -77,53 +75,51 @@ class Masks(Mapping[str, torch.Tensor]):
 
     @property
     def from_zeros(self) -> bool:
-        """Whether there is no file of masks: the model was pruned elsewhere, or not at all."""
+        """Whether there is no mask file: the model was pruned by another tool, or not at all."""
         return self._file is None
 
     @property
-    def told(self) -> str:
-        """What a user is told where zeros are taken as masks, or are too few for it; else empty."""
-        told = []
+    def description(self) -> str:
+        """A sentence about masks inferred from zeros, and about zeros too few for a mask."""
+        parts = []
         if self:
-            told.append(
-                f"the zeros of {len(self)} matrices are taken as theirs, "
-                f"{100 * self.sparsity:.1f} % of the weights in them"
+            parts.append(
+                f"using the zeros of {len(self)} matrices as masks ({self.sparsity:.1%} of their "
+                "weights)"
             )
-        passed = {n: share for n, share in self._passed.items() if share >= NOTED}
-        if passed:
-            most = max(passed, key=passed.__getitem__)
-            told.append(
-                f"{len(passed)} matrices have zeros that will not stay, fewer than {PRUNED:.0%}: "
-                f"{most} has most ({100 * passed[most]:.1f} %)"
+        shares = {name: share for name, share in self._unpruned.items() if share >= NOTED}
+        if shares:
+            highest = max(shares, key=shares.__getitem__)
+            parts.append(
+                f"ignoring the zeros of {len(shares)} matrices, fewer than {PRUNED:.0%} (at most "
+                f"{highest}, {shares[highest]:.1%})"
             )
-        return f"{self.folder} has no file of masks: {'; '.join(told)}" if told else ""
+        return f"{self.folder} has no mask file: {'; '.join(parts)}" if parts else ""
 
     def check(self) -> None:
-        """Holds the weights against the file of masks.
+        """Checks the weights against the mask file.
 
         Raises:
-            UserError: a mask has another shape, or a masked weight is not zero.
+            UserError: a mask has the wrong shape, or a masked weight is not zero.
         """
-        mine = () if self.from_zeros else self._share(self._names)
-        found = self._world.gather(next(filter(None, map(self._trouble, mine)), None))
-        for trouble in filter(None, found):
+        names = () if self.from_zeros else self._shard(self._names)
+        first_problem = next(filter(None, map(self._problem, names)), None)
+        for problem in filter(None, self._world.gather(first_problem)):
             raise UserError(
-                f"{trouble}; the weights were changed after pruning: prune again, or remove "
-                f"{mask_files.path_of(self.folder)} to take the zeros as they are"
+                f"{problem}. The weights were changed after pruning: prune again, or remove "
+                f"{mask_files.path_of(self.folder)} to use the zeros as masks."
             )
 
-    def _trouble(self, name: str) -> str | None:
+    def _problem(self, name: str) -> str | None:
         weight, mask = self._weight(name), self[name]
+        where = f"{name} in {self.folder}"
         if weight.shape != mask.shape:
-            return (
-                f"{name} in {self.folder} is {list(weight.shape)} and its mask {list(mask.shape)}"
-            )
+            return f"{where} has shape {list(weight.shape)}, but its mask has {list(mask.shape)}"
         count = int((weight[~mask] != 0).sum())
-        stray = f"{count} weights that are not zero where its mask says so"
-        return f"{name} in {self.folder} has {stray}" if count else None
+        return f"{where} has {count} nonzero weights that its mask removes" if count else None
 
     def in_parameter_shape(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and masks as their parameters lie: `Conv1D` stores the transpose."""
+        """Names and masks in their parameters' layout: `Conv1D` stores the transpose."""
         return ((n, mask.T if self._transposed[n] else mask) for n, mask in self.items())
 
     @property
@@ -133,48 +129,48 @@ class Masks(Mapping[str, torch.Tensor]):
 
     @property
     def sparsity(self) -> float:
-        """The share of all weights with a mask that it removes."""
+        """The share of weights that the masks remove, of all matrices with a mask."""
         return sum(self._removed().values()) / sum(map(self._size, self))
 
     def _removed(self) -> dict[str, int]:
         if self.from_zeros:
-            return self._found
+            return self._n_zeros
         return {name: int((~mask).sum()) for name, mask in self.items()}
 
 
 def count_zeros(
     folder: Path, world: World
 ) -> tuple[dict[str, tuple[list[int], int]], tuple[int, int], bool]:
-    """Counts zeros in the weights, whatever files lie beside them.
+    """Counts the zeros of a model directory's weights.
 
     Returns:
-        Shape [R, C] and zeros of each matrix that counts as pruned, or else of each that has more
-        zeros than chance gives; zeros and number of all parameters; whether the model is pruned.
+        Shape [R, C] and number of zeros of each pruned matrix (if none is, of each with a share of
+        `NOTED`); zeros and number of all parameters; whether the model is pruned.
     """
     checkpoint, model = Checkpoint(folder), skeleton(folder)
     keys, transposed = match_names(model, checkpoint), _matrices(model)
     names = [name for name, _ in model.named_parameters() if name in keys]  # tied ones once
-    mine = {
+    shard = {
         n: int((checkpoint.read([keys[n]], finite=False)[keys[n]] == 0).sum())
         for n in names[world.rank :: world.size]
     }
-    zeros = {name: n for part in world.gather(mine) for name, n in part.items()}
+    zeros = {name: n for part in world.gather(shard) for name, n in part.items()}
     shapes = {name: checkpoint.shape(keys[name]) for name in names}
     shares = {n: zeros[n] / math.prod(shapes[n]) for n in transposed if n in zeros}
-    # with a file of masks, few zeros are masks too
-    least = NOTED if mask_files.path_of(folder).exists() else PRUNED
-    pruned = max(shares.values(), default=0.0) >= least
-    least = least if pruned else NOTED
-    found = {
+    # a mask file makes even few zeros a mask
+    threshold = NOTED if mask_files.path_of(folder).exists() else PRUNED
+    pruned = max(shares.values(), default=0.0) >= threshold
+    threshold = threshold if pruned else NOTED
+    counts = {
         n: (shapes[n][:: -1 if transposed[n] else 1], zeros[n])
         for n, share in shares.items()
-        if share >= least
+        if share >= threshold
     }
-    return found, (sum(zeros.values()), sum(map(math.prod, shapes.values()))), pruned
+    return counts, (sum(zeros.values()), sum(map(math.prod, shapes.values()))), pruned
 
 
 def _matrices(model: torch.nn.Module) -> dict[str, bool]:
-    """The weights of the linears in the blocks, and whether they are stored transposed."""
+    """The weights of the linears in the blocks, and whether each is stored transposed."""
     prefix, _ = find_blocks(model)
     return {
         f"{name}.weight": isinstance(module, Conv1D)

@@ -242,8 +242,8 @@ class _Recovery:
             run.console.say(f"{title}: pruning", style="bold")
             pruned = oneshot(student, texts, changed, run, place)
         masks = self.masks if pruned == self.start else Masks(pruned, self.world)
-        if masks.from_zeros and masks.told:
-            run.console.say(f"{title}: {masks.told}", style=None if masks else "yellow")
+        if masks.from_zeros and masks.description:
+            run.console.say(f"{title}: {masks.description}", style=None if masks else "yellow")
         if not masks:
             run.console.say(f"{title}: {pruned} is not pruned: it is fine-tuned as it is")
         if self._dense_ppl is None:

@@ -1,11 +1,9 @@
 """Corpora by name or file.
 
-A name is looked for in the folder `CAP_LLM_DATA` first and on the Hugging Face hub second, so that
-the same recipe runs on clusters without internet. A file is `.txt`, `.raw` or `.tokens` (one
-document), `.jsonl` or `.json` (one document a line, field `text`) or `.parquet` (column `text`),
-each but the last also packed (`.gz`), whatever the case of its ending. Text is UTF-8.
-
-The evaluation text of a corpus is one string, joined as the papers do it.
+A name is first searched in the folder `CAP_LLM_DATA`, then on the Hugging Face hub, so a recipe
+also runs on clusters without internet access. Files are UTF-8: `.txt`, `.raw` or `.tokens` (one
+document), `.jsonl` or `.json` (one document per line, field `text`), or `.parquet` (column `text`).
+All but `.parquet` may be gzipped (`.gz`).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from typing import Literal
 
 from cap_llm.runtime.console import SILENT, Console
 from cap_llm.runtime.environment import offline
-from cap_llm.runtime.errors import UserError
+from cap_llm.runtime.errors import UserError, one_line
 from cap_llm.runtime.files import atomic
 
 NAMES = ("c4", "wikitext2", "ptb")
@@ -33,47 +31,60 @@ Split = Literal["train", "validation", "test"]
 C4_SAMPLE = "c4/c4.sample-2000.jsonl.gz"
 C4_HELD_OUT = 400
 
-# Where `fetch_corpus` puts a corpus, and what will do instead.
-_LOCAL = {
-    ("c4", "train"): ("c4/c4-train.00000-of-01024.json.gz", C4_SAMPLE),
-    ("c4", "validation"): ("c4/c4-validation.00000-of-00008.json.gz", C4_SAMPLE),
-    ("wikitext2", "train"): ("wikitext2/wiki.train.tokens.gz",),
-    ("wikitext2", "validation"): ("wikitext2/wiki.valid.raw",),
-    ("wikitext2", "test"): ("wikitext2/wiki.test.raw",),
-    ("ptb", "train"): ("ptb/ptb.train.txt",),
-    ("ptb", "test"): ("ptb/ptb.test.txt",),
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one split of a corpus comes from."""
+
+    files: tuple[str, ...]  # below CAP_LLM_DATA, by preference; `fetch_corpus` writes the first
+    repository: str
+    configuration: str | None = None
+    data_file: str | None = None  # of the repository
+    column: str = "text"
+
+
+_C4_SHARDS = {
+    "train": "c4-train.00000-of-01024.json.gz",
+    "validation": "c4-validation.00000-of-00008.json.gz",
 }
-_PTB_PARQUET = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank"
-_C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
-_C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
-_HUB = {
-    ("c4", "train"): ("allenai/c4", {"data_files": _C4_TRAIN}),
-    ("c4", "validation"): ("allenai/c4", {"data_files": _C4_VALIDATION}),
-    ("wikitext2", "train"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
-    ("wikitext2", "validation"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
-    ("wikitext2", "test"): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
-    ("ptb", "train"): ("parquet", {"data_files": f"{_PTB_PARQUET}/train/0000.parquet"}),
-    ("ptb", "test"): ("parquet", {"data_files": f"{_PTB_PARQUET}/test/0000.parquet"}),
+_WIKITEXT_FILES = {
+    "train": "wiki.train.tokens.gz",
+    "validation": "wiki.valid.raw",
+    "test": "wiki.test.raw",
+}
+_PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank"
+_SOURCES = {
+    ("c4", split): _Source((f"c4/{shard}", C4_SAMPLE), "allenai/c4", None, f"en/{shard}")
+    for split, shard in _C4_SHARDS.items()
+}
+_SOURCES |= {
+    ("wikitext2", split): _Source((f"wikitext2/{f}",), "Salesforce/wikitext", "wikitext-2-raw-v1")
+    for split, f in _WIKITEXT_FILES.items()
+}
+_SOURCES |= {
+    ("ptb", split): _Source(
+        (f"ptb/ptb.{split}.txt",), "parquet", None, f"{_PTB}/{split}/0000.parquet", "sentence"
+    )
+    for split in ("train", "test")
 }
 _PLAIN, _LINES = (".txt", ".raw", ".tokens"), (".jsonl", ".json")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a str may hold one, Unicode text may not
-_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
-_COLUMN = {"c4": "text", "wikitext2": "text", "ptb": "sentence"}
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass
 class Corpus:
-    """Documents (C4), rows (WikiText-2, PTB) or the lines of a file, and where they came from."""
+    """Documents (C4), rows (WikiText-2, PTB) or the contents of a file, and their origin."""
 
     documents: list[str]
     origin: str
 
 
 def corpus_file(name: str, split: Split) -> Path | None:
-    """The local file of a corpus, or None where only the hub has it.
+    """The local file of a corpus, or None if it must come from the hub.
 
     Raises:
-        UserError: `name` is neither a file nor a known corpus, or no hub may be asked for it.
+        UserError: `name` is neither a file nor a known corpus, or the hub is needed but disabled.
     """
     if name not in NAMES:
         try:
@@ -81,20 +92,20 @@ def corpus_file(name: str, split: Split) -> Path | None:
         except (OSError, ValueError) as error:  # a null byte is a ValueError
             reason = getattr(error, "strerror", None) or str(error)
         if reason:
-            known = ", ".join(NAMES)
-            raise UserError(f"corpus {name!r} is neither a file nor one of {known}. {reason}.")
+            raise UserError(
+                f"corpus {name!r} is neither a file nor one of {', '.join(NAMES)}. {reason}."
+            )
         return Path(name)
     option = "calibration.corpus FILE" if split == "train" else "evaluate.corpora [FILE]"
-    root = os.environ.get("CAP_LLM_DATA")
-    for relative in _LOCAL[name, split]:
+    root, files = os.environ.get("CAP_LLM_DATA"), _SOURCES[name, split].files
+    for relative in files:
         if root and os.path.isfile(Path(root) / relative):
             return Path(root) / relative
     if offline():
-        where = f"{root or 'CAP_LLM_DATA (unset)'}/{_LOCAL[name, split][-1]}"
         raise UserError(
-            f"corpus {name!r} ({split}) is not at {where}, and the hub is switched off "
-            f"(HF_HUB_OFFLINE): put the file there, fetch it with `cap-llm prefetch` where there "
-            f"is a hub, or give --{option}"
+            f"corpus {name!r} ({split}): {root or 'CAP_LLM_DATA (unset)'}/{files[-1]} does not "
+            "exist, and HF_HUB_OFFLINE is set. Fetch it with `cap-llm prefetch` on a machine with "
+            f"internet access, or pass --{option}."
         )
     return None
 
@@ -103,12 +114,12 @@ def read_corpus(name: str, split: Split, console: Console = SILENT) -> Corpus:
     """All documents of one split of a corpus.
 
     Args:
-        name: c4, wikitext2, ptb, or a file (which has no splits).
-        split: for C4, `train` is the papers' first training shard.
-        console: takes a warning where something that is not Unicode text has been replaced.
+        name: c4, wikitext2, ptb, or a file (for which `split` is ignored).
+        split: `train` of C4 is its first training shard, as in the papers.
+        console: prints a warning if lone surrogates are replaced.
 
     Raises:
-        UserError: the corpus cannot be had, or holds no text.
+        UserError: the corpus is missing, unreadable or empty.
     """
     path = corpus_file(name, split)
     documents, origin = _from_hub(name, split) if path is None else _from_file(path, name, console)
@@ -117,7 +128,7 @@ def read_corpus(name: str, split: Split, console: Console = SILENT) -> Corpus:
         documents = documents[-C4_HELD_OUT:] if held_out else documents[:-C4_HELD_OUT]
         origin += f", {'last' if held_out else 'all but the last'} {C4_HELD_OUT} documents"
     if not any(d.strip() for d in documents):
-        raise UserError(f"corpus {name!r} ({origin}) holds no text")
+        raise UserError(f"corpus {name!r} ({origin}) contains no text")
     return Corpus(documents, origin)
 
 
@@ -133,10 +144,10 @@ def calibration_corpus(name: str, console: Console = SILENT) -> Corpus:
 
 
 def evaluation_text(name: str, console: Console = SILENT) -> tuple[str, str]:
-    """The text that a corpus is scored on, and its origin.
+    """The text on which a corpus is scored, and its origin.
 
-    WikiText-2's and PTB's test rows are joined by two newlines and a space, C4's first 1100
-    validation documents by a space (SparseGPT's protocol); documents of a file by two newlines.
+    SparseGPT's protocol: WikiText-2's test rows are joined by two newlines, PTB's by a space, and
+    C4's first 1100 validation documents by a space. Documents of a file are joined by two newlines.
     """
     split: Split = "validation" if name == "c4" else "test"
     corpus = read_corpus(name, split, console)
@@ -146,25 +157,26 @@ def evaluation_text(name: str, console: Console = SILENT) -> tuple[str, str]:
 
 
 def fetch_corpus(name: str, split: Split, root: Path) -> Path:
-    """Brings one split of a corpus from the hub to `root`, where CAP_LLM_DATA may point to it.
+    """Downloads one split of a corpus from the hub to `root`, laid out as in CAP_LLM_DATA.
 
     Raises:
-        UserError: the hub does not give it.
+        UserError: the download fails.
     """
-    target = root / _LOCAL[name, split][0]
+    source = _SOURCES[name, split]
+    target = root / source.files[0]
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     if name == "c4":
         import huggingface_hub
 
-        file = _C4_TRAIN if split == "train" else _C4_VALIDATION
+        repository, file = source.repository, source.data_file
         try:
-            fetched = huggingface_hub.hf_hub_download("allenai/c4", file, repo_type="dataset")
+            shard = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
         except Exception as error:
-            raise _not_fetched(name, split, "allenai/c4", error) from None
+            raise _download_error(name, split, error) from None
         with atomic(target) as temporary:
-            shutil.copyfile(fetched, temporary)
+            shutil.copyfile(shard, temporary)
         return target
     rows, _ = _from_hub(name, split)
     text = "".join(row.removesuffix("\n") + "\n" for row in rows).encode()
@@ -174,19 +186,19 @@ def fetch_corpus(name: str, split: Split, root: Path) -> Path:
 
 
 def kind_of(path: Path) -> tuple[str, bool]:
-    """The ending of a file's name in small letters, without `.gz`, and whether that was there."""
+    """A file's suffix in lower case without `.gz`, and whether it is gzipped."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix, name.endswith(".gz")
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, packed or not, without its byte-order mark.
+    """The lines of a UTF-8 file, gzipped or not, without its byte-order mark.
 
     Raises:
         ValueError: a line is not UTF-8.
     """
-    opened = gzip.open if kind_of(path)[1] else open
-    with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+    opener = gzip.open if kind_of(path)[1] else open
+    with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             try:
                 line.encode()
@@ -199,42 +211,43 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def json_lines(path: Path, console: Console) -> Iterator[tuple[int, object]]:
-    """The values of a JSONL file and the numbers of their lines; None for what is not JSON.
+    """Line numbers and values of a JSONL file; the value is None if the line is not JSON.
 
-    Halves of surrogate pairs, which JSON can hold and Unicode text cannot, are replaced by U+FFFD.
+    Lone surrogates, which JSON can hold and Unicode text cannot, are replaced by U+FFFD.
     """
-    replaced, first = 0, 0
+    n_replaced, first_line = 0, 0
     for number, line in enumerate(text_lines(path), 1):
-        line = line.removeprefix("\ufeff")  # of files that were put together
+        line = line.removeprefix("\ufeff")  # of concatenated files
         if not line.strip():
             continue
         try:
             value = json.loads(line, parse_int=_number)
-            if _ESCAPED.search(line):
+            if _ESCAPED_SURROGATE.search(line):
                 text, n = _SURROGATE.subn("\ufffd", json.dumps(value, ensure_ascii=False))
-                value, replaced, first = json.loads(text), replaced + n, first or n and number
+                value = json.loads(text)
+                n_replaced, first_line = n_replaced + n, first_line or n and number
         except (ValueError, RecursionError):
             value = None
         yield number, value
-    if replaced:
+    if n_replaced:
         console.say(
-            f"{path}: {replaced} characters are not Unicode text (lone surrogates) and are "
-            f"replaced by U+FFFD, the first in line {first}",
+            f"{path}: replaced {n_replaced} lone surrogates by U+FFFD, the first in line "
+            f"{first_line}",
             style="yellow",
         )
 
 
 def _number(digits: str) -> int | float:
-    return int(digits) if len(digits) < 1000 else float(digits)  # Python reads no longer integers
+    return int(digits) if len(digits) < 1000 else float(digits)  # Python rejects longer integers
 
 
 def _from_file(path: Path, name: str, console: Console) -> tuple[list[str], str]:
-    kind, packed = kind_of(path)
-    if kind not in (*_PLAIN, *_LINES, ".parquet") or packed and kind == ".parquet":
+    kind, gzipped = kind_of(path)
+    if kind not in (*_PLAIN, *_LINES, ".parquet") or gzipped and kind == ".parquet":
         raise UserError(
-            f"corpus {path} is of an unknown kind: give {', '.join(_PLAIN)} (one document), "
-            f"{' or '.join(_LINES)} (a document a line, field `text`) or .parquet; all but the "
-            "last also as .gz"
+            f"corpus {path} has an unknown file type. Use {', '.join(_PLAIN)} (one document), "
+            f"{' or '.join(_LINES)} (one document per line, field `text`), or .parquet; all but "
+            ".parquet may end in .gz."
         )
     try:
         if kind == ".parquet":
@@ -245,17 +258,14 @@ def _from_file(path: Path, name: str, console: Console) -> tuple[list[str], str]
         text = "".join(text_lines(path))
     except UserError:
         raise
-    except Exception as error:  # of the file, of gzip, of UTF-8 or of pyarrow
-        raise UserError(
-            f"corpus {path} cannot be read as {kind}: "
-            f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
-        ) from None
+    except Exception as error:  # OSError, gzip, UTF-8 or pyarrow
+        raise UserError(f"corpus {path} cannot be read as {kind}: {one_line(error, 160)}") from None
     if name == "wikitext2":
-        # As in the hub's copy: a blank row is the empty string, any other keeps its own newline.
+        # As in the hub's copy: a blank row is the empty string, others keep their newline.
         lines = text.split("\n")
         lines = lines[:-1] if lines and not lines[-1] else lines
         return ["" if not line.strip() else line + "\n" for line in lines], path.name
-    # As in the hub's copy: the file has a space at both ends of a line, a row has none.
+    # As in the hub's copy: rows lack the file's spaces around each line.
     return [row.strip() for row in text.splitlines()] if name == "ptb" else [text], path.name
 
 
@@ -263,7 +273,7 @@ def _text(row: object, number: int, path: Path) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(
-            f'corpus {path}, line {number}: not a JSON object with a text, like {{"text": "..."}}'
+            f'corpus {path}, line {number}: not a JSON object of the form {{"text": "..."}}'
         )
     return text
 
@@ -274,32 +284,37 @@ def _parquet(path: Path) -> list[str]:
     file = pyarrow.parquet.ParquetFile(path)
     if "text" not in file.schema_arrow.names:
         raise UserError(
-            f"corpus {path} has no column `text`; its columns: {', '.join(file.schema_arrow.names)}"
+            f"corpus {path} has no column `text`, only {', '.join(file.schema_arrow.names)}"
         )
     texts = file.read(columns=["text"])["text"].to_pylist()
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"corpus {path}: the column `text` holds values that are no text")
+        raise UserError(f"corpus {path}: column `text` contains values that are not strings")
     return texts
 
 
 def _from_hub(name: str, split: Split) -> tuple[list[str], str]:
     import datasets
 
-    repository, options = _HUB[name, split]
-    if "data_files" in options:
-        options = {**options, "data_files": {split: options["data_files"]}}
+    source = _SOURCES[name, split]
+    files = {split: source.data_file} if source.data_file else None
     try:
         rows = datasets.load_dataset(
-            repository, split=split, verification_mode="no_checks", **options
+            source.repository,
+            name=source.configuration,
+            data_files=files,
+            split=split,
+            verification_mode="no_checks",
         )
-    except Exception as error:  # the hub's, the network's and the formats' errors have no base
-        raise _not_fetched(name, split, repository, error) from None
-    return list(rows[_COLUMN[name]]), f"{repository} {options.get('name', '')} {split}".strip()
+    except Exception as error:  # hub, network and format errors share no base class
+        raise _download_error(name, split, error) from None
+    origin = f"{source.repository} {source.configuration or ''} {split}".strip()
+    return list(rows[source.column]), origin
 
 
-def _not_fetched(name: str, split: Split, repository: str, error: Exception) -> UserError:
+def _download_error(name: str, split: Split, error: Exception) -> UserError:
+    source = _SOURCES[name, split]
     return UserError(
-        f"corpus {name!r} ({split}) could not be fetched from the hub ({repository}): "
-        f"{type(error).__name__} {str(error).splitlines()[0]}; set CAP_LLM_DATA to a folder "
-        f"that holds {_LOCAL[name, split][-1]}, or give a file"
+        f"corpus {name!r} ({split}) cannot be downloaded from {source.repository}: "
+        f"{type(error).__name__} {str(error).splitlines()[0]}. Set CAP_LLM_DATA to a folder that "
+        f"contains {source.files[-1]}, or pass a file."
     )
