@@ -17,24 +17,26 @@ shift 2
 cd "$(dirname "$0")/.."
 if ! command -v deepspeed >/dev/null && [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 
-# The recipe's stages; options are checked here, before the jobs wait in the queue.
+# The recipe's stages and their batch files; options are checked here, before the jobs wait.
 stages=$(python -c '
 import sys
 from cap_llm.cli.command_line import UserError, read_config
-from cap_llm.models.hub import refuse_another_run
+from cap_llm.pipeline import check_settings
+from cap_llm.stages import STAGES
 try:
     config, *_ = read_config(sys.argv[1:])
-    config.check()
-    refuse_another_run(config)
+    check_settings(config)
 except UserError as error:
     raise SystemExit(f"pipeline.sh: {error}") from None
-print(*config.stages)' --config "$recipe" --output_dir "$folder" "$@")
+print(*(f"{name}:{STAGES[name].job}" for name in config.stages))' \
+  --config "$recipe" --output_dir "$folder" "$@")
 
 states=$(python cap_llm/train.py status --json -- "$folder" 2>/dev/null) || true # a new RUN has none
 # The job's comment identifies the run directory; it is quoted to fit on one line.
 LC_ALL=C printf -v comment %q "$(realpath -m -- "$folder")"
 before=
-for stage in $stages; do
+for entry in $stages; do
+  stage=${entry%:*} file=${entry#*:}
   # A finished stage is skipped unless an earlier stage runs again. evaluate always runs, because its
   # options may have changed.
   if [[ -z $before && $stage != evaluate && $states == *"\"$stage\": \"done\""* ]]; then
@@ -46,11 +48,7 @@ for stage in $stages; do
   if [ -n "$job" ]; then
     echo "$stage: job $job is already in the queue"
   else
-    case $stage in
-      recover) file=${RECOVER:-slurm/recover.sbatch} ;;
-      evaluate) file=slurm/evaluate.sbatch ;;
-      *) file=slurm/oneshot.sbatch ;;
-    esac
+    if [ "$file" = recover ]; then file=${RECOVER:-slurm/recover.sbatch}; else file=slurm/$file.sbatch; fi
     job=$(STAGE=$stage sbatch --parsable --job-name="cap-$stage" --comment="$comment" \
       ${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes} "$file" "$recipe" "$folder" "$@")
     echo "$stage: job $job"

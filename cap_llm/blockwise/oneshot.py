@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from cap_llm.blockwise import owl
+from cap_llm.blockwise.estimate import Sizes
 from cap_llm.blockwise.perplexity import head_nll
 from cap_llm.blockwise.prune import (
     PrunedBlock,
@@ -23,7 +24,7 @@ from cap_llm.blockwise.prune import (
 )
 from cap_llm.blockwise.stage import BlockStage
 from cap_llm.blockwise.walk import Walk
-from cap_llm.config import Config, OneshotConfig
+from cap_llm.config import CalibrationConfig, OneshotConfig
 from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel, matrix
 from cap_llm.models.directory import recorded, removed
@@ -33,46 +34,93 @@ from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.rundir import Run
+from cap_llm.runtime.world import World
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.text.reading import Texts
+from cap_llm.stages import Cost, Inputs, Preview
+from cap_llm.text.reading import Calibration
 
 STAGE = "oneshot"
 
 
-def oneshot(source: Path, texts: Texts, config: Config, run: Run, stage: str = STAGE) -> Path:
-    """Prunes the model of directory `source`.
+def check(
+    preview: Preview, oneshot: OneshotConfig, calibration: CalibrationConfig | None = None
+) -> None:
+    """Checks that pattern, sparsity and existing masks fit the model.
+
+    Raises:
+        UserError: they do not.
+    """
+    plan = plan_sparsities(preview.model, oneshot)
+    if oneshot.allocation == "uniform":
+        earlier_mask(preview.folder, oneshot, plan)
+
+
+def cost(
+    preview: Preview, oneshot: OneshotConfig, calibration: CalibrationConfig | None = None
+) -> Cost:
+    """The cost of the stage."""
+    sizes = Sizes(preview)
+    result = sizes.rewriting()
+    if calibration:
+        heavy = oneshot.method in ("alps", "admm_grad")
+        sizes.add_solver(result, *((6, 8) if heavy else (3, 4)))
+        walks = 4 if oneshot.allocation == "owl" else 1  # OWL and its guard need three more
+        solving = 2 + 100 * oneshot.refits  # times R C^2
+        sizes.add_walks(result, calibration, walks, solving)
+        result.cached = sizes.states(sizes.shard(calibration.sequences * calibration.length))
+    return result
+
+
+def run(inputs: Inputs, oneshot: OneshotConfig, calibration: Calibration | None = None) -> None:
+    """Runs the stage."""
+    gib = inputs.runtime.activation_gib
+    prune_directory(inputs.start, oneshot, calibration, STAGE, inputs.recipe, inputs.run, gib)
+
+
+def prune_directory(
+    source: Path,
+    settings: OneshotConfig,
+    calibration: Calibration | None,
+    name: str,
+    recipe: dict,
+    run: Run,
+    activation_gib: float | None,
+) -> Path:
+    """Prunes a model directory.
 
     Args:
-        source: a directory of safetensors.
-        texts: with the calibration ids, where the method reads any.
-        config: the run's settings.
+        source: the directory.
+        settings: method, pattern and sparsity.
+        calibration: the calibration text; None if the method needs none.
+        name: folder of the result in the run directory.
+        recipe: the settings that the result depends on.
         run: the run directory.
-        stage: its folder in the run directory.
+        activation_gib: memory for activations per rank; see `RuntimeConfig`.
 
     Returns:
         The directory of the pruned model.
 
     Raises:
-        UserError: see the messages; whatever is finished is kept.
+        UserError: a setting or an input is invalid. Finished blocks remain on disk.
     """
-    world, settings = run.world, config.oneshot
-    work = BlockStage(stage, config.recipe(STAGE), run, source)
+    world = run.world
+    work = BlockStage(name, recipe, run, source)
     if work.done:
         return work.folder
-    work.begin(texts, config)
+    work.begin(calibration)
     model = work.model
     plan, budget = plan_sparsities(model, settings), "uniform"
-    windows = texts.calibration if settings.uses_calibration else None
+    windows = calibration.ids if calibration else None
     if settings.allocation == "owl":
         gone = Masks(source, world).shares if _grows(source, settings) else {}
-        plan, budget = _owl(model, plan, gone, windows, config, run, work.folder)
+        plan, budget = _owl(work, plan, gone, windows, settings, activation_gib)
     earlier = earlier_mask(source, settings, plan)
     with work.work() as (bar, scratch):
         walk = None
         if windows is not None and len(work.finished) < len(model):
             bar.phase("embedding")
             mine = windows[list(world.shard(len(windows)))]
-            memory = Memory.plan(model.device, config.runtime.activation_gib)
+            memory = Memory.plan(model.device, activation_gib)
             walk = Walk(model, mine, memory, scratch)
         model.drop_outside()
         for i in range(len(model)):
@@ -123,23 +171,22 @@ def _left(
 
 
 def _owl(
-    model: BlockModel,
+    work: BlockStage,
     plan: dict[str, float],
     gone: dict[str, float],
     windows: torch.Tensor,
-    config: Config,
-    run: Run,
-    folder: Path,
+    oneshot: OneshotConfig,
+    activation_gib: float | None,
 ) -> tuple[dict[str, float], str]:
     """The uneven plan, if it beats the even one on held-out text; computed once and kept.
 
     Neither brings back what is `gone` by an earlier mask. The second value says which it is.
     """
-    path = folder / "owl.json"
+    model, run, path = work.model, work.run, work.folder / "owl.json"
     known = path.exists() and read_json(path, lambda c: (dict(c["sparsity"]), c["allocation"]))
     if known := run.world.gather(known)[0]:
         return known
-    settings = config.oneshot.owl
+    settings = oneshot.owl
     guard = min(settings.guard_sequences, len(windows) // 2)
     if guard and not model.is_causal:
         raise UserError(
@@ -152,22 +199,31 @@ def _owl(
             f"for {run.world.size} ranks: give more, or a smaller --oneshot.owl.guard_sequences"
         )
     held_out, seen = windows[:guard], windows[guard:]
-    named = {n for w in config.oneshot.layers for n in plan if matches(n, w)}
+    named = {n for w in oneshot.layers for n in plan if matches(n, w)}
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
         mine = seen[list(run.world.shard(len(seen)))]
         with run.console.bar("OWL", len(model), "blocks") as bar:
-            memory = Memory.plan(model.device, config.runtime.activation_gib)
+            memory = Memory.plan(model.device, activation_gib)
             walk = Walk(model, mine, memory, Path(scratch))
             shares = owl.outlier_shares(model, walk, settings.threshold, run.world, bar.advance)
-        uneven = plan | _owl_sparsities(model, named, shares, gone, config.oneshot)
-        even = plan | _owl_sparsities(model, named, [0.0] * len(shares), gone, config.oneshot)
+        uneven = plan | _owl_sparsities(model, named, shares, gone, oneshot)
+        even = plan | _owl_sparsities(model, named, [0.0] * len(shares), gone, oneshot)
         record = {"outlier_percent": shares, "sparsity": uneven, "allocation": "owl"}
         if guard:
             nll = {}
             for name, candidate in (("uniform", even), ("owl", uneven)):
                 with run.console.bar(f"OWL guard, {name}", len(model), "blocks") as bar:
+                    memory = Memory.plan(model.device, activation_gib, parts=2)
                     nll[name] = _proxy_nll(
-                        model, candidate, seen, held_out, config, run, Path(scratch), bar.advance
+                        model,
+                        candidate,
+                        oneshot.pattern,
+                        seen,
+                        held_out,
+                        run.world,
+                        memory,
+                        Path(scratch),
+                        bar.advance,
                     )
             record |= {"guard_nll": nll, "guard_sequences": guard}
             if nll["owl"] >= nll["uniform"]:
@@ -176,7 +232,7 @@ def _owl(
                 f"OWL guard: held-out loss {nll['owl']:.4f} against {nll['uniform']:.4f} uniform; "
                 f"{'OWL' if record['allocation'] == 'owl' else 'uniform'} is used"
             )
-    run.bind(folder, config.recipe(STAGE))
+    run.bind(work.folder, work.recipe)
     if run.world.is_main:
         write_json(path, record)
     run.world.barrier()
@@ -216,17 +272,16 @@ def _grows(source: Path, settings: OneshotConfig) -> bool:
 def _proxy_nll(
     model: BlockModel,
     plan: dict[str, float],
+    pattern: str,
     seen: torch.Tensor,
     held_out: torch.Tensor,
-    config: Config,
-    run: Run,
+    world: World,
+    memory: Memory,
     scratch: Path,
     advance: Callable[[], None],
 ) -> float:
     """Mean loss a token of the model pruned by Wanda to `plan`, on held-out ids [N, T]."""
-    settings = OneshotConfig(method="wanda", pattern=config.oneshot.pattern, sparsity=0.5)
-    world = run.world
-    memory = Memory.plan(model.device, config.runtime.activation_gib, parts=2)
+    settings = OneshotConfig(method="wanda", pattern=pattern, sparsity=0.5)
     walk = Walk(model, seen[list(world.shard(len(seen)))], memory, scratch)
     mine = held_out[list(world.shard(len(held_out)))]
     scored = Walk(model, mine, memory, scratch) if len(mine) else None

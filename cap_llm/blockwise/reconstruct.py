@@ -32,52 +32,72 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import ActivationCache
+from cap_llm.blockwise.estimate import Sizes
 from cap_llm.blockwise.prune import PrunedBlock, record_unchanged
-from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
+from cap_llm.blockwise.stage import BlockStage, check_dense, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
-from cap_llm.config import Config
+from cap_llm.config import CalibrationConfig, ReconstructConfig
 from cap_llm.models.blocks import BlockModel, Call, stored_dtype
 from cap_llm.models.directory import patterns
 from cap_llm.models.masks import Masks
 from cap_llm.models.skeleton import states_of
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
-from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
-from cap_llm.text.reading import Texts
+from cap_llm.stages import Cost, Inputs, Preview
+from cap_llm.text.reading import Calibration
 
 STAGE = "reconstruct"
 WARMUP = 0.1  # of the steps: Adam's first steps have full size whatever the gradient
 PATIENCE = 2  # epochs without improvement; early large steps may increase the error
 
 
-def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
-    """Trains the blocks of a pruned model one by one.
+def check(preview: Preview, calibration: CalibrationConfig, reconstruct: ReconstructConfig) -> None:
+    """Checks the dense model, and that blocks can be trained in halves if they are to be.
 
-    Args:
-        pruned: directory of the pruned model.
-        dense: directory of the dense model.
-        texts: calibration and held-out ids.
-        config: settings of the run.
-        run: the run directory.
+    Raises:
+        UserError: they cannot, or `model.dense` is not dense.
+    """
+    check_dense(preview)
+    for block in preview.model.blocks:
+        _sections(block, reconstruct.split_attention)
 
-    Returns:
-        The directory of the result.
+
+def cost(preview: Preview, calibration: CalibrationConfig, reconstruct: ReconstructConfig) -> Cost:
+    """The cost of the stage."""
+    sizes, student_inputs = Sizes(preview), reconstruct.inputs == "student"
+    sizes.width = 4  # blocks are trained in fp32
+    result = sizes.rewriting(models=1 + student_inputs)
+    # gradients, Adam's two moments, the weights as trained and as selected, the masks
+    result.memory += 6 * 4 * max(sizes.weights)
+    n = calibration.sequences * calibration.length
+    tokens = n + calibration.held_out * calibration.length
+    # with the dense model's inputs, each rank stores all sequences
+    tokens = sizes.shard(tokens) if student_inputs else tokens
+    result.cached = sizes.states((4 if reconstruct.split_attention else 3) * tokens)
+    # a backward pass takes twice as long as a forward pass
+    result.forwards = (1 + 3 * reconstruct.epochs) * n * sizes.flops(calibration.length)
+    return result
+
+
+def run(inputs: Inputs, calibration: Calibration, reconstruct: ReconstructConfig) -> None:
+    """Runs the stage.
 
     Raises:
         UserError: a setting or an input is invalid. Finished blocks remain on disk.
     """
-    work = BlockStage(STAGE, config.recipe(STAGE), run, pruned, dense)
+    pruned, dense, run = inputs.start, inputs.dense, inputs.run
+    work = BlockStage(STAGE, inputs.recipe, run, pruned, dense)
     if work.done:
-        return work.folder
-    work.begin(texts, config, dtype=torch.float32)
-    world, independent = run.world, config.reconstruct.inputs == "dense"
+        return
+    work.begin(calibration, dtype=torch.float32)
+    world, independent = run.world, reconstruct.inputs == "dense"
     if independent:
         work.model.drop_outside()  # before the dense model loads its own
     masks = start_masks(pruned, run)
-    if not independent and world.size > config.reconstruct.batch:
+    if not independent and world.size > reconstruct.batch:
         run.console.say(
-            f"reconstruct.batch is {config.reconstruct.batch}, so some of the {world.size} ranks "
+            f"reconstruct.batch is {reconstruct.batch}, so some of the {world.size} ranks "
             "are idle. Increase it, and reconstruct.lr by the square root of the same factor, or "
             "set --reconstruct.inputs dense.",
             style="yellow",
@@ -92,7 +112,10 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
         if todo:
             bar.phase("embedding")
             dense_model = BlockModel.open(dense, world.device, torch.float32)
-            trainer = _Trainer(work.model, dense_model, masks, texts, config, world, scratch)
+            gib = inputs.runtime.activation_gib
+            trainer = _Trainer(
+                work.model, dense_model, masks, calibration, reconstruct, gib, world, scratch
+            )
         passed = 0  # blocks that the dense stream has passed
         for start in range(0, len(order), size):
             round_ = order[start : start + size]
@@ -123,7 +146,7 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
                 work.report(j, all_results[j])
             bar.advance(round_[-1] + 1 - passed)
             passed = round_[-1] + 1
-    return work.finish()
+    work.finish()
 
 
 class _Trainer:
@@ -133,8 +156,9 @@ class _Trainer:
         student: the pruned model.
         dense: the dense model.
         masks: of the student.
-        texts: calibration and held-out ids.
-        config: settings of the run.
+        text: calibration and held-out ids.
+        settings: of the stage.
+        activation_gib: memory for activations.
         world: the ranks.
         scratch: folder to spill activations to.
 
@@ -148,27 +172,28 @@ class _Trainer:
         student: BlockModel,
         dense: BlockModel,
         masks: Masks,
-        texts: Texts,
-        config: Config,
+        text: Calibration,
+        settings: ReconstructConfig,
+        activation_gib: float | None,
         world: World,
         scratch: Path,
     ):
         self.student, self.dense, self.masks = student, dense, masks
-        self.settings, self.patterns = config.reconstruct, patterns(masks.folder)
+        self.settings, self.patterns = settings, patterns(masks.folder)
         device, alone = world.device, World.alone(world.device)
         own_inputs = self.settings.inputs == "student"
         self.team, self.pool = (world, alone) if own_inputs else (alone, world)
         dtype = self.settings.dtype
         low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
-        self.n = len(texts.calibration)
-        own, held_out = self.team.shard(self.n), self.team.shard(len(texts.held_out))
+        self.n = len(text.ids)
+        own, held_out = self.team.shard(self.n), self.team.shard(len(text.held_out))
         self.index = {sequence: k for k, sequence in enumerate(own)}  # of training sequences
         self.held_out = range(len(own), len(own) + len(held_out))
-        self.n_held_out = len(texts.held_out)
-        windows = torch.cat([texts.calibration[list(own)], texts.held_out[list(held_out)]])
+        self.n_held_out = len(text.held_out)
+        windows = torch.cat([text.ids[list(own)], text.held_out[list(held_out)]])
         parts = 4 if self.settings.split_attention else 3
-        memory = Memory.plan(device, config.runtime.activation_gib, parts)
+        memory = Memory.plan(device, activation_gib, parts)
         self.new_store = lambda: ActivationCache(device, memory, scratch)
         length = windows.shape[1]  # one sequence per forward pass, so that steps can mix them
         self.dense_walk = Walk(dense, windows, memory, scratch, length)

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cap_llm.blockwise.estimate import Sizes
 from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import (
     PrunedBlock,
@@ -31,58 +32,97 @@ from cap_llm.blockwise.prune import (
     record_unchanged,
     solve_across_ranks,
 )
-from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
+from cap_llm.blockwise.stage import BlockStage, check_dense, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
-from cap_llm.config import Config
+from cap_llm.config import CalibrationConfig, OneshotConfig, SdsConfig
 from cap_llm.models.blocks import BlockModel, Group, matrix
 from cap_llm.models.directory import recorded, removed
 from cap_llm.models.masks import Masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 from cap_llm.runtime.memory import Memory
-from cap_llm.runtime.rundir import Run
 from cap_llm.solvers.admm import alps
 from cap_llm.solvers.hessian import Moments, factorize
 from cap_llm.solvers.methods import Solver, pattern_of
+from cap_llm.solvers.redensify import STEPS as SGD_STEPS
 from cap_llm.solvers.redensify import redensify, redensify_by_sgd
 from cap_llm.sparsity.choose import choose, obeys
 from cap_llm.sparsity.pattern import Pattern
-from cap_llm.text.reading import Texts
+from cap_llm.stages import Cost, Inputs, Preview
+from cap_llm.text.reading import Calibration
 
 STAGE = "sds"
 SGD_BATCH = 8  # sequences per SGD step in mode `paper`
 
 
-def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
-    """Applies Sparse-Dense-Sparse to a pruned model.
+def check(
+    preview: Preview, oneshot: OneshotConfig, calibration: CalibrationConfig, sds: SdsConfig
+) -> None:
+    """Checks that the second prune fits the model that the stage starts from, and the dense model.
 
-    Args:
-        pruned: directory of the pruned model.
-        dense: directory of the dense model.
-        texts: calibration and held-out ids.
-        config: settings of the run; `oneshot` configures the second prune.
-        run: the run directory.
+    Raises:
+        UserError: it does not.
+    """
+    check_dense(preview)
+    plan_sparsities(preview.model, oneshot)
+    if preview.has_weights and not preview.from_run:
+        plan_second_prune(Masks(preview.start, preview.world), preview.model, oneshot)
 
-    Returns:
-        The directory of the result.
+
+def cost(
+    preview: Preview, oneshot: OneshotConfig, calibration: CalibrationConfig, sds: SdsConfig
+) -> Cost:
+    """The cost of the stage."""
+    sizes, paper = Sizes(preview), sds.mode == "paper"
+    result = sizes.rewriting(models=1 + (sds.data == "dense"))
+    n_batches = -(-calibration.sequences // SGD_BATCH) if paper else 0
+    sizes.add_solver(result, 7 + n_batches, 8)  # including held-out moments
+    # the dense block; sparse, dense and free weights in fp32
+    result.memory += (sizes.width + 3 * 4) * max(sizes.weights)
+    sizes.add_walks(result, calibration, 2, 102 + 4 * SGD_STEPS * n_batches)
+    n = calibration.sequences * calibration.length
+    n_held_out = calibration.held_out * calibration.length
+    tokens = sizes.shard(n) * sds.redensify + sizes.shard(n + n_held_out)
+    result.cached = sizes.states(tokens)
+    if sds.data == "redense":
+        result.disk += sizes.width * sum(sizes.weights)  # see `save_redensified`
+    return result
+
+
+def run(inputs: Inputs, oneshot: OneshotConfig, calibration: Calibration, sds: SdsConfig) -> None:
+    """Runs the stage; `oneshot` configures the second prune.
 
     Raises:
         UserError: a setting or an input is invalid. Finished blocks remain on disk.
     """
-    work = BlockStage(STAGE, config.recipe(STAGE), run, pruned, dense)
+    pruned, dense, run = inputs.start, inputs.dense, inputs.run
+    work = BlockStage(STAGE, inputs.recipe, run, pruned, dense)
     if work.done:
-        return work.folder
+        return
     dense_model = BlockModel.open(dense, run.world.device)
     masks = start_masks(pruned, run)
-    plan = plan_second_prune(masks, dense_model, config)
-    if config.sds.data != "dense":
+    plan = plan_second_prune(masks, dense_model, oneshot, inputs.from_run)
+    if sds.data != "dense":
         dense_model.drop_outside()  # before the pruned model loads its own
-    work.begin(texts, config)
+    work.begin(calibration)
     todo = len(work.finished) < len(work.model)
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")
-            step = _Step(work, dense_model, masks, dense, plan, texts, config, scratch)
+            allowed_mask = earlier_mask(dense, oneshot, plan)
+            gib = inputs.runtime.activation_gib
+            step = _Step(
+                work,
+                dense_model,
+                masks,
+                allowed_mask,
+                plan,
+                calibration,
+                sds,
+                oneshot,
+                gib,
+                scratch,
+            )
         for i in range(len(work.model) if todo else 0):
             with work.model.block(i) as block, dense_model.block(i) as dense_block:
                 if i in work.finished:
@@ -98,20 +138,27 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
                     run.world.barrier()
                     work.report(i, result)
             bar.advance()
-    return work.finish()
+    work.finish()
 
 
-def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[str, float]:
+def plan_second_prune(
+    masks: Masks, dense: BlockModel, settings: OneshotConfig, from_run: bool = False
+) -> dict[str, float]:
     """Returns the sparsity per weight for the second prune: that of the first, else `oneshot`'s.
+
+    Args:
+        masks: of the first prune.
+        dense: the dense model.
+        settings: of the second prune.
+        from_run: whether this run did the first prune, with the same settings.
 
     Raises:
         UserError: a model of another run has a different pattern or sparsity than `oneshot`.
     """
-    settings, pruned = config.oneshot, masks.folder
     plan = plan_sparsities(dense, settings)
-    rows = recorded(pruned)
+    rows = recorded(masks.folder)
     sparsities = {row["name"]: removed(row) for row in rows}
-    if config.start(STAGE):  # from this run, so its settings were checked
+    if from_run:
         return plan | {name: s for name, s in sparsities.items() if plan.get(name)}
     patterns = sorted({row["pattern"] for row in rows} - {"as found"})
     target, compatible = Pattern.parse(settings.pattern), {settings.pattern}
@@ -127,8 +174,8 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
         if len(patterns) > 1:
             remedy = "Use a model with a single pattern."
         raise UserError(
-            f"oneshot.pattern is {settings.pattern}, but {pruned} has {' and '.join(patterns)}. "
-            f"{remedy}"
+            f"oneshot.pattern is {settings.pattern}, but {masks.folder} has "
+            f"{' and '.join(patterns)}. {remedy}"
         )
     if target.m:
         return plan | sparsities
@@ -140,7 +187,7 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
             remedy = " and remove oneshot.layers" if settings.layers else ""
             raise UserError(
                 f"oneshot.sparsity would prune {name} to {100 * planned:g}%, but it has "
-                f"{100 * sparsity:.1f}% zeros in {pruned}. Set --oneshot.sparsity "
+                f"{100 * sparsity:.1f}% zeros in {masks.folder}. Set --oneshot.sparsity "
                 f"{round(sparsity, 3):g}{remedy}."
             )
     return plan | sparsities
@@ -167,27 +214,28 @@ class _Step:
         work: BlockStage,
         dense_model: BlockModel,
         masks: Masks,
-        dense: Path,
+        allowed_mask: Callable[[str, torch.Tensor], torch.Tensor | None],
         plan: dict[str, float],
-        texts: Texts,
-        config: Config,
+        text: Calibration,
+        settings: SdsConfig,
+        oneshot: OneshotConfig,
+        activation_gib: float | None,
         scratch: Path,
     ):
         self.work, self.model, self.world = work, work.model, work.run.world
-        self.settings, self.oneshot = config.sds, config.oneshot
-        self.pattern = pattern_of(config.oneshot)
-        self.masks, self.plan = masks, plan
-        self.allowed_mask = earlier_mask(dense, config.oneshot, plan)
-        own = self.world.shard(len(texts.calibration))
-        calibration = texts.calibration[list(own)]
-        held_out = texts.held_out[list(self.world.shard(len(texts.held_out)))]
-        self.has_held_out = len(texts.held_out) > 0
+        self.settings, self.oneshot = settings, oneshot
+        self.pattern = pattern_of(oneshot)
+        self.masks, self.allowed_mask, self.plan = masks, allowed_mask, plan
+        own = self.world.shard(len(text.ids))
+        calibration = text.ids[list(own)]
+        held_out = text.held_out[list(self.world.shard(len(text.held_out)))]
+        self.has_held_out = len(text.held_out) > 0
         # statistics per SGD batch in mode `paper`, one batch in mode `gram`
-        batch = SGD_BATCH if self.settings.mode == "paper" else len(texts.calibration)
-        self.n_batches = -(-len(texts.calibration) // batch)
+        batch = SGD_BATCH if self.settings.mode == "paper" else len(text.ids)
+        self.n_batches = -(-len(text.ids) // batch)
         self.batch_of = [n // batch for n in own]  # per calibration sequence
         parts = 2 if self.settings.redensify else 1
-        memory = Memory.plan(self.model.device, config.runtime.activation_gib, parts)
+        memory = Memory.plan(self.model.device, activation_gib, parts)
         self.redensify_walk = None
         if self.settings.redensify:
             source = dense_model if self.settings.data == "dense" else self.model

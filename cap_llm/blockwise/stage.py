@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cap_llm.blockwise.prune import PrunedBlock
-from cap_llm.config import Config
 from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import ShardWriter
@@ -33,7 +32,8 @@ from cap_llm.runtime.files import digests, read_json, write_json
 from cap_llm.runtime.files import verify as verify_files
 from cap_llm.runtime.memory import max_peaks, peaks, reset_peak_memory
 from cap_llm.runtime.rundir import Run
-from cap_llm.text.reading import Texts
+from cap_llm.stages import Preview
+from cap_llm.text.reading import Calibration
 
 INPUTS = "calibration.json"  # checksums of what a stage is made from
 
@@ -78,7 +78,7 @@ class BlockStage:
                 shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
             run.console.say(f"{self.name}: done already, in {self.folder}")
 
-    def begin(self, texts: Texts, config: Config, dtype: torch.dtype | None = None) -> None:
+    def begin(self, calibration: Calibration | None, dtype: torch.dtype | None = None) -> None:
         """Opens the model and looks for what is finished.
 
         It computes in `dtype`, by default as `BlockModel.open` says.
@@ -88,7 +88,7 @@ class BlockStage:
         """
         reset_peak_memory()
         run = self.run
-        self._texts = texts
+        self._calibration = calibration
         self.model = BlockModel.open(self._source, run.world.device, dtype)
         if run.world.is_main:
             if not (self.folder / "recipe.json").exists():
@@ -98,7 +98,7 @@ class BlockStage:
             for place in (self.folder, self.parts):
                 for path in place.glob(".*.tmp"):  # what a killed writer left half-written
                     path.unlink()
-            self._inputs["ids_sha256"] = texts.calibration_digest
+            self._inputs["ids_sha256"] = calibration.digest if calibration else None
             self._refuse_other_inputs("ids_sha256", "the calibration text or tokenizer has")
             write_json(self.folder / INPUTS, self._inputs)
         run.world.barrier()
@@ -203,7 +203,7 @@ class BlockStage:
             "seconds": round(seconds, 2),
             "resumed_at_block": self.resumed_at,
             **memory,
-            "calibration": self._texts.origin,
+            "calibration": self._calibration.origin if self._calibration else None,
             **facts,
         }
         files = weights_and_masks(self.folder) if world.is_main else ()
@@ -305,6 +305,21 @@ def _record(content: dict) -> dict:
     for row in content["rows"]:
         Row(**row)
     return content | {"elapsed": float(content["elapsed"])}
+
+
+def check_dense(preview: Preview) -> None:
+    """Checks that `model.dense` is not the pruned model that a stage starts from.
+
+    Raises:
+        UserError: it is.
+    """
+    dense = preview.models.get("model.dense")
+    mark = fingerprint(dense) if dense and not preview.from_run else None
+    if mark and mark == fingerprint(preview.start):
+        raise UserError(
+            f"model.dense {dense} is the model to start from; give the model that it was pruned "
+            "from"
+        )
 
 
 def start_masks(folder: Path, run: Run) -> Masks:

@@ -39,8 +39,8 @@ def main(argv: list[str], console: Console) -> None:
     from cap_llm.evaluation.evaluate import FILE, score_corpora
     from cap_llm.evaluation.results import facts_of
     from cap_llm.models.hub import needs_conversion
-    from cap_llm.preflight import check_everything
-    from cap_llm.text.reading import read_texts
+    from cap_llm.preflight import preflight
+    from cap_llm.text.reading import TextReader
 
     config = Config(
         stages=["evaluate"],
@@ -51,12 +51,12 @@ def main(argv: list[str], console: Console) -> None:
         runtime=RuntimeConfig(device=args.device, activation_gib=args.activation_gib),
     )
     with scoring(args, config.model, FILE, console) as (world, folder, path):
-        check_everything(folder, config, console, world)
+        preflight(folder, config, console, world)
         if needs_conversion(folder):
             raise UserError(
                 f"{folder} is not in safetensors format. Convert and score it with cap-llm "
                 f"--model.path {folder} --stages [evaluate] --output_dir DIRECTORY"
             )
-        texts = read_texts(config, folder, console).scored
-        facts = facts_of(folder, config, world)
-        score_corpora(folder, texts, config, facts, path, None, world, console)
+        texts = TextReader(folder, args.tokenizer, console).scored(config.evaluate)
+        facts = facts_of(folder, args.model, world)
+        score_corpora(folder, texts, config.runtime, facts, path, None, world, console)

@@ -18,6 +18,7 @@ from cap_llm.cli.options import make_parser, parse
 from cap_llm.config import Config, ModelConfig
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
+from cap_llm.stages import TEXT_OPTIONS, further_models, named
 
 _EXAMPLES = (
     "opt-125m-50",
@@ -68,27 +69,20 @@ def fetch(config: Config, data: Path, console: Console) -> None:
     """
     from cap_llm.evaluation.lm_eval_tasks import find_tasks
     from cap_llm.models.hub import locate
-    from cap_llm.text.corpora import NAMES, fetch_corpus
+    from cap_llm.text.corpora import NAMES, fetch_corpus, scored_split
     from cap_llm.text.tokenizers import load_tokenizer
 
-    recover = config.recover if "recover" in config.stages else None
-    models = [config.model]
-    others = [config.model.dense, *((recover.teacher, recover.finetuned) if recover else ())]
-    for path in others:
-        if path not in (None, "train"):
-            models.append(ModelConfig(path=path))
-    for model in models:
+    models = map(lambda path: ModelConfig(path=path), further_models(config).values())
+    for model in (config.model, *models):
         console.say(f"model {model.path}: {locate(model)}")
     if config.model.tokenizer:
         load_tokenizer(config.model.tokenizer)
         console.say(f"tokenizer {config.model.tokenizer}")
-    corpora = [(config.calibration.corpus, "train")] if config.uses_calibration else []
-    corpora += [(recover.corpus, "train")] if recover else []
-    if "evaluate" in config.stages:
-        corpora += [(c, "validation" if c == "c4" else "test") for c in config.evaluate.corpora]
+    scores = "evaluate" in config.stages
+    corpora = [(name, "train") for name in named(config, TEXT_OPTIONS).values()]
+    corpora += [(name, scored_split(name)) for name in config.evaluate.corpora if scores]
     for name, split in dict.fromkeys(corpora):
         if name in NAMES:
             console.say(f"{name} ({split}): {fetch_corpus(name, split, data)}")
-    if "evaluate" in config.stages:
-        for task in find_tasks(config.evaluate, console):
-            console.say(f"task {task.name}: {task.origin}")
+    for task in find_tasks(config.evaluate, console) if scores else ():
+        console.say(f"task {task.name}: {task.origin}")

@@ -2,13 +2,11 @@
 
     cap-llm status runs/opt [--json]
 
-All of it is read from what the stages leave: `done.json`, finished blocks, complete checkpoints,
-scores, the metrics, the lock and `ended.json`.
+It reads what every stage writes, `done.json` and metrics, the lock and `ended.json`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import socket
 import time
@@ -18,17 +16,13 @@ import psutil
 import yaml
 
 from cap_llm.cli.options import make_parser, parse
-from cap_llm.config import MODELS, STAGES
 from cap_llm.runtime.console import Console, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, read_metrics
-from cap_llm.runtime.lock import (
-    ENDED,
-    FILE,
-    WATCH,
-    holder,
-)
+from cap_llm.runtime.lock import ENDED, FILE, WATCH, holder
+from cap_llm.stages import STAGES
 
+RECENT = 20  # steps or blocks by which the remaining time is estimated
 _EXAMPLES = ("runs/opt", "runs/opt --json", "$SCRATCH/runs/llama-3-8b")
 
 
@@ -67,12 +61,12 @@ def status(folder: Path) -> dict:
         config = None
     config = config if isinstance(config, dict) else {}
     asked = config.get("stages") if isinstance(config.get("stages"), list) else []
-    names = [s for s in STAGES if s in asked or (folder / s / "recipe.json").exists()]
+    names = [s for s in STAGES if s in asked or (folder / s).is_dir()]
     metrics = read_metrics(folder)
     found = {}
     for stage in names:
         try:
-            found[stage] = _PROGRESS[stage](folder, config, metrics)
+            found[stage] = _progress(stage, folder, metrics)
         except (UserError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             found[stage] = False, "its files are damaged"
     stages = {
@@ -107,62 +101,27 @@ def _job(folder: Path) -> tuple[str | None, str]:
     return "failed", f"{name} on {who['host']} ended without a word, {format_duration(seen)} ago"
 
 
-def _blockwise(stage: str, folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
+def _progress(stage: str, folder: Path, metrics: list[dict]) -> tuple[bool, str]:
+    """Whether a stage is done, and how far it is, from `done.json` or its last metrics."""
     if (done := folder / stage / "done.json").exists():
         return True, read_json(done, lambda c: format_duration(c["seconds"]))
-    finished = len(list((folder / stage / "blocks").glob("*.json")))
-    total = [m["value"] for m in metrics if m["stage"] == stage and m["name"] == "blocks"]
-    return False, f"{finished} of {total[-1]} blocks" if total else ""
-
-
-def _recover(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
-    if (done := folder / "recover" / "done.json").exists():
-        return True, read_json(done, lambda c: format_duration(c["seconds"]))
-    mine = [m for m in metrics if m["stage"].startswith("recover") and m["name"] == "loss"]
-    banks = len(list((folder / "recover").glob("banks/*/bank.json")))
-    if not mine:
-        return False, f"banking ({banks})" if banks else ""
-    recover, now = config["recover"], mine[-1]
-    each = recover["optimizer"]["batch"] * recover["length"]
-    steps = recover["optimizer"]["tokens"] // each
-    levels = len([level for level in recover["masks"]["schedule"].split(",") if level.strip()])
-    level = now["stage"].removeprefix("recover").removeprefix("/")
-    text = f"level {level} of {levels}, " if level.isdigit() else f"{level}, " if level else ""
-    text += f"step {now['step']} of {steps}"
-    kept = sorted(
-        (folder / "recover" / "checkpoints" / (level or "1")).glob("step-*/complete.json")
-    )
-    text += f", checkpoint at {int(kept[-1].parent.name[5:])}" if kept else ", no checkpoint yet"
-    left = steps - now["step"]
-    speed = [m for m in metrics if m["stage"] == now["stage"] and m["name"] == "tokens_per_second"]
-    if left and speed and speed[-1]["value"]:
-        seconds = left * each / speed[-1]["value"]
-        text += f", about {format_duration(seconds)} left" + (
-            " of this level" if levels > 1 else ""
-        )
+    lines = [m for m in metrics if m["stage"].partition("/")[0] == stage]
+    lines = [m for m in lines if m["stage"] == lines[-1]["stage"]]
+    totals = [m for m in lines if m["name"] in ("blocks", "steps", "scores")]
+    if not totals:
+        return False, ""
+    now, total = lines[-1], totals[-1]
+    part = now["stage"].partition("/")[2]
+    text = f"level {part}, " if part.isdigit() else f"{part}, " if part else ""
+    text += f"{total['name'].removesuffix('s')} {now['step']} of {total['value']}"
+    saved = [p.parent.name[5:] for p in folder.glob(f"{stage}/checkpoints/*/step-*/complete.json")]
+    text += f", checkpoint at {max(map(int, saved))}" if saved else ""
+    before = next(m for m in lines if m["step"] >= now["step"] - RECENT)
+    left = total["value"] - now["step"]
+    if left and now["step"] > before["step"]:
+        each = (now["time"] - before["time"]) / (now["step"] - before["step"])
+        text += f", about {format_duration(left * each)} left"
     return False, text
-
-
-def _evaluate(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, str]:
-    bound = [s for s in ("dense", "given", *MODELS) if (folder / s / "recipe.json").exists()]
-    wanted = [s for s in ("dense", "given", *MODELS) if s in config.get("stages", []) or s in bound]
-    asked = config["evaluate"]
-    part = f" first {asked['max_windows']}" if asked.get("max_windows") else ""
-    keys = {f"{Path(name).name}@{asked.get('window')}{part}" for name in asked["corpora"]}
-    files = [folder / stage / "perplexity.json" for stage in wanted]
-    scores = sum(len(keys & {*read_json(path)["corpora"]}) for path in files if path.exists())
-    text = f"{scores} of {len(keys) * len(wanted)} perplexities" if scores else ""
-    if asked.get("tasks"):
-        zeroshot = [stage for stage in wanted if (folder / stage / "zeroshot.json").exists()]
-        text += f", tasks of {len(zeroshot)} of {len(wanted)} models"
-    # The last stage has no folder of its own: it is done where the job that had it ended well.
-    ended = folder / ENDED
-    done = ended.exists() and '"code": 0' in _text(ended)
-    return done, text.removeprefix(", ")
-
-
-_PROGRESS = {stage: functools.partial(_blockwise, stage) for stage in MODELS}
-_PROGRESS |= {"recover": _recover, "evaluate": _evaluate}
 
 
 def _text(path: Path) -> str:

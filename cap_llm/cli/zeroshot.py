@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cap_llm.cli.options import make_score_parser, parse, scoring, without_sections
-from cap_llm.config import Config, EvaluateConfig, ModelConfig
+from cap_llm.config import EvaluateConfig, ModelConfig
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 
@@ -46,5 +46,5 @@ def main(argv: list[str], console: Console) -> None:
     with scoring(args, model, FILE, console) as (world, folder, path):
         check_causal(folder)
         tasks = find_tasks(settings, console)
-        facts = facts_of(folder, Config(model=model), world)
+        facts = facts_of(folder, args.model, world)
         score_tasks(folder, tasks, settings, facts, path, world, console, model.tokenizer)

@@ -25,11 +25,10 @@ from cap_llm.config.recover import (
     OptimizerConfig,
     RecoverConfig,
 )
-from cap_llm.config.run import MODELS, STAGES, Config, same_text
+from cap_llm.config.run import STAGE_NAMES, Config
 
 __all__ = [
-    "MODELS",
-    "STAGES",
+    "STAGE_NAMES",
     "CalibrationConfig",
     "CheckpointConfig",
     "Config",
@@ -48,5 +47,4 @@ __all__ = [
     "RecoverConfig",
     "RuntimeConfig",
     "SdsConfig",
-    "same_text",
 ]

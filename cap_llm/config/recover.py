@@ -300,6 +300,18 @@ class RecoverConfig:
         o = self.objective
         return bool(o.prc or (o.snc and self.levels) or (o.fic and self.finetuned))
 
+    def check_first_level(self, start: object, sparsity: float) -> None:
+        """Checks that the schedule begins above the sparsity of the model it starts from.
+
+        Raises:
+            UserError: it does not.
+        """
+        if self.levels and self.levels[0].sparsity <= sparsity + 1e-6:
+            raise UserError(
+                f"recover.masks.schedule begins with {self.levels[0]}, but {start} is already "
+                f"{100 * sparsity:.1f}% sparse, and masks only grow. Begin above that."
+            )
+
     def accumulation(self, ranks: int) -> int:
         """Micro-batches per optimizer step.
 

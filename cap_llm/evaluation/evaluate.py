@@ -15,137 +15,188 @@ from pathlib import Path
 
 import torch
 
+from cap_llm.blockwise.estimate import Sizes
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.config import Config
+from cap_llm.config import EvaluateConfig, RuntimeConfig
 from cap_llm.evaluation import zeroshot
-from cap_llm.evaluation.lm_eval_tasks import Task
+from cap_llm.evaluation.lm_eval_tasks import find_tasks
 from cap_llm.evaluation.results import earlier, facts_of, job
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.directory import Row, write_sparsity
-from cap_llm.models.files import fingerprint
-from cap_llm.models.hub import found_here, further_model
+from cap_llm.models.files import fingerprint, has_weights
 from cap_llm.models.masks import count_zeros
-from cap_llm.models.skeleton import skeleton
-from cap_llm.runtime.console import Console, format_duration
+from cap_llm.models.skeleton import model_class, skeleton
+from cap_llm.runtime.console import SILENT, Console, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
 from cap_llm.runtime.memory import Memory
-from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
-from cap_llm.text.reading import ScoredText, Texts
+from cap_llm.stages import Cost, Inputs, Preview
+from cap_llm.text.reading import ScoredText
 
+STAGE = "evaluate"
 FILE = "perplexity.json"
+WINDOWS = 160  # of a corpus, for the estimate; about as many as WikiText-2 has of 2048 tokens
 
 
-def outside_models(source: Path, config: Config, run: Run) -> dict[str, Path]:
-    """The models that a run scores and did not make, by the folders of their scores.
+def check(preview: Preview, evaluate: EvaluateConfig) -> None:
+    """Checks that the model has scores, and that the tasks are known and fit in memory.
 
-    `dense` is the dense model, where it is known; `given` is the run's model where that is pruned
-    or `model.dense` names another. Their weights tell, and are counted in their `sparsity.json`.
+    Raises:
+        UserError: the model is not a causal language model, a task is missing, or the model is
+            larger than a GPU.
+    """
+    if not preview.model.is_causal:
+        raise UserError(
+            f"{model_class(preview.folder).__name__} gives no next-token logits, so it has no "
+            "perplexity and no zero-shot scores; set --stages [oneshot]"
+        )
+    find_tasks(evaluate, preview.console, fetch=preview.download)
+    if evaluate.tasks and preview.world.device.type == "cuda":
+        card = torch.cuda.get_device_properties(preview.world.device).total_memory
+        if preview.n_bytes > card:
+            raise UserError(
+                f"evaluate.tasks need the whole model on each GPU, but {preview.folder} has "
+                f"{format_bytes(preview.n_bytes)} and a GPU {format_bytes(card)}. Set "
+                "--evaluate.tasks [] to measure perplexity only, which streams the model."
+            )
+
+
+def cost(preview: Preview, evaluate: EvaluateConfig) -> Cost:
+    """The cost of the perplexities; the time of the tasks is not known."""
+    sizes = Sizes(preview)
+    result = sizes.streaming()
+    if evaluate.corpora:
+        tokens = (evaluate.max_windows or WINDOWS) * evaluate.window
+        result.cached = sizes.states(sizes.shard(tokens))
+        vocabulary = preview.model.model.config.get_text_config().vocab_size
+        result.memory += 2 * 4 * evaluate.window * vocabulary
+        n_models = preview.n_models + evaluate.dense or 1
+        result.forwards = n_models * len(evaluate.corpora) * tokens * 2 * sizes.n_parameters
+    if evaluate.tasks:
+        result.memory = max(result.memory, sizes.width * sizes.n_parameters)
+    return result
+
+
+def run(inputs: Inputs, evaluate: EvaluateConfig, text: list[ScoredText]) -> None:
+    """Scores all models of the run, and the model it starts from.
 
     Args:
-        source: the directory of the run's model.
-        config: the run's settings.
-        run: the run directory.
+        inputs: the models.
+        evaluate: what to score.
+        text: of the perplexities.
+
+    Raises:
+        UserError: a model has no perplexity, overflows, or does not fit.
+    """
+    run, start = inputs.run, time.monotonic()
+    models = inputs.finished
+    if (evaluate.dense or not models) and has_weights(inputs.source, run.world):
+        models = outside_models(inputs, evaluate) | models
+    score(models, inputs, evaluate, text)
+    if run.world.is_main:
+        (run.path / STAGE).mkdir(exist_ok=True)
+    # There is no recipe, because later jobs may score something else.
+    run.finish_stage(run.path / STAGE, {"seconds": round(time.monotonic() - start, 2)})
+
+
+def outside_models(inputs: Inputs, evaluate: EvaluateConfig) -> dict[str, Path]:
+    """The models that a run scores and did not make, by the folders of their scores.
+
+    `dense` is the dense model, if it is known; `given` is the run's model if that is pruned or
+    `model.dense` names another. Zeros are counted in the weights and written to `sparsity.json`.
 
     Raises:
         UserError: a model cannot be read.
     """
-    world = run.world
+    run, world, source = inputs.run, inputs.run.world, inputs.source
     counts = {"dense": count_zeros(source, world)}
     models = {"dense": source}
-    dense = _known_dense(source, counts["dense"][-1], config, run)
-    if dense or counts["dense"][-1]:
+    pruned = counts["dense"][-1]
+    dense = _known_dense(inputs, pruned) if evaluate.dense else None
+    if dense or pruned:
         models, counts = {"given": source}, {"given": counts["dense"]}
     if dense:
         models["dense"], counts["dense"] = dense, count_zeros(dense, world)
     for name, folder in models.items():
-        place, _ = run.stage(name, config.recipe(name))
-        run.bind(place, config.recipe(name))
+        place, _ = run.stage(name, inputs.recipe)
+        run.bind(place, inputs.recipe)
         if world.is_main:
-            found, whole, _ = counts[name]
+            matrices, whole, _ = counts[name]
             rows = [
                 Row(n, shape, "as found", zeros, zeros, None, None, 0.0)
-                for n, (shape, zeros) in found.items()
+                for n, (shape, zeros) in matrices.items()
             ]
             write_sparsity(place, folder.resolve().name, rows, whole)
     return models
 
 
-def _known_dense(source: Path, pruned: bool, config: Config, run: Run) -> Path | None:
-    """The dense model of the run's model, where it is another one and the settings name it.
+def _known_dense(inputs: Inputs, pruned: bool) -> Path | None:
+    """The dense model of the run's model, if it is another one and the settings name it.
 
     The teacher of a model that came pruned is its dense model if all shapes are the same.
     """
-    if not config.evaluate.dense:
-        return None
-    dense = None
-    if config.model.dense:
-        dense = further_model("model.dense", config.model.dense, run)
-    elif pruned and not config.start("recover") and "recover" in config.stages:
-        teacher = found_here("recover.teacher", config.recover.teacher, config, run.world)
-        if teacher and _shapes(teacher) == _shapes(source):
-            dense = further_model("recover.teacher", config.recover.teacher, run)
+    source, dense = inputs.source, inputs.models.get("model.dense")
+    teacher = inputs.models.get("recover.teacher")
+    recovers_source = set(inputs.finished) == {"recover"}
+    if not dense and pruned and teacher and recovers_source and _shapes(teacher) == _shapes(source):
+        dense = teacher
     other = bool(dense) and fingerprint(dense) != fingerprint(source)
-    return dense if run.world.gather(other)[0] else None
+    return dense if inputs.run.world.gather(other)[0] else None
 
 
 def _shapes(folder: Path) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in skeleton(folder).named_parameters()}
 
 
-def evaluate(
-    models: dict[str, Path], texts: Texts, tasks: list[Task], config: Config, run: Run
+def score(
+    models: dict[str, Path], inputs: Inputs, evaluate: EvaluateConfig, text: list[ScoredText]
 ) -> None:
-    """Scores model directories.
+    """Scores model directories; see `run`.
 
     Args:
         models: by the name of the folder of the run that takes the result (`dense`, `given`,
             `oneshot`).
-        texts: the windows to score.
-        tasks: the zero-shot tasks to score.
-        config: the run's settings.
-        run: the run directory.
-
-    Raises:
-        UserError: a model has no perplexity, overflows, or does not fit.
+        inputs: of the stage.
+        evaluate: what to score.
+        text: of the perplexities.
     """
+    run = inputs.run
+    tasks = find_tasks(evaluate, SILENT)
+    n_scores, total = 0, len(models) * (len(text) + len(tasks))
     for stage, folder in models.items():
-        place, _ = run.stage(stage, config.recipe(stage))
-        run.bind(place, config.recipe(stage))
-        facts = facts_of(folder, config, run.world) | {"stage": stage}
+        place = run.path / stage
+        facts = facts_of(folder, inputs.model_name, run.world) | {"stage": stage}
         if stage == "dense" and "given" in models:
             facts["model"] = str(folder)
-        if texts.scored:
-            path = place / FILE
+        scores = {}
+        if text:
             corpora = score_corpora(
-                folder, texts.scored, config, facts, path, run.path, run.world, run.console
+                folder, text, inputs.runtime, facts, place / FILE, run.path, run.world, run.console
             )
-            for key, entry in corpora.items():
-                run.metric("evaluate", 0, {f"{stage} {key}": entry["ppl_token"]})
+            scores |= {key: entry["ppl_token"] for key, entry in corpora.items()}
         if tasks:
-            path = place / zeroshot.FILE
             results = zeroshot.score_tasks(
                 folder,
                 tasks,
-                config.evaluate,
+                evaluate,
                 facts,
-                path,
+                place / zeroshot.FILE,
                 run.world,
                 run.console,
-                config.model.tokenizer,
-            )
-            for key, entry in results["tasks"].items():
-                run.metric(
-                    "evaluate", 0, {f"{stage} {key}": entry["acc"]} if "acc" in entry else {}
-                )
+                inputs.tokenizer,
+            )["tasks"]
+            scores |= {key: entry["acc"] for key, entry in results.items() if "acc" in entry}
+        n_scores += len(text) + len(tasks)
+        metrics = {f"{stage} {key}": value for key, value in scores.items()}
+        run.metric(STAGE, n_scores, metrics | {"scores": total})
         run.world.barrier()
 
 
 def score_corpora(
     folder: Path,
     scored: list[ScoredText],
-    config: Config,
+    runtime: RuntimeConfig,
     facts: dict,
     path: Path | None,
     scratch: Path | None,
@@ -157,7 +208,7 @@ def score_corpora(
     Args:
         folder: the model.
         scored: the windows.
-        config: the run's settings.
+        runtime: the memory for activations.
         facts: what the file says of the model besides, and of the job; see `results.facts_of`.
         path: the file that is written after each text, and read for what it holds already.
         scratch: where activations go that do not fit in memory; None: a temporary folder.
@@ -176,7 +227,7 @@ def score_corpora(
         known = results.get(text.key)
         if not known or known.get("text_sha256") != text.digest:
             title = f"{stage} on {text.name}"
-            known = _score(folder, title, text, config, scratch, world, console)
+            known = _score(folder, title, text, runtime, scratch, world, console)
             results[text.key] = known = known | job(facts)
             if world.is_main and path:
                 write_json(path, facts | {"corpora": results})
@@ -191,7 +242,7 @@ def _score(
     folder: Path,
     title: str,
     text: ScoredText,
-    config: Config,
+    runtime: RuntimeConfig,
     scratch: Path | None,
     world: World,
     console: Console,
@@ -200,7 +251,7 @@ def _score(
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".scratch-") as place:
         model = BlockModel.open(folder, world.device)
         with console.bar(title, len(model), "blocks") as bar:
-            memory = Memory.plan(world.device, config.runtime.activation_gib)
+            memory = Memory.plan(world.device, runtime.activation_gib)
             nll = streamed_nll(model, text.windows, world, memory, Path(place), bar.advance)
     if not math.isfinite(nll):
         raise UserError(

@@ -36,12 +36,7 @@ from cap_llm.models.skeleton import (
 from cap_llm.runtime.environment import offline
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import readable, regular
-from cap_llm.runtime.rundir import (
-    CONTENTS,
-    Run,
-    check_same_settings,
-    with_contents,
-)
+from cap_llm.runtime.rundir import CONTENTS, Run
 from cap_llm.runtime.world import World
 from cap_llm.text.corpora import NAMES
 
@@ -167,19 +162,6 @@ def contents(config: Config, located: Path | None = None) -> dict[str, str]:
         known["model.path"] = content(located)
     known["model.revision"] = known.get("model.path")
     return {option: checksum for option, checksum in known.items() if checksum}
-
-
-def refuse_another_run(config: Config, located: Path | None = None) -> None:
-    """Refuses an output_dir whose stages were begun with other settings. Writes nothing.
-
-    Raises:
-        UserError: names the first setting that differs.
-    """
-    known = contents(config, located)
-    for stage in ("dense", "given", *config.stages):
-        check_same_settings(
-            Path(config.output_dir) / stage, with_contents(config.recipe(stage), known)
-        )
 
 
 def content(path: Path) -> str | None:

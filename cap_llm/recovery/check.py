@@ -1,4 +1,4 @@
-"""Before the work: refuses what a recovery cannot do, and predicts what it takes."""
+"""What recovery checks before its work, and what it costs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cap_llm.blockwise.estimate import check_disk
-from cap_llm.config import Config, Level, RecoverConfig
+from cap_llm.config import CalibrationConfig, OneshotConfig, RecoverConfig
 from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.files import has_weights, text_settings
-from cap_llm.models.hub import found_here, is_whole, needs_conversion
+from cap_llm.models.hub import is_whole, needs_conversion
 from cap_llm.models.masks import Masks
 from cap_llm.models.rehearsal import check_lengths
 from cap_llm.models.skeleton import NamesDiffer, skeleton
-from cap_llm.runtime.console import Console, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.memory import attained_rate
 from cap_llm.runtime.trackers import require
 from cap_llm.runtime.world import World
+from cap_llm.stages import Cost, Preview
 from cap_llm.text.tokenizers import load_tokenizer
 from cap_llm.training import checkpoints, ds_config
 from cap_llm.training import engine as engines
@@ -33,58 +31,42 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 STATES = ("word_embed_proj_dim", *WIDTHS)  # OPT projects the final states to that
 
 
-def check_recovery(
-    located: Path, config: Config, world: World, console: Console, predict: bool = False
+def check(
+    preview: Preview,
+    recover: RecoverConfig,
+    oneshot: OneshotConfig | None = None,
+    calibration: CalibrationConfig | None = None,
 ) -> None:
-    """Refuses settings that do not fit the model, the ranks or DeepSpeed, and prints an estimate.
-
-    Args:
-        located: the model's directory.
-        config: the run's settings.
-        world: the ranks.
-        console: where the estimate goes.
-        predict: also time the machine, to predict hours.
+    """Checks that the settings fit the models, the ranks and DeepSpeed.
 
     Raises:
         UserError: something does not fit.
     """
-    settings = config.recover
+    settings, world, student = recover, preview.world, preview.folder
     engines.start(world)
-    student = ds_config.student_settings(settings, world)
-    ds_config.teacher_settings(settings, world, student)
+    student_ds = ds_config.student_settings(settings, world)
+    ds_config.teacher_settings(settings, world, student_ds)
     for package in ("tensorboard", "wandb"):
         if getattr(settings.log, package):
             require(package, f"recover.log.{package}")
-    if not (Path(config.output_dir) / "recover" / "recipe.json").exists():
-        checkpoints.named(settings)  # later on it may be needed no more
+    if not (preview.run_dir / "recover" / "recipe.json").exists():
+        checkpoints.named(settings)  # a run that has begun may not need it any more
     dtype = engines.compute_dtype(settings, world)
     length = {"recover.length": settings.length}
-    check_lengths(located, length, "the model", world.device, dtype, walked=False)
-    teacher = dense = found_here("model.dense", config.model.dense, config, world)
-    if settings.teacher:
-        teacher = found_here("recover.teacher", settings.teacher, config, world)
-    check_models(located, teacher, dense, settings)
-    if settings.finetuned != "train":
-        finetuned = found_here("recover.finetuned", settings.finetuned, config, world)
-        if finetuned:
-            check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
-    earlier = config.start("recover")
-    start = Path(config.output_dir) / earlier if earlier else located
+    check_lengths(student, length, "the model", world.device, dtype, walked=False)
+    dense = preview.models.get("model.dense")
+    teacher = preview.models.get("recover.teacher") if settings.teacher else dense
+    check_models(student, teacher, dense, settings)
+    if finetuned := preview.models.get("recover.finetuned"):
+        check_pair(student, finetuned, "recover.finetuned", settings.length, same_width=True)
+    start = preview.start
     has_masks = settings.levels and world.decide(mask_files.path_of(start).exists)
     if has_masks and has_weights(start, world) and (masks := Masks(start, world)):
-        check_first_level(settings.levels, start, masks.sparsity)
-    if is_whole(located) and not needs_conversion(located):  # what is converted: afterwards
-        with contextlib.suppress(NamesDiffer):
-            refuse_changed_logits(located, world)
-    memory, disk, flops = _estimate(located, teacher, config, world, engines.stage_of(student))
-    check_disk(disk, ["recover"], config)
-    offloaded = any("offload" in key for key in student["zero_optimization"])
-    where = ", what is offloaded in main memory" if offloaded else ""
-    text = f"about {format_bytes(memory)} a rank{where}, disk {format_bytes(disk)}"
-    if predict:
-        rate = attained_rate(world.device, engines.compute_dtype(settings, world)) * world.size
-        text += f", time {format_duration(flops / rate)}"
-    console.say(f"estimate of recover: {text}")
+        settings.check_first_level(start, masks.sparsity)
+    for folder in dict.fromkeys(f for f in (student, teacher, dense) if f):
+        if is_whole(folder) and not needs_conversion(folder):
+            with contextlib.suppress(NamesDiffer):  # checked once it is converted
+                refuse_changed_logits(folder, world)
 
 
 def check_models(
@@ -103,17 +85,6 @@ def check_models(
         check_pair(student, teacher, option, length, same_width=width, same_blocks=bool(o.feature))
     if dense and dense != teacher:
         check_pair(student, dense, "model.dense", length, same_width=contrasted)
-
-
-def check_first_level(levels: list[Level], start: Path, sparsity: float) -> None:
-    """Raises:
-    UserError: a schedule's first level is no sparser than the model that it starts from.
-    """
-    if levels and levels[0].sparsity <= sparsity + 1e-6:
-        raise UserError(
-            f"recover.masks.schedule begins with {levels[0]}, but {start} is already "
-            f"{100 * sparsity:.1f}% sparse, and masks only grow. Begin above that."
-        )
 
 
 def check_pair(
@@ -226,41 +197,45 @@ def _refuse_changed_logits(folder: Path) -> None:
     )
 
 
-def _estimate(
-    located: Path, teacher: Path | None, config: Config, world: World, stage: int
-) -> tuple[float, int, float]:
-    """Bytes of memory a rank and of disk, and floating-point operations of all levels, roughly."""
-    settings, o = config.recover, config.recover.objective
-    n = sum(p.numel() for p in skeleton(located).parameters())
-    taught = bool(o.kl or o.feature)
+def cost(
+    preview: Preview,
+    recover: RecoverConfig,
+    oneshot: OneshotConfig | None = None,
+    calibration: CalibrationConfig | None = None,
+) -> Cost:
+    """The cost of all levels, roughly; what the engine offloads counts as memory too."""
+    settings, o, world = recover, recover.objective, preview.world
+    zero = engines.stage_of(ds_config.student_settings(settings, world))
+    dtype = engines.compute_dtype(settings, world)
+    n, width = sum(p.numel() for p in preview.model.model.parameters()), dtype.itemsize
     n_teacher = 0
-    if taught:  # one that is only on the hub yet counts as one of the student's size
+    if o.kl or o.feature:  # a teacher that is not downloaded counts as one of the student's size
+        teacher = preview.models.get("recover.teacher" if settings.teacher else "model.dense")
         n_teacher = sum(p.numel() for p in skeleton(teacher).parameters()) if teacher else n
-    facts = text_settings(located)
-    width = engines.compute_dtype(settings, world).itemsize
-    states, gradients, weights = (1 / world.size if stage >= s else 1.0 for s in (1, 2, 3))
+    facts = text_settings(preview.folder)
+    states, gradients, weights = (1 / world.size if zero >= s else 1.0 for s in (1, 2, 3))
     memory = n * (12 * states + width * gradients + width * weights)
     memory += n_teacher * width * weights
     tokens = settings.engine.micro_batch * settings.length
     hidden, layers = _first(facts, WIDTHS)[1] or 0, _first(facts, DEPTHS)[1] or 0
-    kept = 2 if settings.engine.gradient_checkpointing else 20  # of H per token
-    memory += tokens * hidden * layers * kept * width
-    # the head's gradient, summed in fp32, or of few tokens the logits'
+    stored = 2 if settings.engine.gradient_checkpointing else 20  # multiples of H per token
+    memory += tokens * hidden * layers * stored * width
+    # the head's gradient, summed in fp32, or, for few tokens, the logits'
     memory += (facts.get("vocab_size") or 0) * min(4 * hidden, tokens * width)
-    # What was measured on a 135M model is that much above the sum of the parts: imports, buckets of
-    # the reduction, copies while weights are loaded and moments made.
-    memory = 1.3 * memory + 2**29
+    # Imports, reduction buckets and copies while loading add this much on a model of 135M.
+    result = Cost(dtype, memory=1.3 * memory + 2**29)
     trained = (8 if settings.engine.gradient_checkpointing else 6) * n
     levels, tuned = max(1, len(settings.levels)), bool(o.fic) and settings.finetuned == "train"
     # checkpoints (fp32 weights, two moments, the model), with the one that is being written; two
-    # models a level, and the fine-tuned one
-    disk = n * (12 + width) * (settings.checkpoint.keep + 1)
-    disk += 4 * n * (2 * levels + tuned)
+    # models per level, and the fine-tuned one
+    result.disk = n * (12 + width) * (settings.checkpoint.keep + 1)
+    result.disk += 4 * n * (2 * levels + tuned)
     if settings.contrasts:
         c = settings.contrast
         snapshots = min(c.snapshots, len(settings.levels)) if o.snc else 0
         banks = bool(o.prc) + bool(o.fic and settings.finetuned) + snapshots
         units = settings.n_sequences * (c.segments + c.token_positions)
-        disk += banks * 2 * units * min(c.dim, hidden or c.dim)
-    flops = settings.optimizer.tokens * (levels * (trained + 2 * n_teacher) + tuned * trained)
-    return memory, disk, flops
+        result.disk += banks * 2 * units * min(c.dim, hidden or c.dim)
+    flops = levels * (trained + 2 * n_teacher) + tuned * trained
+    result.forwards = settings.optimizer.tokens * flops
+    return result

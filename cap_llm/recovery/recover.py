@@ -21,77 +21,65 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.oneshot import oneshot
+from cap_llm.blockwise.oneshot import prune_directory
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.config import (
-    Config,
-    Level,
-    MasksConfig,
-    ObjectiveConfig,
-    RecoverConfig,
-)
+from cap_llm.config import Level, MasksConfig, ObjectiveConfig, OneshotConfig, RecoverConfig
+from cap_llm.config.section import identity
 from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.files import fingerprint, remove_weights, weights_and_masks
-from cap_llm.models.hub import further_model
 from cap_llm.models.masks import Masks
 from cap_llm.recovery.banks import Banks
-from cap_llm.recovery.check import (
-    check_first_level,
-    check_models,
-    check_pair,
-    refuse_changed_logits,
-    state_width,
-)
+from cap_llm.recovery.check import check, cost, state_width
 from cap_llm.runtime.console import format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import holding, read_json, write_json
 from cap_llm.runtime.memory import Memory, max_peaks, peaks, reset_peak_memory
-from cap_llm.runtime.rundir import Run, with_contents
+from cap_llm.runtime.rundir import with_contents
 from cap_llm.runtime.trackers import TensorBoard, Wandb
+from cap_llm.stages import Inputs
 from cap_llm.tasks.language_modeling import LanguageModeling, TextUnits
 from cap_llm.text.packing import PackedText
-from cap_llm.text.reading import Texts
+from cap_llm.text.reading import Calibration
 from cap_llm.training import checkpoints, ds_config
 from cap_llm.training import engine as engines
 from cap_llm.training.export import export
 from cap_llm.training.loop import Job, Trained, train
 from cap_llm.training.masks import Fixed
 
+__all__ = ["check", "cost", "run"]
+
 STAGE = "recover"
 
 
-def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
-    """Recovers the model of directory `student`.
+def run(
+    inputs: Inputs,
+    recover: RecoverConfig,
+    text: PackedText,
+    oneshot: OneshotConfig | None = None,
+    calibration: Calibration | None = None,
+) -> None:
+    """Runs the stage.
 
     Args:
-        student: a pruned model directory; a dense one with a schedule.
-        dense: the model it was pruned from; the teacher too, unless `recover.teacher` names one.
-        texts: with the recovery text, and the calibration ids for a schedule.
-        config: the run's settings.
-        run: the run directory.
-
-    Returns:
-        The directory of the recovered model.
+        inputs: `start` is pruned, or dense with a schedule; `dense` is also the teacher, unless
+            `recover.teacher` names one.
+        recover: settings of the training.
+        text: to train on.
+        oneshot: how to prune to the levels of a schedule; None without one.
+        calibration: text for that pruning; None if it needs none.
 
     Raises:
-        UserError: see the messages; whatever is finished is kept.
+        UserError: a setting or an input is invalid. Finished levels and checkpoints remain on disk.
     """
-    recipe = config.recipe(STAGE)
-    folder, done = run.stage(STAGE, recipe)
+    run, settings, world = inputs.run, recover, inputs.run.world
+    folder, done = run.stage(STAGE, inputs.recipe)
     if done:
         run.console.say(f"recover: done already, in {folder}")
-        return folder
-    settings, world = config.recover, run.world
+        return
     reset_peak_memory()
     engines.start(world)
-    teacher = dense
-    if settings.teacher:
-        teacher = further_model("recover.teacher", settings.teacher, run)
-    check_models(student, teacher, dense, settings)
-    for model in dict.fromkeys((student, teacher, dense)):
-        refuse_changed_logits(model, world)
-    levels, text = settings.levels, texts.recovery
+    levels, student = settings.levels, inputs.start
     times = settings.examples / len(text.ids)
     if times > 1:
         run.console.say(
@@ -99,24 +87,24 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
             f"tokens; the training passes them {times:.2f} times",
             style="yellow",
         )
-    work = _Recovery(student, teacher, dense, text, config, run, folder)
+    work = _Recovery(inputs, settings, text, oneshot, calibration, folder)
     work.check()
-    run.bind(folder, recipe)
+    run.bind(folder, inputs.recipe)
     work.keep_inputs()
     if settings.log.tensorboard and world.is_main:
         run.add_tracker(TensorBoard(run.path))
     if settings.log.wandb and world.is_main:
-        run.add_tracker(Wandb(run.path, settings.log.wandb, config.name or run.path.name, recipe))
+        run.add_tracker(Wandb(run.path, settings.log.wandb, run.name, inputs.recipe))
     for n, level in enumerate(levels or [None], 1):
         last = n == max(1, len(levels))
         target = folder if last else folder / "levels" / str(n) / "trained"
-        student = work.climb(student, level, n, len(levels), target, texts)
+        student = work.climb(student, level, n, len(levels), target)
     work.close()
     seconds = time.monotonic() - work.began
     summary = {
         "seconds": round(seconds, 2),
         **max_peaks(work.records),
-        "calibration": texts.origin if levels else None,
+        "calibration": calibration.origin if calibration else None,
         "recovery": text.origin,
         "tokens": settings.examples * settings.length,
         "distinct_tokens": text.ids.numel(),
@@ -125,13 +113,12 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     if world.is_main:
         write_json(folder / "recovery.json", summary)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        if not config.runtime.keep_intermediate:
+        if not inputs.runtime.keep_intermediate:
             for path in (*folder.glob("levels/*/*"), folder / "finetuned"):
                 remove_weights(path)
             shutil.rmtree(folder / "banks", ignore_errors=True)
     run.finish_stage(folder, summary, weights_and_masks(folder) if world.is_main else ())
     run.console.say(f"recover: done in {format_duration(seconds)}, in {folder}")
-    return folder
 
 
 class _Recovery:
@@ -139,18 +126,19 @@ class _Recovery:
 
     def __init__(
         self,
-        start: Path,
-        teacher: Path,
-        dense: Path,
+        inputs: Inputs,
+        settings: RecoverConfig,
         text: PackedText,
-        config: Config,
-        run: Run,
+        oneshot: OneshotConfig | None,
+        calibration: Calibration | None,
         folder: Path,
     ):
-        self.start, self.teacher, self.dense = start, teacher, dense
-        self.masks = Masks(start, run.world)
-        self.text, self.config, self.run, self.folder = text, config, run, folder
-        self.settings, self.world = config.recover, run.world
+        self.inputs, self.run, self.world = inputs, inputs.run, inputs.run.world
+        self.start, self.dense = inputs.start, inputs.dense
+        self.teacher = inputs.models.get("recover.teacher", self.dense)
+        self.settings, self.text, self.folder = settings, text, folder
+        self.oneshot, self.calibration = oneshot, calibration
+        self.masks = Masks(self.start, self.world)
         self.student_ds = ds_config.student_settings(self.settings, self.world)
         self.teacher_ds = ds_config.teacher_settings(self.settings, self.world, self.student_ds)
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
@@ -158,15 +146,17 @@ class _Recovery:
         self._students: dict[int, Path] = {}  # by level, as it stood before: the snapshots
         self._teacher = None
         s = self.settings
-        self.task = LanguageModeling(text, s.objective, s.SKIP, s.optimizer.seed, run.world.device)
+        device = self.world.device
+        self.task = LanguageModeling(text, s.objective, s.SKIP, s.optimizer.seed, device)
         self.banks = None
         if s.contrasts:
-            units = TextUnits(
-                text, s.contrast, state_width(start), s.SKIP, s.optimizer.seed, run.world.device
+            width = state_width(self.start)
+            units = TextUnits(text, s.contrast, width, s.SKIP, s.optimizer.seed, device)
+            self.banks = Banks(
+                folder / "banks", self.dense, self.task, units, s, self.teacher_ds, self.run
             )
-            self.banks = Banks(folder / "banks", dense, self.task, units, s, self.teacher_ds, run)
         self._dense_ppl: float | None = None
-        self._models = {"start": start, "teacher": teacher, "dense": dense}
+        self._models = {"start": self.start, "teacher": self.teacher, "dense": self.dense}
         # by the first rank's view: a shared file system may show ranks different things
         models = self._models.items() if self.world.is_main else ()
         prints = {name: fingerprint(path) for name, path in models}
@@ -186,7 +176,7 @@ class _Recovery:
                 "model that it was pruned from"
             )
         sparsity = self.masks.sparsity if self.masks else 0.0
-        check_first_level(self.settings.levels, self.start, sparsity)
+        self.settings.check_first_level(self.start, sparsity)
         if self.banks:
             self.banks.check_size()
 
@@ -215,11 +205,9 @@ class _Recovery:
             if self.teacher_ds:
                 write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
 
-    def climb(
-        self, student: Path, level: Level | None, n: int, of: int, target: Path, texts: Texts
-    ) -> Path:
+    def climb(self, student: Path, level: Level | None, n: int, of: int, target: Path) -> Path:
         """Banks, prunes and trains one level; the directory of its model."""
-        run, config, settings = self.run, self.config, self.settings
+        run, settings = self.run, self.settings
         title = f"level {n}/{of} ({level})" if level else STAGE
         record_file = target / "level.json"
         kinds = {"held_out_ppl": dict, "stage_seconds": float}
@@ -234,13 +222,8 @@ class _Recovery:
             self._check_ppl_ratio(title, target, known)
             return target
         if level:
-            asked = level.apply(config.oneshot)
-            if student == self.start and self.masks and self.masks.from_zeros:
-                asked = dataclasses.replace(asked, initial_mask="zeros")
-            changed = dataclasses.replace(config, oneshot=asked)
-            place = f"{STAGE}/levels/{n}/pruned"
             run.console.say(f"{title}: pruning", style="bold")
-            pruned = oneshot(student, texts, changed, run, place)
+            pruned = self._prune(student, level, n)
         masks = self.masks if pruned == self.start else Masks(pruned, self.world)
         if masks.from_zeros and masks.description:
             run.console.say(f"{title}: {masks.description}", style=None if masks else "yellow")
@@ -287,6 +270,23 @@ class _Recovery:
         self._check_ppl_ratio(title, target, record)
         return target
 
+    def _prune(self, student: Path, level: Level, n: int) -> Path:
+        """Prunes level `n`'s student, inside its mask; the directory of the result."""
+        settings = level.apply(self.oneshot)
+        if student == self.start and self.masks and self.masks.from_zeros:
+            settings = dataclasses.replace(settings, initial_mask="zeros")
+        recipe = {k: v for k, v in self.inputs.recipe.items() if k in ("model", "calibration")}
+        recipe["oneshot"] = identity(settings)
+        return prune_directory(
+            student,
+            settings,
+            self.calibration,
+            f"{STAGE}/levels/{n}/pruned",
+            recipe,
+            self.run,
+            self.inputs.runtime.activation_gib,
+        )
+
     def _check_ppl_ratio(self, title: str, target: Path, record: dict) -> None:
         """Stops the schedule after a level that has lost too much, also in a rerun."""
         ratio, dense = self.settings.log.max_ppl_ratio, record["dense_held_out_ppl"]
@@ -332,8 +332,8 @@ class _Recovery:
 
     def _recipe(self, level: int | str, contrasts: ContrastiveObjective | NoContrast) -> dict:
         """What a checkpoint must have been made with."""
-        settings = self.config.recipe(STAGE)
-        del settings["model"], settings["start"]  # fingerprints tell them, wherever they lie
+        recipe = self.inputs.recipe.items()
+        settings = {k: v for k, v in recipe if k not in ("model", "start")}  # see the fingerprints
         settings = with_contents(settings, self.run.contents)
         recipe = {"settings": settings, "level": level} | self._inputs
         # Sequences that are contrasted with each other are part of what a training is.
@@ -385,9 +385,7 @@ class _Recovery:
         """The fine-tuned model: given, or the dense one trained on the recovery text."""
         settings, run = self.settings, self.run
         if settings.finetuned != "train":
-            path = further_model("recover.finetuned", settings.finetuned, run)
-            check_pair(self.start, path, "recover.finetuned", settings.length, same_width=True)
-            return path
+            return self.inputs.models["recover.finetuned"]
         folder = self.folder / "finetuned"
         if run.world.gather((folder / "done.json").exists())[0]:
             return folder
@@ -437,7 +435,7 @@ class _Recovery:
         dtype = engines.compute_dtype(self.settings, self.world)
         with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
             model = BlockModel.open(folder, run.world.device, dtype)
-            memory = Memory.plan(run.world.device, self.config.runtime.activation_gib)
+            memory = Memory.plan(run.world.device, self.inputs.runtime.activation_gib)
             nll = streamed_nll(model, text.held_out, run.world, memory, Path(scratch))
         return math.exp(min(700.0, nll / (len(text.held_out) * (text.held_out.shape[1] - 1))))
 

@@ -20,13 +20,13 @@ from pathlib import Path
 import yaml
 
 import cap_llm
-from cap_llm.config import MODELS
 from cap_llm.models.files import weight_files
 from cap_llm.models.masks import PRUNED
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, read_metrics
 from cap_llm.runtime.rundir import CONTENTS
+from cap_llm.stages import MODELS
 from cap_llm.text.corpora import NAMES
 
 ORDER = ("dense", "given", *MODELS)  # stages of another version come behind
@@ -186,7 +186,8 @@ def _read(folder: Path) -> list[Result]:
 def _models(folder: Path, facts: dict, settings: dict) -> dict[str, Result]:
     """The models of a run by the names of their folders, in the order of the pipeline."""
     marks = ("recipe.json", "perplexity.json", "done.json")
-    stages = [p.name for p in folder.iterdir() if any((p / mark).exists() for mark in marks)]
+    folders = [p for p in folder.iterdir() if p.name != "evaluate"]  # it makes no model
+    stages = [p.name for p in folders if any((p / mark).exists() for mark in marks)]
     # conversions of models that came in another format
     stages = [s for s in stages if s != "source" and not s.endswith("-source")]
     stages.sort(key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))

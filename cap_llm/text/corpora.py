@@ -110,6 +110,11 @@ def corpus_file(name: str, split: Split) -> Path | None:
     return None
 
 
+def scored_split(name: str) -> Split:
+    """The split of a corpus on which models are scored."""
+    return "validation" if name == "c4" else "test"
+
+
 def read_corpus(name: str, split: Split, console: Console = SILENT) -> Corpus:
     """All documents of one split of a corpus.
 
@@ -149,8 +154,7 @@ def evaluation_text(name: str, console: Console = SILENT) -> tuple[str, str]:
     SparseGPT's protocol: WikiText-2's test rows are joined by two newlines, PTB's by a space, and
     C4's first 1100 validation documents by a space. Documents of a file are joined by two newlines.
     """
-    split: Split = "validation" if name == "c4" else "test"
-    corpus = read_corpus(name, split, console)
+    corpus = read_corpus(name, scored_split(name), console)
     if name == "c4":
         return " ".join(corpus.documents[:1100]), corpus.origin
     return (" " if name == "ptb" else "\n\n").join(corpus.documents), corpus.origin

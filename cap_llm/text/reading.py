@@ -1,23 +1,19 @@
-"""All the text that a run needs, read before its long work starts."""
+"""The texts of a run: calibration, training, scoring."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cap_llm.config import Config, same_text
+from cap_llm.config import CalibrationConfig, EvaluateConfig, RecoverConfig
 from cap_llm.runtime.console import SILENT, Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
-from cap_llm.text.corpora import (
-    NAMES,
-    calibration_corpus,
-    corpus_file,
-    evaluation_text,
-)
+from cap_llm.text.corpora import calibration_corpus, evaluation_text
 from cap_llm.text.packing import PackedText, pack
 from cap_llm.text.tokenizers import bos_rule, load_tokenizer
 from cap_llm.text.windows import calibration_windows, evaluation_windows
@@ -51,104 +47,98 @@ class ScoredText:
 
 
 @dataclass
-class Texts:
-    """What the stages read; None or empty where none of them does.
+class Calibration:
+    """Calibration text.
 
     Attributes:
-        calibration: ids [N, T] that solvers see.
-        origin: where these are from.
-        scored: the texts that perplexity is measured on.
-        recovery: the text to train on.
-        held_out: calibration ids [M, T] of other documents, which only judge.
+        ids: [N, T], which the solvers see.
+        held_out: [M, T], of other documents, on which results are compared.
+        origin: of the text, in words.
     """
 
-    calibration: torch.Tensor | None
-    origin: str | None
-    scored: list[ScoredText]
-    recovery: PackedText | None = None
-    held_out: torch.Tensor | None = None
+    ids: torch.Tensor
+    held_out: torch.Tensor
+    origin: str
 
     @property
-    def ids(self) -> list[torch.Tensor]:
-        """All token ids that are here."""
-        ids = [self.calibration, self.held_out, *(text.windows for text in self.scored)]
-        ids += [self.recovery.ids, self.recovery.held_out] if self.recovery else []
-        return [part for part in ids if part is not None]
-
-    @property
-    def calibration_digest(self) -> str | None:
-        """A checksum of the calibration ids."""
-        return None if self.calibration is None else _digest(self.calibration)
+    def digest(self) -> str:
+        """A checksum of `ids`."""
+        return _digest(self.ids)
 
 
-def read_texts(config: Config, model: Path, console: Console = SILENT) -> Texts:
-    """Reads and tokenizes the calibration text and the texts to score.
+class TextReader:
+    """Reads and tokenizes texts for a model. Each method reads one section's text.
 
     Args:
-        config: the run's settings.
-        model: the directory of the dense model.
-        console: takes warnings and the bars of long texts.
+        model: directory of the model.
+        tokenizer: `model.tokenizer`, if the model has none.
+        console: prints warnings, and the progress of long texts.
 
     Raises:
-        UserError: a corpus is missing, malformed or too short, or the tokenizer does not fit.
+        UserError: from the methods: a corpus is missing, malformed or too short, or the tokenizer
+            does not fit the model.
     """
-    texts = Texts(None, None, [])
-    scores = "evaluate" in config.stages and config.evaluate.corpora
-    if not (scores or config.uses_calibration or "recover" in config.stages):
+
+    def __init__(self, model: Path, tokenizer: str | None = None, console: Console = SILENT):
+        self.model, self._name, self.console = model, tokenizer or str(model), console
+
+    @functools.cached_property
+    def _vocab_size(self) -> int | None:
+        facts = read_json(self.model / "config.json")
+        return (facts.get("text_config") or facts).get("vocab_size")
+
+    @functools.cached_property
+    def _tokenizer(self):
+        return load_tokenizer(self._name, self._vocab_size)
+
+    def scored(self, settings: EvaluateConfig) -> list[ScoredText]:
+        """The texts to measure perplexity on."""
+        texts = []
+        for name in settings.corpora:
+            text, origin = evaluation_text(name, self.console)
+            limit = settings.max_windows
+            n_windows = min(limit or C4_WINDOWS, C4_WINDOWS) if name == "c4" else limit
+            windows = evaluation_windows(
+                self._tokenizer, text, origin, settings.window, n_windows, self.console
+            )
+            self._check(windows)
+            texts.append(ScoredText(name, windows, origin, bos_rule(self._tokenizer), limit))
         return texts
-    facts = read_json(model / "config.json")
-    vocab_size = (facts.get("text_config") or facts).get("vocab_size")
-    tokenizer = load_tokenizer(config.model.tokenizer or str(model), vocab_size)
-    if "evaluate" in config.stages:
-        _refuse_scored_file(config)
-        e = config.evaluate
-        for name in e.corpora:
-            text, origin = evaluation_text(name, console)
-            most = min(e.max_windows or C4_WINDOWS, C4_WINDOWS) if name == "c4" else e.max_windows
-            windows = evaluation_windows(tokenizer, text, origin, e.window, most, console)
-            texts.scored.append(
-                ScoredText(name, windows, origin, bos_rule(tokenizer), e.max_windows)
-            )
-    if config.uses_calibration:
-        c = config.calibration
-        corpus = calibration_corpus(c.corpus, console)
-        n_held_out = c.held_out if config.holds_out else 0
+
+    def calibration(self, settings: CalibrationConfig, n_held_out: int) -> Calibration:
+        """The calibration text, with `n_held_out` sequences of other documents."""
+        s, corpus = settings, calibration_corpus(settings.corpus, self.console)
         windows = calibration_windows(
-            tokenizer, corpus, c.sequences, c.length, c.seed, n_held_out, console
+            self._tokenizer, corpus, s.sequences, s.length, s.seed, n_held_out, self.console
         )
-        texts.calibration, texts.held_out = windows.split([c.sequences, n_held_out])
-        texts.origin = f"{c.sequences} x {c.length} tokens of {corpus.origin}, seed {c.seed}"
-    if "recover" in config.stages:
-        r = config.recover
-        corpus = calibration_corpus(r.corpus, console)
-        texts.recovery = pack(
-            tokenizer, corpus, r.n_sequences, r.held_out, r.length, r.optimizer.seed, console
+        self._check(windows)
+        origin = f"{s.sequences} x {s.length} tokens of {corpus.origin}, seed {s.seed}"
+        return Calibration(*windows.split([s.sequences, n_held_out]), origin)
+
+    def packed(self, settings: RecoverConfig) -> PackedText:
+        """The text to train on."""
+        s, corpus = settings, calibration_corpus(settings.corpus, self.console)
+        text = pack(
+            self._tokenizer,
+            corpus,
+            s.n_sequences,
+            s.held_out,
+            s.length,
+            s.optimizer.seed,
+            self.console,
         )
-    for ids in texts.ids:
-        if vocab_size and len(ids) and (highest := int(ids.max())) >= vocab_size:
+        self._check(text.ids)
+        self._check(text.held_out)
+        return text
+
+    def _check(self, ids: torch.Tensor) -> None:
+        highest, size = int(ids.max()) if len(ids) else 0, self._vocab_size
+        if size and highest >= size:
             raise UserError(
-                f"a text holds {tokenizer.convert_ids_to_tokens(highest)!r}, token {highest} of a "
-                f"model that has {vocab_size}: take it out of the text"
+                f"Text contains token {self._tokenizer.convert_ids_to_tokens(highest)!r} (id "
+                f"{highest}), outside the model's vocabulary of {size}."
             )
-    return texts
 
 
 def _digest(ids: torch.Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
-
-
-def _refuse_scored_file(config: Config) -> None:
-    """Refuses to calibrate or train on the file that a scored corpus is read from.
-
-    Of two corpora by name, `Config.check` has judged, and their documents differ.
-    """
-    for name in config.evaluate.corpora:
-        scored = corpus_file(name, "validation" if name == "c4" else "test")
-        for option, corpus, remedy in config.not_to_be_scored:
-            learnt = corpus_file(corpus, "train")
-            by_name = name in NAMES and corpus in NAMES
-            if scored and learnt and not by_name and same_text(scored, learnt):
-                raise UserError(
-                    f"{option} {corpus} is the text of {name}, which evaluate scores: choose "
-                    f"another text{remedy}"
-                )

@@ -96,6 +96,7 @@ def train(job: Job, config: RecoverConfig, run: Run) -> Trained:
     engine, trained.began = trained.engine, job.began
     keeper = job.masks.attach(engine)
     first, resumed_from = 0, None
+    run.metric(job.stage, 0, {"steps": config.steps})
 
     def evaluate(step: int, figures: dict) -> None:
         """Measures the held-out metric, counts the zeros, and logs how the training stands."""
