@@ -31,6 +31,7 @@ from cap_llm.stages import (
     further_models,
     named,
     previous,
+    scored_corpora,
     sections,
     used_sections,
 )
@@ -48,17 +49,16 @@ def check_corpora(config: Config) -> None:
     Raises:
         UserError: a corpus is missing, or is used for both.
     """
-    scored = config.evaluate.corpora if "evaluate" in config.stages else []
-    files = {name: corpus_file(name, scored_split(name)) for name in scored}
+    scored = {name: corpus_file(name, scored_split(name)) for name in scored_corpora(config)}
     for option, corpus in named(config, TEXT_OPTIONS).items():
         file = corpus_file(corpus, "train")
         is_calibration = option.startswith("calibration.")
         if is_calibration and config.calibration.allow_scored_corpus:
             continue
-        for name in scored:
+        for name, scored_file in scored.items():
             same = corpus == name != "c4"
-            if file and files[name] and not {corpus, name} <= {*NAMES}:
-                same = filecmp.cmp(file, files[name], shallow=False)
+            if file and scored_file and not {corpus, name} <= {*NAMES}:
+                same = filecmp.cmp(file, scored_file, shallow=False)
             if same:
                 remedy = ", or set calibration.allow_scored_corpus to true" * is_calibration
                 raise UserError(
@@ -147,7 +147,7 @@ def _lengths(config: Config) -> dict[str, int]:
     lengths = {}
     if "calibration" in used_sections(config):
         lengths["calibration.length"] = config.calibration.length
-    if "evaluate" in config.stages and config.evaluate.corpora:
+    if scored_corpora(config):
         lengths["evaluate.window"] = config.evaluate.window
     return lengths
 
@@ -235,7 +235,7 @@ def _report(
     text = f"memory {format_bytes(memory)} per rank, disk {format_bytes(disk)}"
     if predict:
         text += f", time {format_duration(seconds)}"
-        if "evaluate" in config.stages and config.evaluate.tasks:
+        if "evaluate" in costs and config.evaluate.tasks:
             text += " and the zero-shot tasks"
     console.say(f"estimate: {text}")
 

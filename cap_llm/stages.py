@@ -115,6 +115,11 @@ def further_models(config: Config) -> dict[str, str]:
     return {o: path for o, path in named(config, MODEL_OPTIONS).items() if path != "train"}
 
 
+def scored_corpora(config: Config) -> list[str]:
+    """The corpora to measure perplexity on."""
+    return config.evaluate.corpora if "evaluate" in used_sections(config) else []
+
+
 def n_held_out(config: Config) -> int:
     """Held-out calibration sequences to read."""
     holds_out = any(STAGES[stage].holds_out for stage in config.stages)

@@ -13,12 +13,7 @@ from made_runs import PERPLEXITY, STAGES, as_opt, named, other, quality, scored,
 from safetensors.torch import load_file, save_file
 from support import ROOT
 
-from cap_llm.config import (
-    Config,
-    EvaluateConfig,
-    ModelConfig,
-    RecoverConfig,
-)
+from cap_llm.config import EvaluateConfig, RuntimeConfig
 from cap_llm.evaluation.evaluate import outside_models
 from cap_llm.models import mask_file as mask_files
 from cap_llm.models.masks import count_zeros
@@ -28,6 +23,7 @@ from cap_llm.report.runs import Result, _describe, collect
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
+from cap_llm.stages import Inputs
 from cap_llm.train import main
 
 # columns
@@ -292,21 +288,26 @@ def test_what_a_run_scores_besides_its_own(tiny, tmp_path, share, settings, fold
     if "teacher" in settings and settings["teacher"] != "dense":
         overrides = {"num_hidden_layers": 3} if settings["teacher"] == "larger" else {"seed": 1}
         shutil.copytree(tiny("llama", **overrides), tmp_path / settings["teacher"])
-    dense, teacher = (
-        str(tmp_path / settings[k]) if k in settings else None for k in ("model.dense", "teacher")
+    options = {"model.dense": "model.dense", "teacher": "recover.teacher"}
+    models = {o: tmp_path / settings[k] for k, o in options.items() if k in settings}
+    run = Run(str(tmp_path / "run"), World("cpu"), Console(False))
+    inputs = Inputs(
+        run=run,
+        recipe={},
+        runtime=RuntimeConfig(),
+        model_name=str(source),
+        tokenizer=None,
+        source=source,
+        start=source,
+        dense=source,
+        from_run=False,
+        models=models,
+        finished={"recover": source} if "teacher" in settings else {},
     )
-    config = Config(
-        model=ModelConfig(path=str(source), dense=dense),
-        stages=["recover", "evaluate"] if teacher else ["evaluate"],
-        recover=RecoverConfig(teacher=teacher),
-        evaluate=EvaluateConfig(dense=settings.get("score", True)),
-        output_dir=str(tmp_path / "run"),
-    )
-    run = Run(config.output_dir, World("cpu"), Console(False))
-    models = outside_models(source, config, run)
+    outside = outside_models(inputs, EvaluateConfig(dense=settings.get("score", True)))
     run.close()
-    assert set(models) == folders
-    assert models.get("given", source) == source
+    assert set(outside) == folders
+    assert outside.get("given", source) == source
     assert all((run.path / name / "sparsity.json").exists() for name in folders)
 
 

@@ -17,11 +17,13 @@ import yaml
 
 from cap_llm import config as config_module
 from cap_llm.cli.command_line import make_parser, read_config, recipes
-from cap_llm.config import Config, OneshotConfig
+from cap_llm.config import STAGE_NAMES, Config, OneshotConfig
+from cap_llm.preflight import check_corpora
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import difference
 from cap_llm.solvers.methods import METHODS
 from cap_llm.sparsity.pattern import Pattern
+from cap_llm.stages import STAGES, used_sections
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ["--model.path", "some/model", "--output_dir", "runs/x"]
@@ -218,7 +220,7 @@ def test_a_pattern_alone_is_enough_for_the_dataclass():
 )
 def test_only_methods_that_read_text_ask_for_calibration(oneshot, stages, expected):
     config = Config(oneshot=OneshotConfig(**oneshot), stages=stages)
-    assert config.uses_calibration is expected
+    assert ("calibration" in used_sections(config)) is expected
 
 
 def test_magnitude_may_be_scored_on_any_corpus():
@@ -226,6 +228,11 @@ def test_magnitude_may_be_scored_on_any_corpus():
         [*HERE, "--oneshot.method", "magnitude", "--calibration.corpus", "wikitext2"]
     )
     config.check()
+    check_corpora(config)
+
+
+def test_the_config_names_the_stages_of_the_table():
+    assert tuple(STAGES) == STAGE_NAMES
 
 
 def test_one_file_under_two_paths_is_one_corpus(tmp_path, monkeypatch):
@@ -238,8 +245,8 @@ def test_one_file_under_two_paths_is_one_corpus(tmp_path, monkeypatch):
             *("--evaluate.corpora", f"[{tmp_path / 'text.txt'}]"),
         ]
     )
-    with pytest.raises(UserError, match="also scored by evaluate"):
-        config.check()
+    with pytest.raises(UserError, match="calibration.corpus"):
+        check_corpora(config)
 
 
 # the help

@@ -9,8 +9,9 @@ from support import ROOT, environment
 
 import cap_llm
 
-ORDER = ["runtime", "sparsity", "config", "text", "models", "solvers", "blockwise", "contrast"]
-ORDER += ["training", "tasks", "recovery", "evaluation", "report", "preflight", "pipeline", "cli"]
+ORDER = ["runtime", "sparsity", "config", "text", "models", "solvers", "stages", "blockwise"]
+ORDER += ["contrast", "training", "tasks", "recovery", "evaluation", "report", "preflight"]
+ORDER += ["pipeline", "cli"]
 
 
 def test_imports_point_one_way():

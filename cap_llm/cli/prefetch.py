@@ -18,7 +18,7 @@ from cap_llm.cli.options import make_parser, parse
 from cap_llm.config import Config, ModelConfig
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
-from cap_llm.stages import TEXT_OPTIONS, further_models, named
+from cap_llm.stages import TEXT_OPTIONS, further_models, named, scored_corpora
 
 _EXAMPLES = (
     "opt-125m-50",
@@ -78,11 +78,10 @@ def fetch(config: Config, data: Path, console: Console) -> None:
     if config.model.tokenizer:
         load_tokenizer(config.model.tokenizer)
         console.say(f"tokenizer {config.model.tokenizer}")
-    scores = "evaluate" in config.stages
     corpora = [(name, "train") for name in named(config, TEXT_OPTIONS).values()]
-    corpora += [(name, scored_split(name)) for name in config.evaluate.corpora if scores]
+    corpora += [(name, scored_split(name)) for name in scored_corpora(config)]
     for name, split in dict.fromkeys(corpora):
         if name in NAMES:
             console.say(f"{name} ({split}): {fetch_corpus(name, split, data)}")
-    for task in find_tasks(config.evaluate, console) if scores else ():
+    for task in find_tasks(config.evaluate, console) if "evaluate" in config.stages else ():
         console.say(f"task {task.name}: {task.origin}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cap_llm.blockwise import estimate
+from cap_llm import preflight
 
 # the run directory
 
@@ -153,6 +153,6 @@ def test_the_remedy_for_an_earlier_mask_works_in_the_same_directory(accept, refu
 
 def test_too_little_disk_is_refused_before_the_work(refuse, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage)
     message = refuse()
     assert "needs" in message and "are free" in message and "output_dir" in message

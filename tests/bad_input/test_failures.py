@@ -17,8 +17,7 @@ import torch
 from damage import DOWN_1, UP_0, UP_1, assert_one_line, change_weights, finished_blocks, leftovers
 from support import environment, signalled
 
-from cap_llm import preflight as plan
-from cap_llm import train
+from cap_llm import preflight, train
 from cap_llm.blockwise import oneshot as oneshot_stage
 from cap_llm.runtime import interrupt, lock
 from cap_llm.runtime.console import Console
@@ -112,7 +111,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(
 ):
     run = small_disk / "run"
     args = ["--model.path", six_blocks, "--output_dir", run]
-    monkeypatch.setattr(plan, "check_disk", lambda needed, made, config: None)
+    monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
     message = refuse(*args, started=True)
     assert f"the disk of {run / 'oneshot'}" in message and "is full" in message
     kept = finished_blocks(run)
@@ -127,7 +126,7 @@ def test_a_disk_that_is_full_from_the_start_is_named_and_can_be_freed(
     refuse, accept, small_disk, monkeypatch
 ):
     run = small_disk / "run"
-    monkeypatch.setattr(plan, "check_disk", lambda needed, made, config: None)
+    monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
     with pytest.raises(OSError) as full, open(small_disk / "ballast", "wb", buffering=0) as ballast:
         while True:
             ballast.write(bytes(4096))

@@ -39,10 +39,9 @@ import datetime  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from cap_llm import preflight as plan  # noqa: E402
+from cap_llm import preflight  # noqa: E402
 from cap_llm.cli import command_line  # noqa: E402
 from cap_llm.pipeline import pipeline  # noqa: E402
-from cap_llm.recovery import check  # noqa: E402
 from cap_llm.runtime.errors import UserError  # noqa: E402
 from cap_llm.runtime.interrupt import Stopped, raise_on_signals  # noqa: E402
 from cap_llm.sparsity import keeper as zeros  # noqa: E402
@@ -127,10 +126,7 @@ def without_hooks():
 @contextlib.contextmanager
 def unchecked_disk():
     """The space is not looked at before the work."""
-    with (
-        mock.patch.object(check, "check_disk", lambda *_: None),
-        mock.patch.object(plan, "check_disk", lambda *_: None),
-    ):
+    with mock.patch.object(preflight, "check_disk", lambda *_: None):
         yield
 
 
