@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from cap_llm.stages import (
     Inputs,
     chain,
     further_models,
-    n_held_out,
     previous,
     recipe,
     sections,
@@ -42,7 +42,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     Raises:
         UserError: a setting or an input is invalid. Whatever is finished remains on disk.
     """
-    world = World(config.runtime.device)
+    world = World(config.runtime.device, config.runtime.activation_gib)
     run = None
     try:
         check_run_dir(Path(config.output_dir))
@@ -65,7 +65,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         if source != located or any(run.path in path.parents for path in models.values()):
             preflight(source, config, console, world, models=models)  # of what was converted
         texts = texts or read_texts(config, source, console)
-        run_stages(source, models, stages, texts, config, run)
+        Stages(config, run, source, models, stages, texts).run_all()
         is_scored = "evaluate" in config.stages and len(config.stages) > 1
         if source != located and is_scored and not config.runtime.keep_intermediate:
             drop(source, world)
@@ -95,125 +95,121 @@ def read_texts(config: Config, model: Path, console: Console = SILENT) -> dict[s
     """
     reader, texts = TextReader(model, config.model.tokenizer, console), {}
     if "calibration" in used_sections(config):
-        texts["calibration"] = reader.calibration(config.calibration, n_held_out(config))
+        holds_out = any(STAGES[stage].holds_out for stage in config.stages)
+        n_held_out = config.calibration.held_out if holds_out else 0
+        texts["calibration"] = reader.calibration(config.calibration, n_held_out)
     for stage in config.stages:
         if read := STAGES[stage].text:
             texts[stage] = read(reader, config)
     return texts
 
 
-def run_stages(
-    source: Path,
-    models: dict[str, Path],
-    stages: list[str],
-    texts: dict[str, Any],
-    config: Config,
-    run: Run,
-) -> None:
-    """Runs the stages of a config, one after the other.
+@dataclass
+class Stages:
+    """The work of a job.
 
-    Args:
-        source: directory of the run's model.
-        models: directories of further models, by option.
-        stages: whose models the run directory has or will have; see `chain`.
-        texts: see `read_texts`.
+    Attributes:
         config: settings of the run.
         run: the run directory.
+        source: directory of the run's model.
+        models: directories of further models, by option.
+        chain: the stages whose models the run directory has or will have.
+        texts: see `read_texts`.
     """
-    earlier = None  # the stage before, if it ran in this job
-    for name in config.stages:
-        settings = sections(name, config)
-        settings |= {"calibration": texts["calibration"]} if "calibration" in settings else {}
-        settings |= {"text": texts[name]} if name in texts else {}
-        inputs = _inputs(name, source, models, stages, config, run)
-        if STAGES[name].makes_model and not run.stage(name, inputs.recipe)[1]:
-            _invalidate_scores(run)
-        STAGES[name].load().run(inputs, **settings)
-        if STAGES[name].makes_model:
-            if run.world.is_main:
-                write_cards(run.path)
-            if earlier and not config.runtime.keep_intermediate:
-                _drop_scored(earlier, inputs, texts, config)
-            earlier = name
 
+    config: Config
+    run: Run
+    source: Path
+    models: dict[str, Path]
+    chain: list[str]
+    texts: dict[str, Any]
 
-def _inputs(
-    stage: str,
-    source: Path,
-    models: dict[str, Path],
-    stages: list[str],
-    config: Config,
-    run: Run,
-) -> Inputs:
-    start = previous(stage, stages)
-    finished = {}
-    if not STAGES[stage].makes_model:
-        for name in stages:
-            folder, done = run.stage(name, recipe(name, config, stages))
-            finished |= {name: folder} if done and has_weights(folder, run.world) else {}
-    elif start:
-        run.stage(start, recipe(start, config, stages))
-    folder = run.path / start if start else source
-    return Inputs(
-        run=run,
-        recipe=recipe(stage, config, stages),
-        runtime=config.runtime,
-        model_name=config.model.path,
-        tokenizer=config.model.tokenizer,
-        source=source,
-        start=folder,
-        dense=_dense(stage, folder, source, models, config, run.world),
-        from_run=bool(start),
-        models=models,
-        finished=finished,
-    )
+    def run_all(self) -> None:
+        """Runs the stages one after the other."""
+        before = None  # the stage before, if it ran in this job
+        for stage in self.config.stages:
+            settings = sections(stage, self.config)
+            if "calibration" in settings:
+                settings["calibration"] = self.texts["calibration"]
+            if stage in self.texts:
+                settings["text"] = self.texts[stage]
+            inputs = self.inputs(stage)
+            if not STAGES[stage].makes_model:
+                STAGES[stage].load().run(inputs, **settings)
+                continue
+            if not self.run.stage(stage, inputs.recipe)[1] and self.run.world.is_main:
+                (self.run.path / "evaluate" / "done.json").unlink(missing_ok=True)
+            STAGES[stage].load().run(inputs, **settings)
+            if self.run.world.is_main:
+                write_cards(self.run.path)
+            if before and not self.config.runtime.keep_intermediate:
+                self.score_and_drop(before, inputs)
+            before = stage
 
+    def folder(self, stage: str) -> tuple[Path, dict | None]:
+        """The folder of a stage, checked, and its `done.json` if it is finished."""
+        return self.run.stage(stage, recipe(stage, self.config, self.chain))
 
-def _dense(
-    stage: str, start: Path, source: Path, models: dict[str, Path], config: Config, world: World
-) -> Path:
-    """The directory of the dense model that a stage's start was pruned from.
-
-    That is `model.dense`, or the run's model if `start` was pruned from it here, or if it is itself
-    dense and about to be pruned on a schedule. Otherwise the teacher of recover counts as dense.
-
-    Raises:
-        UserError: nothing says which model is the dense one.
-    """
-    if "model.dense" in models:
-        return models["model.dense"]
-    if stage not in MODELS or stage == MODELS[0]:
-        return source
-    teacher = models.get("recover.teacher") if stage == "recover" else None
-    if start != source:
-        source_is_dense = has_weights(source, world)
-    else:
-        gradual = stage == "recover" and bool(config.recover.masks.schedule)
-        source_is_dense = gradual and not Masks(source, world)
-    if teacher and not source_is_dense:
-        return teacher
-    if start == source and not source_is_dense:
-        raise UserError(
-            f"{stage} starts from {source}, and nothing says what it was pruned from. Name the "
-            "dense model with --model.dense, or let --stages begin with oneshot."
+    def inputs(self, stage: str) -> Inputs:
+        """What a stage starts from."""
+        config, before, finished = self.config, previous(stage, self.chain), {}
+        start = self.folder(before)[0] if before else self.source
+        if not STAGES[stage].makes_model:
+            for name in self.chain:
+                folder, done = self.folder(name)
+                if done and has_weights(folder, self.run.world):
+                    finished[name] = folder
+        return Inputs(
+            run=self.run,
+            recipe=recipe(stage, config, self.chain),
+            model=config.model,
+            keep_intermediate=config.runtime.keep_intermediate,
+            source=self.source,
+            start=start,
+            dense=self.dense(stage, start),
+            from_run=bool(before),
+            models=self.models,
+            finished=finished,
         )
-    return source
 
+    def dense(self, stage: str, start: Path) -> Path:
+        """The directory of the dense model that a stage's start was pruned from.
 
-def _invalidate_scores(run: Run) -> None:
-    """Marks the stages that make no model as not done, because there will be another model."""
-    for name, stage in STAGES.items():
-        if not stage.makes_model and run.world.is_main:
-            (run.path / name / "done.json").unlink(missing_ok=True)
+        That is `model.dense`, or the run's model if `start` was pruned from it here, or if it is
+        itself dense and about to be pruned on a schedule. Otherwise the teacher of recover counts
+        as dense.
 
+        Raises:
+            UserError: nothing says which model is the dense one.
+        """
+        source, world = self.source, self.run.world
+        if "model.dense" in self.models:
+            return self.models["model.dense"]
+        if stage not in MODELS[1:]:
+            return source
+        teacher, levels = None, []
+        if stage == "recover":
+            teacher, levels = self.models.get("recover.teacher"), self.config.recover.levels
+        if start != source:
+            source_is_dense = has_weights(source, world)
+        else:
+            source_is_dense = bool(levels) and not Masks(source, world)
+        if teacher and not source_is_dense:
+            return teacher
+        if start == source and not source_is_dense:
+            raise UserError(
+                f"{stage} starts from {source}, and nothing says what it was pruned from. Name the "
+                "dense model with --model.dense, or let --stages begin with oneshot."
+            )
+        return source
 
-def _drop_scored(stage: str, inputs: Inputs, texts: dict[str, Any], config: Config) -> None:
-    """Scores the model of a stage if the run scores models, and deletes its weights."""
-    folder, world = inputs.run.path / stage, inputs.run.world
-    if "evaluate" in config.stages and has_weights(folder, world):
-        evaluation = STAGES["evaluate"].load()
-        evaluation.score({stage: folder}, inputs, config.evaluate, texts["evaluate"])
-    drop(folder, world)
+    def score_and_drop(self, stage: str, inputs: Inputs) -> None:
+        """Scores the model of a stage if the run scores models, and deletes its weights."""
+        folder = self.run.path / stage
+        if "evaluate" in self.config.stages and has_weights(folder, self.run.world):
+            score = STAGES["evaluate"].load().score
+            score({stage: folder}, inputs, self.config.evaluate, self.texts["evaluate"])
+        drop(folder, self.run.world)
 
 
 def drop(folder: Path, world: World) -> None:
@@ -251,7 +247,7 @@ def check_settings(config: Config) -> None:
 
 def dry_run(config: Config, console: Console) -> None:
     """Checks all that can be checked without the work, and predicts what it takes."""
-    world = World(config.runtime.device)
+    world = World(config.runtime.device, config.runtime.activation_gib)
     if not config.output_dir:  # one that does not exist, on this file system
         config.output_dir = f"cap-llm-dry-run-{os.getpid()}"
     check_run_dir(Path(config.output_dir))

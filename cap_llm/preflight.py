@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import functools
 import itertools
 import shutil
 from pathlib import Path
@@ -100,28 +101,30 @@ def preflight(
         return
     bare = skeleton(located)
     model = BlockModel(bare, torch.device("cpu"))
-    lengths = _lengths(config)
-    dtype = torch.float32 if world.device.type == "cpu" else bare.dtype
-    check_lengths(located, lengths, "the model", world.device, dtype)
     calibrates = "calibration" in used_sections(config)
+    lengths = {"calibration.length": config.calibration.length} if calibrates else {}
+    scored = {"evaluate.window": config.evaluate.window} if scored_corpora(config) else {}
+    dtype = torch.float32 if world.device.type == "cpu" else bare.dtype
+    check_lengths(located, lengths | scored, "the model", world.device, dtype)
     if calibrates and config.calibration.sequences < world.size:
         raise UserError(
             f"calibration.sequences is {config.calibration.sequences}, fewer than the "
             f"{world.size} ranks. Set it to at least one per rank."
         )
-    models = _locate_further_models(config, world) if models is None else models
-    stages = world.decide(lambda: chain(config))
-    run_dir = Path(config.output_dir)
-    starts = {stage: previous(stage, stages) for stage in config.stages}
+    if models is None:
+        located_here = {
+            o: found_here(o, p, config, world) for o, p in further_models(config).items()
+        }
+        models = {option: folder for option, folder in located_here.items() if folder}
     if dense := models.get("model.dense"):
         _check_dense(model, dense)
-        lengths.pop("evaluate.window", None)
         check_lengths(dense, lengths, f"model.dense {dense}", world.device, dtype)
     n_bytes, converted, has_weights = _weights(located, model, config, world, console, fetched)
-    todo = [s for s in config.stages if not _is_done(run_dir / s, s, world)]
-    costs = {}
-    for stage in todo:
-        start = starts[stage]
+    stages, run_dir, costs = world.decide(lambda: chain(config)), Path(config.output_dir), {}
+    for stage in config.stages:
+        if stage in MODELS and world.decide((run_dir / stage / "done.json").exists):
+            continue
+        start = previous(stage, stages)
         preview = Preview(
             model=model,
             folder=located,
@@ -130,35 +133,16 @@ def preflight(
             start=run_dir / start if start else located,
             from_run=bool(start),
             models=models,
-            n_models=len([s for s in config.stages if s in MODELS]),
+            n_models=len({*config.stages} & {*MODELS}),
             run_dir=run_dir,
             download=not predict,
             world=world,
             console=console,
         )
-        settings = sections(stage, config)
-        STAGES[stage].load().check(preview, **settings)
-        costs[stage] = STAGES[stage].load().cost(preview, **settings)
+        module, settings = STAGES[stage].load(), sections(stage, config)
+        module.check(preview, **settings)
+        costs[stage] = module.cost(preview, **settings)
     _report(costs, converted, config, world, console, predict)
-
-
-def _lengths(config: Config) -> dict[str, int]:
-    """The lengths of sequences that pass through the model block by block, by option."""
-    lengths = {}
-    if "calibration" in used_sections(config):
-        lengths["calibration.length"] = config.calibration.length
-    if scored_corpora(config):
-        lengths["evaluate.window"] = config.evaluate.window
-    return lengths
-
-
-def _locate_further_models(config: Config, world: World) -> dict[str, Path]:
-    located = {o: found_here(o, p, config, world) for o, p in further_models(config).items()}
-    return {option: folder for option, folder in located.items() if folder}
-
-
-def _is_done(folder: Path, stage: str, world: World) -> bool:
-    return stage in MODELS and world.decide((folder / "done.json").exists)
 
 
 def _weights(
@@ -210,34 +194,30 @@ def _report(
     Raises:
         UserError: it does not.
     """
-    allowed = Memory.plan(world.device, config.runtime.activation_gib)
-    memory, spilled, seconds, rates = float(converted), 0.0, 0.0, {}
+    allowed = Memory.plan(world.device, world.activation_gib)
+    # torch rounds pinned memory up to a power of two
+    free = allowed.device + allowed.host // 2
+    rate = functools.cache(lambda dtype: world.size * attained_rate(world.device, dtype))
+    highest, spilled, seconds = float(converted), 0.0, 0.0
+
+    def say(title: str, memory: float, disk: float, seconds: float) -> None:
+        text = f"memory {format_bytes(memory)} per rank, disk {format_bytes(disk)}"
+        console.say(f"{title}: {text}" + f", time {format_duration(seconds)}" * predict)
+
     for stage, cost in costs.items():
-        needed = cost.memory + min(cost.cached + cost.waiting, allowed.device)
-        memory = max(memory, needed)
-        # torch rounds pinned memory up to a power of two
-        free = allowed.device + allowed.host // 2
-        spilled = max(spilled, max(0, cost.cached - free) * world.size)
-        text = f"memory {format_bytes(needed)} per rank, disk {format_bytes(cost.disk)}"
+        memory = cost.memory + min(cost.cached + cost.waiting, allowed.device)
+        time = 0.0
         if predict:
-            for dtype in {cost.dtype, torch.float32} - rates.keys():
-                rates[dtype] = attained_rate(world.device, dtype) * world.size
-            time = cost.forwards / rates[cost.dtype] + cost.solving / rates[torch.float32]
-            seconds += time
-            text += f", time {format_duration(time)}"
-        if len(costs) > 1:
-            console.say(f"estimate of {stage}: {text}")
+            time = cost.forwards / rate(cost.dtype) + cost.solving / rate(torch.float32)
+        say(f"estimate of {stage}", memory, cost.disk, time)
+        highest, seconds = max(highest, memory), seconds + time
+        spilled = max(spilled, (cost.cached - free) * world.size)
     disks = [cost.disk for cost in costs.values()]
     if not config.runtime.keep_intermediate:  # at most two models at a time
         disks = [max(map(sum, itertools.pairwise([0, *disks])), default=0)]
     disk = RESERVE + converted + spilled + sum(disks)
     check_disk(disk, [stage for stage in costs if stage in MODELS], config)
-    text = f"memory {format_bytes(memory)} per rank, disk {format_bytes(disk)}"
-    if predict:
-        text += f", time {format_duration(seconds)}"
-        if "evaluate" in costs and config.evaluate.tasks:
-            text += " and the zero-shot tasks"
-    console.say(f"estimate: {text}")
+    say("estimate", highest, disk, seconds)
 
 
 def check_disk(needed: float, stages: list[str], config: Config) -> None:
@@ -261,37 +241,27 @@ def check_disk(needed: float, stages: list[str], config: Config) -> None:
 
 
 def _check_dense(model: BlockModel, folder: Path) -> None:
-    """Checks that `model.dense` is dense, and has the same blocks as the run's model.
-
-    Raises:
-        UserError: it is not, or has not.
-    """
+    """Checks that `model.dense` is dense, and has the blocks and the vocabulary of the model."""
     if mask_files.path_of(folder).exists():
-        raise UserError(
-            f"model.dense {folder} is pruned itself: it has a file of masks. Give the model that "
-            "the other was pruned from."
-        )
+        raise UserError(f"model.dense {folder} is pruned: it has masks. Pass the dense model.")
     dense = BlockModel(skeleton(folder), torch.device("cpu"))
-    ours, theirs = (len(m.model.get_input_embeddings().weight) for m in (model, dense))
-    if theirs < ours:
+    rows, rows_of_dense = (len(m.model.get_input_embeddings().weight) for m in (model, dense))
+    if rows_of_dense < rows:
         raise UserError(
-            f"model.dense {folder} has a vocabulary of {theirs} and the pruned model one of "
-            f"{ours}; give the model that it was pruned from"
+            f"model.dense {folder} has a vocabulary of {rows_of_dense}, but the pruned model one "
+            f"of {rows}. Pass the model that it was pruned from."
         )
-    ours, theirs = (
-        [[(n, list(p.shape)) for n, p in m.blocks[i].named_parameters()] for i in range(len(m))]
+    pruned, other = (
+        {
+            f"{n} in block {i}": list(p.shape)
+            for i in range(len(m))
+            for n, p in m.blocks[i].named_parameters()
+        }
         for m in (model, dense)
     )
-    if len(ours) != len(theirs):
-        raise UserError(
-            f"model.dense {folder} has {len(theirs)} blocks and the pruned model {len(ours)}; "
-            "give the model that it was pruned from"
-        )
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        pairs = itertools.zip_longest(a, b, fillvalue=("nothing", []))
-        for (name, shape), (other, expected) in pairs:
-            if (name, shape) != (other, expected):
-                raise UserError(
-                    f"model.dense {folder} has {other} {expected} in block {i} where the pruned "
-                    f"model has {name} {shape}; give the model that it was pruned from"
-                )
+    for name in (pruned | other) if pruned != other else ():
+        if pruned.get(name) != other.get(name):
+            raise UserError(
+                f"model.dense {folder}: the shape of {name} is {other.get(name)}, but "
+                f"{pruned.get(name)} in the pruned model. Pass the model that it was pruned from."
+            )

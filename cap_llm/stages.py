@@ -1,15 +1,13 @@
-"""The stages of the pipeline, in order, and what each of them depends on.
+"""The table of the stages, in order, which everything that has to know all stages reads.
 
-Everything that has to know all stages reads this table. A stage is a module, which is imported when
-it is needed and defines three functions. Each of them gets the config sections that the result of
-the stage depends on, and no others:
+A stage is a module, imported when it is needed. Its functions are called with the config sections
+that the result of the stage depends on, and no others:
 
-    check(preview, **sections)  rejects what cannot work, before any work
+    check(preview, **sections)  raises a UserError if the work cannot succeed, before any work
     cost(preview, **sections)   memory, disk and operations of the work
     run(inputs, **sections)     does the work, or nothing if it is done
 
-`run` gets the calibration text in place of the section `calibration`, and the stage's own text, if
-it has one, as `text`.
+`run` gets the calibration text in place of the section, and the stage's own text as `text`.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cap_llm.config import Config, RuntimeConfig
+from cap_llm.config import Config, ModelConfig
 from cap_llm.config.section import identity
 
 if TYPE_CHECKING:
@@ -35,23 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage.
-
-    Attributes:
-        module: implements it.
-        sections: returns the config sections that its result depends on, besides `model`.
-        text: reads the stage's own text; None if it has none.
-        holds_out: whether it also reads the held-out sequences of the calibration text.
-        makes_model: whether its result is a model.
-        job: name of its batch file in `slurm/`.
-    """
+    """A stage: its module, and the config sections that its result depends on besides `model`."""
 
     module: str
     sections: Callable[[Config], tuple[str, ...]]
-    text: Callable[[TextReader, Config], Any] | None = None
-    holds_out: bool = False
+    text: Callable[[TextReader, Config], Any] | None = None  # reads a text of its own
+    holds_out: bool = False  # whether it reads held-out calibration sequences
     makes_model: bool = True
-    job: str = "oneshot"
+    job: str = "oneshot"  # its batch file in slurm/
 
     def load(self) -> Any:
         """Imports the module."""
@@ -96,18 +85,16 @@ def sections(stage: str, config: Config) -> dict[str, Any]:
 
 
 def used_sections(config: Config) -> set[str]:
-    """The names of the sections that any stage of `config.stages` depends on."""
+    """The names of the sections that some stage of `config.stages` depends on."""
     return {"model"}.union(*(STAGES[stage].sections(config) for stage in config.stages))
 
 
 def named(config: Config, options: tuple[str, ...]) -> dict[str, str]:
-    """The values of those options that are set, in sections that a stage depends on."""
-    used, values = used_sections(config), {}
-    for option in options:
-        section, _, field = option.partition(".")
-        if section in used and (value := getattr(getattr(config, section), field)):
-            values[option] = value
-    return values
+    """The values of `options`, without those that are not set or that no stage depends on."""
+    split = {option: option.split(".") for option in options}
+    used = used_sections(config)
+    values = {o: getattr(getattr(config, s), name) for o, (s, name) in split.items() if s in used}
+    return {option: value for option, value in values.items() if value}
 
 
 def further_models(config: Config) -> dict[str, str]:
@@ -120,32 +107,25 @@ def scored_corpora(config: Config) -> list[str]:
     return config.evaluate.corpora if "evaluate" in used_sections(config) else []
 
 
-def n_held_out(config: Config) -> int:
-    """Held-out calibration sequences to read."""
-    holds_out = any(STAGES[stage].holds_out for stage in config.stages)
-    return config.calibration.held_out if holds_out else 0
-
-
 def chain(config: Config) -> list[str]:
-    """The stages whose models the run directory has, or will have, in order. Reads the disk.
+    """The stages whose models the run directory has, or will have. Reads the disk: rank 0 decides.
 
-    Rank 0 should decide, because a shared file system may show ranks different states.
+    A stage starts from the model of the one before it; the first starts from the run's model.
     """
     folder = Path(config.output_dir)
     return [s for s in MODELS if s in config.stages or (folder / s / "done.json").exists()]
 
 
 def previous(stage: str, chain: list[str]) -> str | None:
-    """The stage whose model `stage` starts from; None: the run's model."""
+    """The stage of a chain that `stage` starts from; None: the run's model."""
     order = list(STAGES)
-    return next((s for s in reversed(chain) if order.index(s) < order.index(stage)), None)
+    return max(
+        (s for s in chain if order.index(s) < order.index(stage)), key=order.index, default=None
+    )
 
 
 def recipe(stage: str, config: Config, chain: list[str]) -> dict:
-    """All settings that a stage's result depends on; a rerun with others is rejected.
-
-    `dense` and `given` are the folders of the scores of models that no stage made.
-    """
+    """All settings that a result depends on: of a stage, or of the scores of an outside model."""
     settings = {"model": identity(config.model)}
     if stage not in MODELS:
         return settings
@@ -159,84 +139,46 @@ def recipe(stage: str, config: Config, chain: list[str]) -> dict:
 
 @dataclass(frozen=True)
 class Preview:
-    """What `check` and `cost` know before the work.
+    """What `check` and `cost` know before the work."""
 
-    Attributes:
-        model: the run's model, without its weights.
-        folder: its directory, or one that only has its config.json.
-        has_weights: whether its weights can be read as they are.
-        n_bytes: size of its weights, in bytes.
-        start: the directory that the stage starts from. It need not exist yet.
-        from_run: whether an earlier stage of this run makes `start`.
-        models: further models by option, where they can be read; see `further_models`.
-        n_models: models that the stages of this job make.
-        run_dir: the run directory. It need not exist.
-        download: whether missing data may be downloaded.
-    """
-
-    model: BlockModel
-    folder: Path
-    has_weights: bool
-    n_bytes: int
-    start: Path
-    from_run: bool
-    models: dict[str, Path]
-    n_models: int
-    run_dir: Path
-    download: bool
+    model: BlockModel  # without its weights
+    folder: Path  # its directory, or one that only has its config.json
+    has_weights: bool  # whether they can be read as they are
+    n_bytes: int  # of the weights
+    start: Path  # what the stage starts from; it need not exist yet
+    from_run: bool  # whether an earlier stage of this run makes `start`
+    models: dict[str, Path]  # further models by option, as far as they can be read
+    n_models: int  # that this job makes
+    run_dir: Path  # it need not exist
+    download: bool  # whether missing data may be downloaded
     world: World
     console: Console
 
 
 @dataclass
 class Cost:
-    """What the work of a stage takes.
+    """What the work of a stage takes: bytes per rank, and operations of all ranks together."""
 
-    Attributes:
-        dtype: of the forward passes.
-        memory: bytes per rank, without `cached` and `waiting`.
-        cached: bytes of hidden states per rank; what does not fit in memory spills to disk.
-        waiting: bytes of inputs of linears per rank; what does not fit is recomputed.
-        disk: bytes written, without what spills.
-        forwards: floating-point operations in `dtype`, over all ranks.
-        solving: floating-point operations in fp32, over all ranks.
-    """
-
-    dtype: torch.dtype
-    memory: float = 0
-    cached: float = 0
-    waiting: float = 0
-    disk: float = 0
-    forwards: float = 0
-    solving: float = 0
+    dtype: torch.dtype  # of the forward passes
+    memory: float = 0  # besides activations
+    cached: float = 0  # activations that spill to disk if they do not fit
+    waiting: float = 0  # activations that are recomputed if they do not fit
+    disk: float = 0  # bytes written, without what spills
+    forwards: float = 0  # operations in `dtype`
+    solving: float = 0  # operations in fp32
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `run` starts from.
-
-    Attributes:
-        run: the run directory.
-        recipe: the settings that the result depends on.
-        runtime: how to work; the result does not depend on it.
-        model_name: `model.path`.
-        tokenizer: `model.tokenizer`.
-        source: directory of the run's model.
-        start: directory of the model to start from.
-        dense: directory of the dense model that `start` was pruned from; `source` if unknown.
-        from_run: whether an earlier stage of this run made `start`.
-        models: directories of further models, by option; see `further_models`.
-        finished: directories of the models of finished stages that have weights, by stage.
-    """
+    """What `run` starts from; models are directories."""
 
     run: Run
-    recipe: dict
-    runtime: RuntimeConfig
-    model_name: str
-    tokenizer: str | None
-    source: Path
-    start: Path
-    dense: Path
-    from_run: bool
-    models: dict[str, Path]
-    finished: dict[str, Path]
+    recipe: dict  # the settings that the result depends on
+    model: ModelConfig
+    keep_intermediate: bool  # see `RuntimeConfig`
+    source: Path  # the run's model
+    start: Path  # the model to start from
+    dense: Path  # the model that `start` was pruned from
+    from_run: bool  # whether an earlier stage of this run made `start`
+    models: dict[str, Path]  # further models by option
+    finished: dict[str, Path]  # models with weights by stage, for a stage that makes no model

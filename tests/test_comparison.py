@@ -13,7 +13,7 @@ from made_runs import PERPLEXITY, STAGES, as_opt, named, other, quality, scored,
 from safetensors.torch import load_file, save_file
 from support import ROOT
 
-from cap_llm.config import EvaluateConfig, RuntimeConfig
+from cap_llm.config import EvaluateConfig, ModelConfig
 from cap_llm.evaluation.evaluate import outside_models
 from cap_llm.models import mask_file as mask_files
 from cap_llm.models.masks import count_zeros
@@ -294,9 +294,8 @@ def test_what_a_run_scores_besides_its_own(tiny, tmp_path, share, settings, fold
     inputs = Inputs(
         run=run,
         recipe={},
-        runtime=RuntimeConfig(),
-        model_name=str(source),
-        tokenizer=None,
+        model=ModelConfig(path=str(source)),
+        keep_intermediate=True,
         source=source,
         start=source,
         dense=source,

@@ -12,83 +12,71 @@ from cap_llm.stages import Cost, Preview
 
 
 class Sizes:
-    """The sizes of a model's matrices, and costs derived from them.
-
-    Args:
-        preview: the model and the ranks.
+    """The sizes of a model's matrices.
 
     Attributes:
-        linears: the shapes [R, C] of the linears of all blocks.
         weights: the number of weights in the linears of each block.
-        outside: the number of parameters that are not in these linears.
-        hidden: the width of the hidden states.
+        outside: the number of all other parameters.
         width: bytes of a value in forward passes.
     """
 
     def __init__(self, preview: Preview):
-        model, self.world, self.n_bytes = preview.model, preview.world, preview.n_bytes
-        blocks = [[matrix(m).shape for m in model.linears(i).values()] for i in range(len(model))]
-        self.linears = [shape for shapes in blocks for shape in shapes]
-        self.weights = [sum(r * c for r, c in shapes) for shapes in blocks]
+        model, self.n_bytes, world = preview.model, preview.n_bytes, preview.world
+        self.n_ranks, self._blocks = world.size, model.blocks
+        shapes = [[matrix(m).shape for m in model.linears(i).values()] for i in range(len(model))]
+        self.linears = [shape for block in shapes for shape in block]
+        self.weights = [sum(r * c for r, c in block) for block in shapes]
         self.outside = sum(p.numel() for p in model.model.parameters()) - sum(self.weights)
-        self.hidden = max((c for shapes in blocks for _, c in shapes[:1]), default=0)
-        stored = round(self.n_bytes / self.n_parameters)
-        self.width = 2 if self.world.device.type == "cuda" and stored < 4 else 4
-        self._largest_inputs = max((sum(map(sum, shapes)) for shapes in blocks), default=0)
-        self._moments = sum(map(_second_moments, model.blocks))
-        self._n_blocks = len(model)
+        stored = round(self.n_bytes / (self.outside + sum(self.weights)))
+        self.width = 2 if world.device.type == "cuda" and stored < 4 else 4
+        self._hidden = max((c for block in shapes for _, c in block[:1]), default=0)
+        self._inputs = max((sum(map(sum, block)) for block in shapes), default=0)
 
-    @property
-    def n_parameters(self) -> int:
-        """The number of all parameters."""
-        return self.outside + sum(self.weights)
-
-    def shard(self, n: int) -> int:
-        """A rank's share of n tokens."""
-        return n // self.world.size
-
-    def states(self, tokens: int) -> int:
+    def states(self, tokens: float) -> float:
         """Bytes of the hidden states of this many tokens."""
-        return tokens * self.hidden * self.width
+        return tokens * self._hidden * self.width
 
-    def streaming(self, models: int = 1) -> Cost:
-        """The cost of holding two blocks of a model, and what is outside the blocks of `models`."""
-        memory = self.width * (models * self.outside + 2 * max(self.weights))
+    def flops(self, length: int) -> float:
+        """Operations per token of the forward passes of all blocks."""
+        return 2 * (sum(self.weights) + 2 * length * self._hidden * len(self._blocks))
+
+    def streaming(self, n_models: int = 1) -> Cost:
+        """The cost of two blocks, and of what is outside the blocks of `n_models` models."""
+        memory = self.width * (n_models * self.outside + 2 * max(self.weights))
         return Cost(torch.bfloat16 if self.width == 2 else torch.float32, memory)
 
-    def rewriting(self, models: int = 1) -> Cost:
+    def rewriting(self, n_models: int = 1) -> Cost:
         """The cost of streaming a model and writing it with its masks (twice, once in parts)."""
-        cost = self.streaming(models)
-        cost.disk = self.n_bytes + sum(self.weights) // 4
+        cost = self.streaming(n_models)
         cost.memory += 16 * max(r * c for r, c in self.linears)
+        cost.disk = self.n_bytes + sum(self.weights) // 4
         return cost
 
-    def add_solver(self, cost: Cost, squares: int, copies: int) -> None:
-        """Adds fp32 matrices [C, C] and further copies of [R, C] that a solver holds."""
-        columns = max(c for _, c in self.linears)
-        largest = max(r * c for r, c in self.linears)
-        cost.memory += 4 * (squares * columns**2 + (copies - 4) * largest)
-
-    def add_walks(
-        self, cost: Cost, calibration: CalibrationConfig, walks: int, solving: float
+    def add_solver(
+        self,
+        cost: Cost,
+        calibration: CalibrationConfig,
+        squares: int,
+        copies: int,
+        walks: int,
+        each: float,
     ) -> None:
-        """Adds walks of the calibration text with second moments, and solvers.
+        """Adds walks of the calibration text with second moments, and a solver.
 
         Args:
             cost: to add to.
             calibration: the text.
+            squares, copies: fp32 matrices [C, C] and [R, C] that the solver holds.
             walks: the number of walks.
-            solving: operations of the solvers per matrix [R, C], as multiples of R C^2.
+            each: operations of the solver for a matrix, as a multiple of R C^2.
         """
+        largest, columns = max(r * c for r, c in self.linears), max(c for _, c in self.linears)
         n = calibration.sequences * calibration.length
-        cost.forwards += walks * n * self.flops(calibration.length)
-        cost.solving += walks * n * 2 * self._moments
-        cost.solving += solving * sum(r * c * c for r, c in self.linears)
-        cost.waiting = self.shard(n) * self.width * self._largest_inputs
-
-    def flops(self, length: int) -> float:
-        """Operations per token of the forward passes of all blocks."""
-        return 2 * (sum(self.weights) + 2 * length * self.hidden * self._n_blocks)
+        cost.memory += 4 * (squares * columns**2 + (copies - 4) * largest)
+        cost.waiting = n / self.n_ranks * self.width * self._inputs
+        cost.forwards = walks * n * self.flops(calibration.length)
+        cost.solving = walks * n * 2 * sum(map(_second_moments, self._blocks))
+        cost.solving += each * sum(r * c * c for r, c in self.linears)
 
 
 def _second_moments(block: nn.Module) -> int:

@@ -33,7 +33,6 @@ from cap_llm.runtime.console import format_bytes
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.memory import Memory
-from cap_llm.runtime.rundir import Run
 from cap_llm.runtime.world import World
 from cap_llm.sparsity.pattern import Pattern
 from cap_llm.stages import Cost, Inputs, Preview
@@ -42,14 +41,8 @@ from cap_llm.text.reading import Calibration
 STAGE = "oneshot"
 
 
-def check(
-    preview: Preview, oneshot: OneshotConfig, calibration: CalibrationConfig | None = None
-) -> None:
-    """Checks that pattern, sparsity and existing masks fit the model.
-
-    Raises:
-        UserError: they do not.
-    """
+def check(preview: Preview, oneshot: OneshotConfig, **_) -> None:
+    """Checks that pattern, sparsity and existing masks fit the model."""
     plan = plan_sparsities(preview.model, oneshot)
     if oneshot.allocation == "uniform":
         earlier_mask(preview.folder, oneshot, plan)
@@ -62,40 +55,27 @@ def cost(
     sizes = Sizes(preview)
     result = sizes.rewriting()
     if calibration:
-        heavy = oneshot.method in ("alps", "admm_grad")
-        sizes.add_solver(result, *((6, 8) if heavy else (3, 4)))
+        squares, copies = (6, 8) if oneshot.method in ("alps", "admm_grad") else (3, 4)
         walks = 4 if oneshot.allocation == "owl" else 1  # OWL and its guard need three more
-        solving = 2 + 100 * oneshot.refits  # times R C^2
-        sizes.add_walks(result, calibration, walks, solving)
-        result.cached = sizes.states(sizes.shard(calibration.sequences * calibration.length))
+        each = 2 + 100 * oneshot.refits
+        sizes.add_solver(result, calibration, squares, copies, walks, each)
+        result.cached = sizes.states(calibration.sequences * calibration.length / sizes.n_ranks)
     return result
 
 
-def run(inputs: Inputs, oneshot: OneshotConfig, calibration: Calibration | None = None) -> None:
-    """Runs the stage."""
-    gib = inputs.runtime.activation_gib
-    prune_directory(inputs.start, oneshot, calibration, STAGE, inputs.recipe, inputs.run, gib)
-
-
-def prune_directory(
-    source: Path,
-    settings: OneshotConfig,
-    calibration: Calibration | None,
-    name: str,
-    recipe: dict,
-    run: Run,
-    activation_gib: float | None,
+def run(
+    inputs: Inputs,
+    oneshot: OneshotConfig,
+    calibration: Calibration | None = None,
+    name: str = STAGE,
 ) -> Path:
-    """Prunes a model directory.
+    """Prunes the model of `inputs.start`.
 
     Args:
-        source: the directory.
-        settings: method, pattern and sparsity.
+        inputs: the model, and the recipe of the result.
+        oneshot: method, pattern and sparsity.
         calibration: the calibration text; None if the method needs none.
         name: folder of the result in the run directory.
-        recipe: the settings that the result depends on.
-        run: the run directory.
-        activation_gib: memory for activations per rank; see `RuntimeConfig`.
 
     Returns:
         The directory of the pruned model.
@@ -103,8 +83,8 @@ def prune_directory(
     Raises:
         UserError: a setting or an input is invalid. Finished blocks remain on disk.
     """
-    world = run.world
-    work = BlockStage(name, recipe, run, source)
+    source, settings, run, world = inputs.start, oneshot, inputs.run, inputs.run.world
+    work = BlockStage(name, inputs.recipe, run, source)
     if work.done:
         return work.folder
     work.begin(calibration)
@@ -113,14 +93,14 @@ def prune_directory(
     windows = calibration.ids if calibration else None
     if settings.allocation == "owl":
         gone = Masks(source, world).shares if _grows(source, settings) else {}
-        plan, budget = _owl(work, plan, gone, windows, settings, activation_gib)
+        plan, budget = _owl(work, plan, gone, windows, settings)
     earlier = earlier_mask(source, settings, plan)
     with work.work() as (bar, scratch):
         walk = None
         if windows is not None and len(work.finished) < len(model):
             bar.phase("embedding")
             mine = windows[list(world.shard(len(windows)))]
-            memory = Memory.plan(model.device, activation_gib)
+            memory = Memory.plan(model.device, world.activation_gib)
             walk = Walk(model, mine, memory, scratch)
         model.drop_outside()
         for i in range(len(model)):
@@ -176,13 +156,13 @@ def _owl(
     gone: dict[str, float],
     windows: torch.Tensor,
     oneshot: OneshotConfig,
-    activation_gib: float | None,
 ) -> tuple[dict[str, float], str]:
     """The uneven plan, if it beats the even one on held-out text; computed once and kept.
 
     Neither brings back what is `gone` by an earlier mask. The second value says which it is.
     """
-    model, run, path = work.model, work.run, work.folder / "owl.json"
+    model, run, world = work.model, work.run, work.run.world
+    path = work.folder / "owl.json"
     known = path.exists() and read_json(path, lambda c: (dict(c["sparsity"]), c["allocation"]))
     if known := run.world.gather(known)[0]:
         return known
@@ -203,7 +183,7 @@ def _owl(
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
         mine = seen[list(run.world.shard(len(seen)))]
         with run.console.bar("OWL", len(model), "blocks") as bar:
-            memory = Memory.plan(model.device, activation_gib)
+            memory = Memory.plan(model.device, world.activation_gib)
             walk = Walk(model, mine, memory, Path(scratch))
             shares = owl.outlier_shares(model, walk, settings.threshold, run.world, bar.advance)
         uneven = plan | _owl_sparsities(model, named, shares, gone, oneshot)
@@ -213,17 +193,9 @@ def _owl(
             nll = {}
             for name, candidate in (("uniform", even), ("owl", uneven)):
                 with run.console.bar(f"OWL guard, {name}", len(model), "blocks") as bar:
-                    memory = Memory.plan(model.device, activation_gib, parts=2)
+                    proxy = OneshotConfig(method="wanda", pattern=oneshot.pattern, sparsity=0.5)
                     nll[name] = _proxy_nll(
-                        model,
-                        candidate,
-                        oneshot.pattern,
-                        seen,
-                        held_out,
-                        run.world,
-                        memory,
-                        Path(scratch),
-                        bar.advance,
+                        model, candidate, proxy, seen, held_out, world, Path(scratch), bar.advance
                     )
             record |= {"guard_nll": nll, "guard_sequences": guard}
             if nll["owl"] >= nll["uniform"]:
@@ -272,16 +244,15 @@ def _grows(source: Path, settings: OneshotConfig) -> bool:
 def _proxy_nll(
     model: BlockModel,
     plan: dict[str, float],
-    pattern: str,
+    settings: OneshotConfig,
     seen: torch.Tensor,
     held_out: torch.Tensor,
     world: World,
-    memory: Memory,
     scratch: Path,
     advance: Callable[[], None],
 ) -> float:
     """Mean loss a token of the model pruned by Wanda to `plan`, on held-out ids [N, T]."""
-    settings = OneshotConfig(method="wanda", pattern=pattern, sparsity=0.5)
+    memory = Memory.plan(model.device, world.activation_gib, parts=2)
     walk = Walk(model, seen[list(world.shard(len(seen)))], memory, scratch)
     mine = held_out[list(world.shard(len(held_out)))]
     scored = Walk(model, mine, memory, scratch) if len(mine) else None

@@ -52,12 +52,8 @@ WARMUP = 0.1  # of the steps: Adam's first steps have full size whatever the gra
 PATIENCE = 2  # epochs without improvement; early large steps may increase the error
 
 
-def check(preview: Preview, calibration: CalibrationConfig, reconstruct: ReconstructConfig) -> None:
-    """Checks the dense model, and that blocks can be trained in halves if they are to be.
-
-    Raises:
-        UserError: they cannot, or `model.dense` is not dense.
-    """
+def check(preview: Preview, reconstruct: ReconstructConfig, **_) -> None:
+    """Checks the dense model, and that blocks can be trained in halves if they are to be."""
     check_dense(preview)
     for block in preview.model.blocks:
         _sections(block, reconstruct.split_attention)
@@ -65,18 +61,17 @@ def check(preview: Preview, calibration: CalibrationConfig, reconstruct: Reconst
 
 def cost(preview: Preview, calibration: CalibrationConfig, reconstruct: ReconstructConfig) -> Cost:
     """The cost of the stage."""
-    sizes, student_inputs = Sizes(preview), reconstruct.inputs == "student"
+    sizes, c, independent = Sizes(preview), calibration, reconstruct.inputs == "dense"
     sizes.width = 4  # blocks are trained in fp32
-    result = sizes.rewriting(models=1 + student_inputs)
+    result = sizes.rewriting(n_models=1 if independent else 2)
     # gradients, Adam's two moments, the weights as trained and as selected, the masks
     result.memory += 6 * 4 * max(sizes.weights)
-    n = calibration.sequences * calibration.length
-    tokens = n + calibration.held_out * calibration.length
-    # with the dense model's inputs, each rank stores all sequences
-    tokens = sizes.shard(tokens) if student_inputs else tokens
+    # independent blocks need all sequences on each rank
+    tokens = (c.sequences + c.held_out) * c.length / (1 if independent else sizes.n_ranks)
     result.cached = sizes.states((4 if reconstruct.split_attention else 3) * tokens)
     # a backward pass takes twice as long as a forward pass
-    result.forwards = (1 + 3 * reconstruct.epochs) * n * sizes.flops(calibration.length)
+    passes = 1 + 3 * reconstruct.epochs
+    result.forwards = passes * c.sequences * c.length * sizes.flops(c.length)
     return result
 
 
@@ -112,9 +107,8 @@ def run(inputs: Inputs, calibration: Calibration, reconstruct: ReconstructConfig
         if todo:
             bar.phase("embedding")
             dense_model = BlockModel.open(dense, world.device, torch.float32)
-            gib = inputs.runtime.activation_gib
             trainer = _Trainer(
-                work.model, dense_model, masks, calibration, reconstruct, gib, world, scratch
+                work.model, dense_model, masks, calibration, reconstruct, world, scratch
             )
         passed = 0  # blocks that the dense stream has passed
         for start in range(0, len(order), size):
@@ -158,7 +152,6 @@ class _Trainer:
         masks: of the student.
         text: calibration and held-out ids.
         settings: of the stage.
-        activation_gib: memory for activations.
         world: the ranks.
         scratch: folder to spill activations to.
 
@@ -174,7 +167,6 @@ class _Trainer:
         masks: Masks,
         text: Calibration,
         settings: ReconstructConfig,
-        activation_gib: float | None,
         world: World,
         scratch: Path,
     ):
@@ -193,7 +185,7 @@ class _Trainer:
         self.n_held_out = len(text.held_out)
         windows = torch.cat([text.ids[list(own)], text.held_out[list(held_out)]])
         parts = 4 if self.settings.split_attention else 3
-        memory = Memory.plan(device, activation_gib, parts)
+        memory = Memory.plan(device, world.activation_gib, parts)
         self.new_store = lambda: ActivationCache(device, memory, scratch)
         length = windows.shape[1]  # one sequence per forward pass, so that steps can mix them
         self.dense_walk = Walk(dense, windows, memory, scratch, length)

@@ -55,35 +55,25 @@ STAGE = "sds"
 SGD_BATCH = 8  # sequences per SGD step in mode `paper`
 
 
-def check(
-    preview: Preview, oneshot: OneshotConfig, calibration: CalibrationConfig, sds: SdsConfig
-) -> None:
-    """Checks that the second prune fits the model that the stage starts from, and the dense model.
-
-    Raises:
-        UserError: it does not.
-    """
+def check(preview: Preview, oneshot: OneshotConfig, **_) -> None:
+    """Checks that the second prune fits the model that the stage starts from."""
     check_dense(preview)
     plan_sparsities(preview.model, oneshot)
     if preview.has_weights and not preview.from_run:
         plan_second_prune(Masks(preview.start, preview.world), preview.model, oneshot)
 
 
-def cost(
-    preview: Preview, oneshot: OneshotConfig, calibration: CalibrationConfig, sds: SdsConfig
-) -> Cost:
+def cost(preview: Preview, calibration: CalibrationConfig, sds: SdsConfig, **_) -> Cost:
     """The cost of the stage."""
-    sizes, paper = Sizes(preview), sds.mode == "paper"
-    result = sizes.rewriting(models=1 + (sds.data == "dense"))
-    n_batches = -(-calibration.sequences // SGD_BATCH) if paper else 0
-    sizes.add_solver(result, 7 + n_batches, 8)  # including held-out moments
+    sizes, c = Sizes(preview), calibration
+    result = sizes.rewriting(n_models=1 + (sds.data == "dense"))
+    n_batches = -(-c.sequences // SGD_BATCH) if sds.mode == "paper" else 0
+    each = 102 + 4 * SGD_STEPS * n_batches
+    sizes.add_solver(result, c, 7 + n_batches, 8, 2, each)  # with held-out moments
     # the dense block; sparse, dense and free weights in fp32
     result.memory += (sizes.width + 3 * 4) * max(sizes.weights)
-    sizes.add_walks(result, calibration, 2, 102 + 4 * SGD_STEPS * n_batches)
-    n = calibration.sequences * calibration.length
-    n_held_out = calibration.held_out * calibration.length
-    tokens = sizes.shard(n) * sds.redensify + sizes.shard(n + n_held_out)
-    result.cached = sizes.states(tokens)
+    sequences = c.sequences * (1 + sds.redensify) + c.held_out
+    result.cached = sizes.states(sequences * c.length / sizes.n_ranks)
     if sds.data == "redense":
         result.disk += sizes.width * sum(sizes.weights)  # see `save_redensified`
     return result
@@ -109,20 +99,7 @@ def run(inputs: Inputs, oneshot: OneshotConfig, calibration: Calibration, sds: S
     with work.work() as (bar, scratch):
         if todo:
             bar.phase("embedding")
-            allowed_mask = earlier_mask(dense, oneshot, plan)
-            gib = inputs.runtime.activation_gib
-            step = _Step(
-                work,
-                dense_model,
-                masks,
-                allowed_mask,
-                plan,
-                calibration,
-                sds,
-                oneshot,
-                gib,
-                scratch,
-            )
+            step = _Step(work, dense_model, masks, dense, plan, calibration, sds, oneshot, scratch)
         for i in range(len(work.model) if todo else 0):
             with work.model.block(i) as block, dense_model.block(i) as dense_block:
                 if i in work.finished:
@@ -214,18 +191,18 @@ class _Step:
         work: BlockStage,
         dense_model: BlockModel,
         masks: Masks,
-        allowed_mask: Callable[[str, torch.Tensor], torch.Tensor | None],
+        dense: Path,
         plan: dict[str, float],
         text: Calibration,
         settings: SdsConfig,
         oneshot: OneshotConfig,
-        activation_gib: float | None,
         scratch: Path,
     ):
         self.work, self.model, self.world = work, work.model, work.run.world
         self.settings, self.oneshot = settings, oneshot
         self.pattern = pattern_of(oneshot)
-        self.masks, self.allowed_mask, self.plan = masks, allowed_mask, plan
+        self.masks, self.plan = masks, plan
+        self.allowed_mask = earlier_mask(dense, oneshot, plan)
         own = self.world.shard(len(text.ids))
         calibration = text.ids[list(own)]
         held_out = text.held_out[list(self.world.shard(len(text.held_out)))]
@@ -235,7 +212,7 @@ class _Step:
         self.n_batches = -(-len(text.ids) // batch)
         self.batch_of = [n // batch for n in own]  # per calibration sequence
         parts = 2 if self.settings.redensify else 1
-        memory = Memory.plan(self.model.device, activation_gib, parts)
+        memory = Memory.plan(self.model.device, self.world.activation_gib, parts)
         self.redensify_walk = None
         if self.settings.redensify:
             source = dense_model if self.settings.data == "dense" else self.model

@@ -51,6 +51,7 @@ def main(argv: list[str], console: Console) -> None:
         runtime=RuntimeConfig(device=args.device, activation_gib=args.activation_gib),
     )
     with scoring(args, config.model, FILE, console) as (world, folder, path):
+        world.activation_gib = args.activation_gib
         preflight(folder, config, console, world)
         if needs_conversion(folder):
             raise UserError(
@@ -59,4 +60,4 @@ def main(argv: list[str], console: Console) -> None:
             )
         texts = TextReader(folder, args.tokenizer, console).scored(config.evaluate)
         facts = facts_of(folder, args.model, world)
-        score_corpora(folder, texts, config.runtime, facts, path, None, world, console)
+        score_corpora(folder, texts, facts, path, None, world, console)

@@ -17,7 +17,7 @@ import torch
 
 from cap_llm.blockwise.estimate import Sizes
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.config import EvaluateConfig, RuntimeConfig
+from cap_llm.config import EvaluateConfig
 from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.lm_eval_tasks import find_tasks
 from cap_llm.evaluation.results import earlier, facts_of, job
@@ -40,12 +40,7 @@ WINDOWS = 160  # of a corpus, for the estimate; about as many as WikiText-2 has 
 
 
 def check(preview: Preview, evaluate: EvaluateConfig) -> None:
-    """Checks that the model has scores, and that the tasks are known and fit in memory.
-
-    Raises:
-        UserError: the model is not a causal language model, a task is missing, or the model is
-            larger than a GPU.
-    """
+    """Checks that the model has scores, and that the tasks exist and fit in memory."""
     if not preview.model.is_causal:
         raise UserError(
             f"{model_class(preview.folder).__name__} gives no next-token logits, so it has no "
@@ -64,33 +59,27 @@ def check(preview: Preview, evaluate: EvaluateConfig) -> None:
 
 def cost(preview: Preview, evaluate: EvaluateConfig) -> Cost:
     """The cost of the perplexities; the time of the tasks is not known."""
-    sizes = Sizes(preview)
+    sizes, n_tokens = Sizes(preview), (evaluate.max_windows or WINDOWS) * evaluate.window
     result = sizes.streaming()
+    n_parameters = sizes.outside + sum(sizes.weights)
     if evaluate.corpora:
-        tokens = (evaluate.max_windows or WINDOWS) * evaluate.window
-        result.cached = sizes.states(sizes.shard(tokens))
+        result.cached = sizes.states(n_tokens / sizes.n_ranks)
         vocabulary = preview.model.model.config.get_text_config().vocab_size
         result.memory += 2 * 4 * evaluate.window * vocabulary
         n_models = preview.n_models + evaluate.dense or 1
-        result.forwards = n_models * len(evaluate.corpora) * tokens * 2 * sizes.n_parameters
+        result.forwards = n_models * len(evaluate.corpora) * n_tokens * 2 * n_parameters
     if evaluate.tasks:
-        result.memory = max(result.memory, sizes.width * sizes.n_parameters)
+        result.memory = max(result.memory, sizes.width * n_parameters)
     return result
 
 
 def run(inputs: Inputs, evaluate: EvaluateConfig, text: list[ScoredText]) -> None:
-    """Scores all models of the run, and the model it starts from.
-
-    Args:
-        inputs: the models.
-        evaluate: what to score.
-        text: of the perplexities.
+    """Scores the models of all finished stages, and the model that the run starts from.
 
     Raises:
         UserError: a model has no perplexity, overflows, or does not fit.
     """
-    run, start = inputs.run, time.monotonic()
-    models = inputs.finished
+    run, start, models = inputs.run, time.monotonic(), inputs.finished
     if (evaluate.dense or not models) and has_weights(inputs.source, run.world):
         models = outside_models(inputs, evaluate) | models
     score(models, inputs, evaluate, text)
@@ -152,27 +141,19 @@ def _shapes(folder: Path) -> dict[str, torch.Size]:
 def score(
     models: dict[str, Path], inputs: Inputs, evaluate: EvaluateConfig, text: list[ScoredText]
 ) -> None:
-    """Scores model directories; see `run`.
-
-    Args:
-        models: by the name of the folder of the run that takes the result (`dense`, `given`,
-            `oneshot`).
-        inputs: of the stage.
-        evaluate: what to score.
-        text: of the perplexities.
-    """
+    """Scores model directories, by the folder of the run that takes the result."""
     run = inputs.run
     tasks = find_tasks(evaluate, SILENT)
     n_scores, total = 0, len(models) * (len(text) + len(tasks))
     for stage, folder in models.items():
         place = run.path / stage
-        facts = facts_of(folder, inputs.model_name, run.world) | {"stage": stage}
+        facts = facts_of(folder, inputs.model.path, run.world) | {"stage": stage}
         if stage == "dense" and "given" in models:
             facts["model"] = str(folder)
         scores = {}
         if text:
             corpora = score_corpora(
-                folder, text, inputs.runtime, facts, place / FILE, run.path, run.world, run.console
+                folder, text, facts, place / FILE, run.path, run.world, run.console
             )
             scores |= {key: entry["ppl_token"] for key, entry in corpora.items()}
         if tasks:
@@ -184,7 +165,7 @@ def score(
                 place / zeroshot.FILE,
                 run.world,
                 run.console,
-                inputs.tokenizer,
+                inputs.model.tokenizer,
             )["tasks"]
             scores |= {key: entry["acc"] for key, entry in results.items() if "acc" in entry}
         n_scores += len(text) + len(tasks)
@@ -196,7 +177,6 @@ def score(
 def score_corpora(
     folder: Path,
     scored: list[ScoredText],
-    runtime: RuntimeConfig,
     facts: dict,
     path: Path | None,
     scratch: Path | None,
@@ -208,7 +188,6 @@ def score_corpora(
     Args:
         folder: the model.
         scored: the windows.
-        runtime: the memory for activations.
         facts: what the file says of the model besides, and of the job; see `results.facts_of`.
         path: the file that is written after each text, and read for what it holds already.
         scratch: where activations go that do not fit in memory; None: a temporary folder.
@@ -227,7 +206,7 @@ def score_corpora(
         known = results.get(text.key)
         if not known or known.get("text_sha256") != text.digest:
             title = f"{stage} on {text.name}"
-            known = _score(folder, title, text, runtime, scratch, world, console)
+            known = _score(folder, title, text, scratch, world, console)
             results[text.key] = known = known | job(facts)
             if world.is_main and path:
                 write_json(path, facts | {"corpora": results})
@@ -242,7 +221,6 @@ def _score(
     folder: Path,
     title: str,
     text: ScoredText,
-    runtime: RuntimeConfig,
     scratch: Path | None,
     world: World,
     console: Console,
@@ -251,7 +229,7 @@ def _score(
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".scratch-") as place:
         model = BlockModel.open(folder, world.device)
         with console.bar(title, len(model), "blocks") as bar:
-            memory = Memory.plan(world.device, runtime.activation_gib)
+            memory = Memory.plan(world.device, world.activation_gib)
             nll = streamed_nll(model, text.windows, world, memory, Path(place), bar.advance)
     if not math.isfinite(nll):
         raise UserError(

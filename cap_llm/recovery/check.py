@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 
 import torch
@@ -18,14 +19,13 @@ from cap_llm.models.rehearsal import check_lengths
 from cap_llm.models.skeleton import NamesDiffer, skeleton
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
-from cap_llm.runtime.world import World
 from cap_llm.stages import Cost, Preview
 from cap_llm.text.tokenizers import load_tokenizer
 from cap_llm.training import checkpoints, ds_config
 from cap_llm.training import engine as engines
 
-SAME_TOKENIZER = 0.9  # of the entries; instruct siblings rename some that were in reserve
-# what models' settings call the width and the number of their blocks
+SAME_TOKENIZER = 0.9  # of the entries; instruct siblings rename some reserved ones
+# what models' configs call the width and the number of blocks
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 STATES = ("word_embed_proj_dim", *WIDTHS)  # OPT projects the final states to that
@@ -52,13 +52,20 @@ def check(
     if not (preview.run_dir / "recover" / "recipe.json").exists():
         checkpoints.named(settings)  # a run that has begun may not need it any more
     dtype = engines.compute_dtype(settings, world)
-    length = {"recover.length": settings.length}
-    check_lengths(student, length, "the model", world.device, dtype, walked=False)
+    lengths = {"recover.length": settings.length}
+    check_lengths(student, lengths, "the model", world.device, dtype, walked=False)
     dense = preview.models.get("model.dense")
     teacher = preview.models.get("recover.teacher") if settings.teacher else dense
-    check_models(student, teacher, dense, settings)
+    o, length = settings.objective, settings.length
+    contrasts_dense = bool(o.prc or (o.fic and settings.finetuned == "train"))
+    if teacher:
+        option = "recover.teacher" if settings.teacher else "model.dense"
+        width = contrasts_dense and dense in (None, teacher)
+        _check_pair(student, teacher, option, length, width, same_blocks=bool(o.feature))
+    if dense and dense != teacher:
+        _check_pair(student, dense, "model.dense", length, contrasts_dense)
     if finetuned := preview.models.get("recover.finetuned"):
-        check_pair(student, finetuned, "recover.finetuned", settings.length, same_width=True)
+        _check_pair(student, finetuned, "recover.finetuned", length, same_width=True)
     start = preview.start
     has_masks = settings.levels and world.decide(mask_files.path_of(start).exists)
     if has_masks and has_weights(start, world) and (masks := Masks(start, world)):
@@ -66,135 +73,112 @@ def check(
     for folder in dict.fromkeys(f for f in (student, teacher, dense) if f):
         if is_whole(folder) and not needs_conversion(folder):
             with contextlib.suppress(NamesDiffer):  # checked once it is converted
-                refuse_changed_logits(folder, world)
+                world.decide(functools.partial(_check_logits, folder))
 
 
-def check_models(
-    student: Path, teacher: Path | None, dense: Path | None, settings: RecoverConfig
-) -> None:
-    """Holds a student against its teacher and the dense model, as far as they are there.
-
-    Raises:
-        UserError: see `check_pair`.
-    """
-    o, length = settings.objective, settings.length
-    contrasted = bool(o.prc or (o.fic and settings.finetuned == "train"))  # with the dense model
-    if teacher:
-        option = "recover.teacher" if settings.teacher else "model.dense"
-        width = contrasted and dense in (None, teacher)
-        check_pair(student, teacher, option, length, same_width=width, same_blocks=bool(o.feature))
-    if dense and dense != teacher:
-        check_pair(student, dense, "model.dense", length, same_width=contrasted)
-
-
-def check_pair(
+def _check_pair(
     student: Path,
     teacher: Path,
-    name: str,
+    option: str,
     length: int,
-    *,
     same_width: bool,
     same_blocks: bool = False,
 ) -> None:
-    """Holds two models against each other.
+    """Checks that a model can teach the student.
 
     Args:
         student, teacher: directories.
-        name: the option that names the teacher.
-        length: tokens of a sequence.
-        same_width: of the final states, as contrasts compare them.
-        same_blocks: in width and number, as the feature term compares their outputs.
+        option: that names the teacher.
+        length: tokens per sequence.
+        same_width: whether the final states must have equal widths, because contrasts compare them.
+        same_blocks: whether the blocks must, and their number, because the feature term compares
+            their outputs.
 
     Raises:
-        UserError: other vocabularies, widths or depths, or too few positions.
+        UserError: tokenizer, vocabulary, widths or depths differ, or it has too few positions.
     """
     a, b = text_settings(student), text_settings(teacher)
-    ours, theirs = _entries(student), _entries(teacher)
-    # Larger siblings often pad their vocabulary to more: what is beyond the student's is cut.
-    padded = ours and theirs and (b.get("vocab_size") or 0) > (a.get("vocab_size") or 0)
-    if a.get("vocab_size") != b.get("vocab_size") and not padded:
+    ids, teacher_ids = _entries(student), _entries(teacher)
+    size, teacher_size = a.get("vocab_size"), b.get("vocab_size")
+    # Larger siblings often pad their vocabulary; what exceeds the student's is cut.
+    padded = ids and teacher_ids and (teacher_size or 0) > (size or 0)
+    if size != teacher_size and not padded:
         raise UserError(
-            f"{name} {teacher} has a vocabulary of {b.get('vocab_size')}, the student one of "
-            f"{a.get('vocab_size')}; they must share their tokenizer, which both directories must "
-            "hold where the teacher's vocabulary is padded to more"
+            f"{option} {teacher} has a vocabulary of {teacher_size}, but the student has {size}. "
+            "They must share a tokenizer; if the teacher's vocabulary is padded, both directories "
+            "must contain tokenizer files."
         )
-    same = sum(theirs.get(entry) == i for entry, i in ours.items())
-    if ours and theirs and same < SAME_TOKENIZER * max(len(ours), len(theirs)):
+    same = sum(teacher_ids.get(entry) == i for entry, i in ids.items())
+    if ids and teacher_ids and same < SAME_TOKENIZER * max(len(ids), len(teacher_ids)):
         raise UserError(
-            f"{name} {teacher} has another tokenizer than the student: {same} of {len(ours)} "
-            "entries have the same id; they must share their tokenizer"
+            f"{option} {teacher} has another tokenizer: {same} of the student's {len(ids)} entries "
+            "have the same id. Pass a model with the student's tokenizer."
         )
-    compared = [STATES] * same_width + [WIDTHS, DEPTHS] * same_blocks
-    for keys in compared:
-        (key, mine), (_, its) = _first(a, keys), _first(b, keys)
-        if mine != its:
+    for keys in [STATES] * same_width + [WIDTHS, DEPTHS] * same_blocks:
+        (key, value), (_, teacher_value) = _first(a, keys), _first(b, keys)
+        if value != teacher_value:
             raise UserError(
-                f"{name} {teacher} has {key} {its}, the student {mine}; the contrasts "
-                "compare states of equal width, the feature term those of equally many blocks: "
-                "switch them off (recover.objective.feature, prc, fic 0) or give another model"
+                f"{option} {teacher} has {key} {teacher_value}, but the student has {value}. "
+                "Contrasts and the feature term compare states of equal width: set "
+                "recover.objective.feature, prc and fic to 0, or pass another model."
             )
-    asked, cpu = {"recover.length": length}, torch.device("cpu")
-    check_lengths(teacher, asked, f"{name} {teacher}", cpu, torch.float32, walked=False)
+    lengths, cpu = {"recover.length": length}, torch.device("cpu")
+    check_lengths(teacher, lengths, f"{option} {teacher}", cpu, torch.float32, walked=False)
 
 
 def state_width(folder: Path) -> int:
-    """H of the final states that the head reads.
+    """The width H of the final states, which the head reads.
 
     Raises:
-        UserError: the model's settings do not say.
+        UserError: config.json does not contain it.
     """
     _, width = _first(text_settings(folder), STATES)
     if width is None:
-        raise UserError(f"{folder}/config.json says no width (hidden_size)")
+        raise UserError(f"{folder}/config.json has no hidden_size")
     return width
 
 
 def _first(facts: dict, keys: tuple[str, ...]) -> tuple[str, int | None]:
-    """The first of the settings that a model has, and its value; None where it has none."""
+    """The first of `keys` that a model's config has, and its value; None if it has none."""
     return next(((key, facts[key]) for key in keys if facts.get(key)), (keys[0], None))
 
 
 def _entries(folder: Path) -> dict[str, int]:
-    """The tokenizer's entries and their ids; none where the directory has no tokenizer."""
+    """The tokenizer's entries and their ids; empty if the directory has no tokenizer."""
     try:
         return load_tokenizer(str(folder)).get_vocab()
     except UserError:
         return {}
 
 
-def refuse_changed_logits(folder: Path, world: World) -> None:
-    """Refuses a model that is more than its decoder's final states and a linear head.
+def _check_logits(folder: Path) -> None:
+    """Checks that a model's logits are a linear function of its decoder's final states.
 
-    Recovery applies the head itself, to chunks of tokens: what the model does to the states before
-    it, or to the logits after it (Gemma 2 caps, Cohere and Granite scale them), would be left out,
-    and the losses be those of another model. A few tokens past all blocks tell.
+    Recovery applies the head itself, to chunks of tokens. It would omit what the model does besides
+    (Gemma 2 caps its logits, Cohere and Granite scale them). The check passes a few tokens from the
+    embedding to the head.
 
     Raises:
-        UserError: its class does more, or cannot be walked block by block.
+        UserError: they are not, or the model cannot be processed block by block.
     """
-    world.decide(lambda: _refuse_changed_logits(folder))  # one rank holds the embedding
-
-
-def _refuse_changed_logits(folder: Path) -> None:
     model = BlockModel.open(folder, torch.device("cpu"))
     name, head = type(model.model).__name__, model.model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise UserError(f"{name} has no linear head; it cannot be recovered")
-    seen: list[torch.Tensor] = []
+        raise UserError(f"{name} has no linear head, so it cannot be recovered.")
+    states: list[torch.Tensor] = []  # of the decoder, the head's input, the head's output
     decoder = model.model.get_decoder()
-    handles = [decoder.register_forward_hook(lambda _, __, out: seen.append(out[0]))]
-    handles.append(head.register_forward_hook(lambda _, args, out: seen.extend((*args, out))))
+    handles = [decoder.register_forward_hook(lambda _, __, out: states.append(out[0]))]
+    handles.append(head.register_forward_hook(lambda _, args, out: states.extend((*args, out))))
     ids = torch.arange(8)[None]
     logits = model.head(ids, model.embed(ids)[0])
     for handle in handles:
         handle.remove()
-    # the decoder's final states, what the head reads, what it gives
-    if len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[2], logits):
-        return
-    raise UserError(
-        f"{name} does more than apply a linear head to its final states (it scales or caps its "
-        "logits, say), which recovery would leave out; it can be pruned, but not recovered"
-    )
+    equal = len(states) == 3 and torch.equal(states[0], states[1])
+    if not equal or not torch.equal(states[2], logits):
+        raise UserError(
+            f"{name} scales or caps its logits, or does more than apply a linear head to its final "
+            "states. It can be pruned, but not recovered."
+        )
 
 
 def cost(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.oneshot import prune_directory
+from cap_llm.blockwise.oneshot import run as prune_directory
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import Level, MasksConfig, ObjectiveConfig, OneshotConfig, RecoverConfig
 from cap_llm.config.section import identity
@@ -113,7 +113,7 @@ def run(
     if world.is_main:
         write_json(folder / "recovery.json", summary)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        if not inputs.runtime.keep_intermediate:
+        if not inputs.keep_intermediate:
             for path in (*folder.glob("levels/*/*"), folder / "finetuned"):
                 remove_weights(path)
             shutil.rmtree(folder / "banks", ignore_errors=True)
@@ -277,15 +277,9 @@ class _Recovery:
             settings = dataclasses.replace(settings, initial_mask="zeros")
         recipe = {k: v for k, v in self.inputs.recipe.items() if k in ("model", "calibration")}
         recipe["oneshot"] = identity(settings)
-        return prune_directory(
-            student,
-            settings,
-            self.calibration,
-            f"{STAGE}/levels/{n}/pruned",
-            recipe,
-            self.run,
-            self.inputs.runtime.activation_gib,
-        )
+        inputs = dataclasses.replace(self.inputs, start=student, recipe=recipe)
+        folder = f"{STAGE}/levels/{n}/pruned"
+        return prune_directory(inputs, settings, self.calibration, folder)
 
     def _check_ppl_ratio(self, title: str, target: Path, record: dict) -> None:
         """Stops the schedule after a level that has lost too much, also in a rerun."""
@@ -435,7 +429,7 @@ class _Recovery:
         dtype = engines.compute_dtype(self.settings, self.world)
         with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
             model = BlockModel.open(folder, run.world.device, dtype)
-            memory = Memory.plan(run.world.device, self.inputs.runtime.activation_gib)
+            memory = Memory.plan(run.world.device, run.world.activation_gib)
             nll = streamed_nll(model, text.held_out, run.world, memory, Path(scratch))
         return math.exp(min(700.0, nll / (len(text.held_out) * (text.held_out.shape[1] - 1))))
 

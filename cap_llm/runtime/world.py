@@ -35,13 +35,15 @@ class World:
         rank: this process, 0 to `size` - 1.
         size: number of ranks.
         device: the device of this rank.
+        activation_gib: memory for activations on it, in GiB; None: half of what is free.
 
     Raises:
         UserError: a launcher variable is invalid, a rank does not start, or it has no GPU.
     """
 
-    def __init__(self, device: str = "auto"):
+    def __init__(self, device: str = "auto", activation_gib: float | None = None):
         launch = read_launch()
+        self.activation_gib = activation_gib
         self.rank, self.size, self.local_rank = launch.rank, launch.size, launch.local_rank
         self.device = _device(device, self.local_rank)
         if self.device.type == "cuda":
@@ -89,6 +91,7 @@ class World:
         """A world of this process only, without changes to global state."""
         world = cls.__new__(cls)
         world.rank, world.size, world.local_rank, world.device = 0, 1, 0, device
+        world.activation_gib = None
         world._owns_group, world._watch, world._processes, world._visible = False, None, [], []
         return world
 
