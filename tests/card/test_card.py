@@ -47,7 +47,7 @@ def options(model: Path, text: Path, stages: str, **more) -> list[str]:
         "recover__optimizer__tokens": 4 * 4 * 64,
         "recover__length": 64,
     }
-    found |= {"recover__optimizer__batch": 4, "recover__held_out": 4}
+    found |= {"recover__sequences": 32, "recover__optimizer__batch": 4, "recover__held_out": 4}
     found |= {"recover__optimizer__lr": 0.003, "recover__objective__feature": 0.5}
     found |= {"recover__objective__prc": 0.1}
     found |= {"recover__contrast__token_positions": 16, "recover__contrast__extra_negatives": 4}
