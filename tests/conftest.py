@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -23,6 +24,12 @@ from support import FAMILIES, POSITIONS, ROOT, VOCABULARY, environment  # noqa: 
 sys.path.insert(0, str(ROOT / "eval"))
 
 from cap_llm.cli import assets  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """All is imported by now, which no collection needs to look through again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

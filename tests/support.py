@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from cap_llm.models.checkpoint import Checkpoint
@@ -51,36 +48,3 @@ def weights(folder: Path) -> dict:
     """All tensors of a model directory, by name."""
     checkpoint = Checkpoint(folder)
     return checkpoint.read(checkpoint.names())
-
-
-# The entry, which gets a signal as soon as its log says a word. From within: who watches from
-# another process may be kept waiting until the run is over.
-_SIGNALLED = """
-import os, signal, sys, threading, time
-from pathlib import Path
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests run under nohup
-from cap_llm import train
-
-def watch(log=Path({log!r})):
-    while not (log.exists() and {word!r} in log.read_text()):
-        time.sleep(0.005)
-    os.kill(os.getpid(), {number})
-
-threading.Thread(target=watch, daemon=True).start()
-train.leave(train.main())
-"""
-
-
-def signalled(
-    run: Path, word: str, number: int, arguments: Iterable
-) -> subprocess.CompletedProcess[str]:
-    """Runs the entry in a process that gets signal `number` once the log of `run` has `word`."""
-    code = _SIGNALLED.format(log=str(run / "log.txt"), word=word, number=int(number))
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import FAMILIES, ROOT, environment, signalled, weights
+from support import FAMILIES, ROOT, environment, weights
 
 from cap_llm.blockwise.perplexity import perplexity
 from cap_llm.models.files import fingerprint
@@ -291,16 +292,15 @@ def arguments(model, text_file, out, *options) -> list[str]:
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path, end):
     model = tiny("llama", num_hidden_layers=24)
-    train = [sys.executable, str(ROOT / "cap_llm/train.py")]
     options = ["--oneshot.refit", "true"]
     killed = arguments(model, text_file, tmp_path / "killed", *options)
-    done = signalled(tmp_path / "killed", "block   3/24", end, killed)
+    done = processes.killed(killed, tmp_path / "killed" / "log.txt", "block   3/24", end)
     assert done.returncode == (143 if end == signal.SIGTERM else -end), done.stderr
     assert ("cap-llm: interrupted" in done.stderr) == (end == signal.SIGTERM)
     assert not (tmp_path / "killed" / "oneshot" / "done.json").exists()
     for name in ("killed", "whole"):
         command = arguments(model, text_file, tmp_path / name, *options)
-        subprocess.run([*train, *command], env=environment(), check=True, capture_output=True)
+        assert processes.run(command).returncode == 0
     a, b = (tmp_path / name / "oneshot" for name in ("killed", "whole"))
     assert json.loads((a / "done.json").read_text())["resumed_at_block"] >= 3
     for path in [*b.glob("model*.safetensors"), b / FILE]:
@@ -317,12 +317,8 @@ def test_two_ranks_equal_one(tiny, text_file, tmp_path, family, method, refit):
     options = ["--oneshot.method", method, "--oneshot.refit", refit]
     one = arguments(model, text_file, tmp_path / "one", *options)
     two = arguments(model, text_file, tmp_path / "two", *options)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    train = str(ROOT / "cap_llm/train.py")
-    for command in ([train, *one], [*launcher, train, *two]):
-        done = subprocess.run(
-            [sys.executable, *command], env=environment(), capture_output=True, text=True
-        )
+    for command, ranks in ((one, 1), (two, 2)):
+        done = processes.run(command, ranks)
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("verified:") == 1  # the second rank is silent
     a, b = (MaskFile(tmp_path / n / "oneshot" / FILE) for n in ("one", "two"))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT
 
 pytest.importorskip("lm_eval")
 
@@ -198,23 +196,6 @@ def prompts(member) -> list[tuple]:
     return [request.args for request in member.instances]
 
 
-def script(*args, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Runs a subcommand in processes of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), *map(str, args)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-
-
-ZEROSHOT = (ROOT / "cap_llm" / "train.py", "zeroshot")
-PERPLEXITY = (ROOT / "cap_llm" / "train.py", "perplexity")
-
-
 # prompts and metrics are lm-eval's
 
 
@@ -326,8 +307,8 @@ def test_two_ranks_give_what_one_gives(llama, rows, tmp_path):
     """Of all three kinds of requests; sums of log-likelihoods are equal to the bit."""
     names = ["arc_easy", "boolq", "lambada_openai", "wikitext", str(rows / "colours.yaml")]
     one = score(llama, rows, *names)
-    args = [*ZEROSHOT, llama, "--data", rows, "--out", tmp_path / "two.json", "--tasks", *names]
-    done = script(*args, ranks=2)
+    args = ["zeroshot", llama, "--data", rows, "--out", tmp_path / "two.json", "--tasks", *names]
+    done = processes.run(args, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("arc_easy: acc ") == 1  # the second rank is silent
     assert "it/s" not in done.stderr
@@ -614,7 +595,7 @@ def test_a_dry_run_names_what_is_missing(llama, rows, tmp_path, monkeypatch, cap
 
 def test_the_perplexity_script_gives_the_stages_figure(llama, text_file, tmp_path, monkeypatch):
     model = Path(shutil.copytree(llama, tmp_path / "model"))
-    done = script(*PERPLEXITY, model, "--corpora", text_file, "--window", 64, ranks=2)
+    done = processes.run(["perplexity", model, "--corpora", text_file, "--window", 64], ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ppl_token@64") == 1
     (key,) = json.loads((model / "perplexity.json").read_text())["corpora"]

@@ -50,8 +50,8 @@ def read_config(argv: list[str]) -> tuple[Config, str, bool]:
     """
     file, argv = _resolve_recipe(argv)
     dry_run = "--dry-run" in argv  # not part of the config
-    argv = [a for a in argv if a not in ("--dry-run", "--quiet")]
     parser = make_parser()
+    argv = [_full_name(a, parser) for a in argv if a not in ("--dry-run", "--quiet")]
     try:
         content = parser.parse_object(_read_file(file)) if file else None
         parsed = parser.parse_args(argv, namespace=content).as_dict()
@@ -59,6 +59,19 @@ def read_config(argv: list[str]) -> tuple[Config, str, bool]:
         raise UserError(_explain(str(error), parser)) from None
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
     return config, as_yaml(config), dry_run
+
+
+def _full_name(argument: str, parser: jsonargparse.ArgumentParser) -> str:
+    """Completes an option without its inner section: `--recover.lr` to `--recover.optimizer.lr`."""
+    option, equals, value = argument.partition("=")
+    section, _, name = option.removeprefix("--").partition(".")
+    options = _options(parser)
+    if not option.startswith("--") or option[2:] in options or "." in name:
+        return argument
+    inner = [
+        o for o in options if re.fullmatch(rf"{re.escape(section)}\.\w+\.{re.escape(name)}", o)
+    ]
+    return f"--{inner[0]}{equals}{value}" if len(inner) == 1 else argument
 
 
 def as_yaml(config: Config) -> str:

@@ -12,10 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from damage import DOWN_1, UP_0, UP_1, assert_one_line, change_weights, finished_blocks, leftovers
-from support import environment, signalled
+from support import environment
 
 from cap_llm import preflight, train
 from cap_llm.blockwise import oneshot as oneshot_stage
@@ -386,7 +387,7 @@ def test_more_ranks_than_sequences_are_refused(base, out):
 )
 def test_a_stopped_job_says_how_to_go_on_and_does(base, command, out, tiny, number, code):
     args = [*base, "--model.path", str(tiny("llama", num_hidden_layers=40))]
-    job = signalled(out, "block   3/40", number, args)
+    job = processes.killed(args, out / "log.txt", "block   3/40", number)
     assert job.returncode == code
     assert job.stderr.startswith("cap-llm: interrupted") and job.stderr.count("\n") == 1
     kept = len(finished_blocks(out))

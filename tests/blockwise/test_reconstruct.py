@@ -195,13 +195,13 @@ def test_a_dense_model_of_other_shape_is_refused(tiny, entry, capsys):
     more = ("--stages", "[reconstruct]", "--model.dense", other)
     _, code = entry(tiny("llama"), *more)
     assert code == 2
-    assert "give the model that it was pruned from" in capsys.readouterr().err
+    assert "model.dense" in capsys.readouterr().err
 
 
 def test_a_dense_model_of_a_smaller_vocabulary_is_refused(tiny, entry, capsys):
     dense = tiny("llama", vocab_size=500)
     assert entry(tiny("llama"), "--stages", "[oneshot, sds]", "--model.dense", dense)[1] == 2
-    assert "has a vocabulary of 500 and the pruned model one of 512" in capsys.readouterr().err
+    assert "model.dense" in capsys.readouterr().err
 
 
 def test_a_diverging_block_is_named(tiny, entry, capsys):

@@ -44,14 +44,14 @@ def options(model: Path, text: Path, stages: str, **more) -> list[str]:
     found |= {"reconstruct__dtype": "float32", "recover__optimizer__dtype": "float32"}
     found |= {
         "recover__corpus": text,
-        "recover__optimizer__tokens": 8 * 6 * 64,
+        "recover__optimizer__tokens": 4 * 4 * 64,
         "recover__length": 64,
     }
-    found |= {"recover__optimizer__batch": 6, "recover__held_out": 6}
+    found |= {"recover__sequences": 32, "recover__optimizer__batch": 4, "recover__held_out": 4}
     found |= {"recover__optimizer__lr": 0.003, "recover__objective__feature": 0.5}
     found |= {"recover__objective__prc": 0.1}
     found |= {"recover__contrast__token_positions": 16, "recover__contrast__extra_negatives": 4}
-    found |= {"recover__checkpoint__every": 2, "recover__log__evaluate_every": 2, **more}
+    found |= {"recover__checkpoint__every": 3, "recover__log__evaluate_every": 3, **more}
     return [w for k, v in found.items() for w in (f"--{k.replace('__', '.')}", str(v))]
 
 
@@ -73,7 +73,7 @@ BLOCKWISE = {
 SCHEDULE = {  # and all terms; of masks that no rounding error turns
     "oneshot__method": "magnitude",
     "recover__engine__deepspeed": "zero3_offload",
-    "recover__optimizer__tokens": 4 * 6 * 64,
+    "recover__optimizer__tokens": 2 * 4 * 64,
     "recover__engine__gradient_checkpointing": "true",
     "recover__masks__schedule": "0.6, 0.7",
     "recover__finetuned": "train",
@@ -87,10 +87,14 @@ RECOVERY = {
 }
 # DeepSpeed trains it on cards alone; its loss scale begins too high.
 FLOAT16 = {
-    f"float16 {zero}": {"recover__engine__deepspeed": zero, "recover__optimizer__dtype": "float16"}
+    f"float16 {zero}": {
+        "recover__engine__deepspeed": zero,
+        "recover__optimizer__dtype": "float16",
+        "recover__optimizer__tokens": 8 * 4 * 64,
+    }
     for zero in ("zero2", "zero3")
 }
-ON_TWO = ("halves", "zero2", "schedule")
+ON_TWO = ("halves", "zero3")
 SIXTEEN_BITS = ("bfloat16", "zero3", *FLOAT16)
 
 

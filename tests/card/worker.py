@@ -10,6 +10,7 @@ The exit code is that of the first case that fails.
 
 import contextlib
 import datetime
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ import torch.distributed as dist  # noqa: E402
 
 from cap_llm import train  # noqa: E402
 
+gc.freeze()  # imported modules need no further collection
 with simulated():
     if "MASTER_ADDR" in os.environ:  # once for all cases
         dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=90))

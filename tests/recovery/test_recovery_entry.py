@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from launches import BATCH, LENGTH, arguments, end
 from readings import assert_zeros, checkpoints
-from support import environment, signalled
+from support import environment
 
 from cap_llm import train
 from cap_llm.cli.command_line import read_config
@@ -94,7 +95,8 @@ def test_a_real_signal_ends_a_training_with_143_and_a_checkpoint(assets, tmp_pat
     settings = assets.options(tmp_path / "run", 1)
     settings |= {"recover.optimizer.tokens": 150 * BATCH * LENGTH, "recover.sequences": 24}
     settings |= {"recover.checkpoint.every": 1000, "recover.log.evaluate_every": 10}
-    job = signalled(tmp_path / "run", "step    20/150", signal.SIGTERM, arguments(settings))
+    log = tmp_path / "run" / "log.txt"
+    job = processes.killed(arguments(settings), log, "step    20/150", signal.SIGTERM)
     assert job.returncode == 143, job.stderr
     assert "cap-llm: interrupted" in job.stderr
     step = int(re.search(r"checkpoint at step (\d+)/150", job.stdout).group(1))
