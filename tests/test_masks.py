@@ -1,5 +1,6 @@
 """Masks on disk: what is written is read again, joined files are as good as one, damage is told."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,12 +11,11 @@ from cap_llm.models.mask_file import (
     FILE,
     MaskFile,
     join,
-    pack,
     path_of,
     save_masks,
-    unpack,
 )
 from cap_llm.runtime.errors import UserError
+from cap_llm.sparsity.bits import pack, unpack
 
 
 def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -48,6 +48,7 @@ def test_a_packed_mask_unpacks_to_itself(rows, columns, seed):
     packed = pack(mask)
     assert packed.shape == (rows, -(-columns // 8)) and packed.dtype == torch.uint8
     assert torch.equal(unpack(packed, columns), mask)
+    assert packed.tolist() == np.packbits(mask.numpy(), axis=1).tolist()  # the documented format
 
 
 @pytest.mark.parametrize("value", [True, False])

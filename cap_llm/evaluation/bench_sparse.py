@@ -21,11 +21,11 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from cap_llm.models.checkpoint import Checkpoint
-from cap_llm.models.mask_file import pack, unpack
 from cap_llm.models.masks import PRUNED
 from cap_llm.models.skeleton import find_blocks, match_names, model_class, skeleton
 from cap_llm.runtime.console import Console, format_bytes
 from cap_llm.runtime.errors import UserError, one_line
+from cap_llm.sparsity.bits import pack, unpack
 
 warnings.filterwarnings("ignore", message=".*([Ss]parse|prototype)")
 
@@ -56,14 +56,12 @@ def bit_packed(weight: torch.Tensor) -> Stored:
     """Values [nnz] and bits [R, ceil(C / 8)]; each product first expands them to [R, C]."""
     columns, keep = weight.shape[1], weight != 0
     values, bits = weight[keep], pack(keep).to(weight.device)
-    powers = 2 ** torch.arange(7, -1, -1, device=weight.device, dtype=torch.uint8)
 
     def product(x):
-        mask = (bits.unsqueeze(-1) & powers).ne(0).flatten(1)[:, :columns]
+        mask = unpack(bits, columns)
         full = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
         return linear(x, full.masked_scatter_(mask, values))
 
-    assert torch.equal(unpack(bits.cpu(), columns), keep.cpu())
     return Stored(values.nbytes + bits.nbytes, product)
 
 

@@ -13,13 +13,13 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic, regular
+from cap_llm.sparsity.bits import pack, unpack
 
 FILE = "masks/masks.safetensors"
 _OLD_FILE = "masks.safetensors"  # as written by earlier versions
@@ -29,17 +29,6 @@ def path_of(folder: Path) -> Path:
     """The mask file of a model directory, whether or not it exists."""
     old = folder / _OLD_FILE
     return old if old.exists() and not (folder / FILE).exists() else folder / FILE
-
-
-def pack(mask: torch.Tensor) -> torch.Tensor:
-    """Bytes [R, ceil(C / 8)] of a mask [R, C]."""
-    rows = np.ascontiguousarray(mask.cpu().numpy())  # a transposed mask packs transposed
-    return torch.from_numpy(np.packbits(rows, axis=1))
-
-
-def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Mask [R, C] of bytes [R, ceil(C / 8)]."""
-    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
 
 
 def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:
