@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from cap_llm.config import MODELS, Config
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.files import has_weights
 from cap_llm.models.hub import further_model
-from cap_llm.models.masks import Masks
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError, as_user_error
 from cap_llm.runtime.interrupt import defer_signals, exit_code
@@ -17,7 +17,9 @@ from cap_llm.runtime.world import World
 from cap_llm.text.reading import Texts
 
 
-def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, Path]:
+def start_of(
+    stage: str, source: ModelDirectory, made: dict[str, ModelDirectory], config: Config, run: Run
+) -> tuple[ModelDirectory, ModelDirectory]:
     """The model that a stage starts from, and the dense one that it was pruned from.
 
     The first is what the stage before it made in this run directory, now or in an earlier job;
@@ -29,15 +31,17 @@ def start_of(stage: str, source: Path, config: Config, run: Run) -> tuple[Path, 
         UserError: nothing says which model is the dense one.
     """
     earlier = config.start(stage)
-    start = run.stage(earlier, config.recipe(earlier))[0] if earlier else source
+    start = made.get(earlier, source)
+    if earlier and earlier not in made:  # by an earlier job
+        start = ModelDirectory(run.stage(earlier, config.recipe(earlier))[0])
     if config.model.dense:
         return start, further_model("model.dense", config.model.dense, run)
     recovers = stage == "recover"
     if start is not source:
-        dense_is_here = has_weights(source, run.world)
+        dense_is_here = has_weights(source.path, run.world)
     else:
         climbs = recovers and bool(config.recover.masks.schedule)
-        dense_is_here = climbs and not Masks(source, run.world)
+        dense_is_here = climbs and not source.masks(run.world)
     if recovers and config.recover.teacher and not dense_is_here:
         return start, further_model("recover.teacher", config.recover.teacher, run)
     if start is source and not dense_is_here:
@@ -70,7 +74,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         located = locate(config.model)
         check(located, config, console, world)
         tasks = find_tasks(config.evaluate, console) if "evaluate" in config.stages else []
-        texts = read_texts(config, located, console) if located.is_dir() else None
+        texts = read_texts(config, located.path, console) if located.path.is_dir() else None
         run = Run(config.output_dir, world, console)
         known = contents(config, located) if world.is_main else None
         run.contents = world.gather(known)[0]
@@ -80,29 +84,30 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         source = prepare(located, config.model, run)
         if source != located:
             check(source, config, console, world)
-        texts = texts or read_texts(config, source, console)
+        texts = texts or read_texts(config, source.path, console)
         keep, models = config.runtime.keep_intermediate, {}
         for stage in [s for s in MODELS if s in config.stages]:
-            folder = make(stage, source, texts, config, run)
+            model = make(stage, source, models, texts, config, run)
             if world.is_main:
                 write_cards(run.path)
             if models and not keep:
-                earlier, path = models.popitem()  # what it came from
-                if "evaluate" in config.stages and has_weights(path, world):
-                    evaluate({earlier: path}, texts, tasks, config, run)
-                drop(path, world)
-            models[stage] = folder
+                earlier, start = models.popitem()  # what it came from
+                if "evaluate" in config.stages and has_weights(start.path, world):
+                    evaluate({earlier: start}, texts, tasks, config, run)
+                drop(start.path, world)
+            models[stage] = model
         if "evaluate" in config.stages:
             for stage in MODELS:  # of earlier jobs, too
                 folder, done = run.stage(stage, config.recipe(stage))
-                models |= {stage: folder} if done and has_weights(folder, world) else {}
+                if stage not in models and done and has_weights(folder, world):
+                    models[stage] = ModelDirectory(folder)
             wanted = config.evaluate.dense or not models
-            scored = wanted and has_weights(source, world)
+            scored = wanted and has_weights(source.path, world)
             outside = outside_models(source, config, run) if scored else {}
             evaluate(outside | models, texts, tasks, config, run)
         # jobs that come later, the scoring at the latest, need the dense model
         if source != located and models and not keep and "evaluate" in config.stages:
-            drop(source, world)
+            drop(source.path, world)
         world.barrier()
         if world.is_main:
             write_cards(run.path)  # again, with the scores
@@ -123,7 +128,11 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
 
 
 def check(
-    model: Path | None, config: Config, console: Console, world: World, predict: bool = False
+    model: ModelDirectory | None,
+    config: Config,
+    console: Console,
+    world: World,
+    predict: bool = False,
 ) -> None:
     """Refuses what would fail later; with `predict`, says what the work takes.
 
@@ -134,14 +143,21 @@ def check(
 
     shapes = model or hub_config(config.model)
     check_everything(shapes, config, console, world, predict, fetched=bool(model))
-    if "recover" in config.stages and shapes and shapes.is_dir():
+    if "recover" in config.stages and shapes and shapes.path.is_dir():
         from cap_llm.recovery.check import check_recovery
 
         check_recovery(shapes, config, world, console, predict)
 
 
-def make(stage: str, source: Path, texts: Texts, config: Config, run: Run) -> Path:
-    """Runs a stage that makes a model; its folder."""
+def make(
+    stage: str,
+    source: ModelDirectory,
+    made: dict[str, ModelDirectory],
+    texts: Texts,
+    config: Config,
+    run: Run,
+) -> ModelDirectory:
+    """Runs a stage; its model. `made` holds what this job has made before, by stage."""
     if stage == "oneshot":
         from cap_llm.blockwise.oneshot import oneshot
 
@@ -153,7 +169,7 @@ def make(stage: str, source: Path, texts: Texts, config: Config, run: Run) -> Pa
     else:
         from cap_llm.recovery.recover import recover as work
 
-    return work(*start_of(stage, source, config, run), texts, config, run)
+    return work(*start_of(stage, source, made, config, run), texts, config, run)
 
 
 def drop(folder: Path, world: World) -> None:
@@ -183,7 +199,7 @@ def dry_run(config: Config, console: Console) -> None:
     check(located, config, console, world, predict=True)
     if "evaluate" in config.stages:
         find_tasks(config.evaluate, console, fetch=False)
-    if located and located.is_dir():
-        read_texts(config, located, console)
+    if located and located.path.is_dir():
+        read_texts(config, located.path, console)
     console.say("dry run: nothing was written")
     world.close()

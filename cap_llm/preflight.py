@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import torch
 
@@ -12,20 +11,12 @@ from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import plan_sparsities
 from cap_llm.blockwise.sds import plan_second_prune
 from cap_llm.config import Config
-from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.checkpoint import Checkpoint
-from cap_llm.models.files import fingerprint, weight_files
-from cap_llm.models.hub import check_files, found_here, needs_conversion
-from cap_llm.models.masks import Masks
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.files import weight_files
+from cap_llm.models.hub import check_files, found_here
 from cap_llm.models.rehearsal import check_lengths
-from cap_llm.models.skeleton import (
-    NamesDiffer,
-    match_names,
-    model_class,
-    read_as,
-    skeleton,
-)
+from cap_llm.models.skeleton import NamesDiffer
 from cap_llm.runtime.console import Console, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import attained_rate
@@ -36,7 +27,7 @@ BLOCKWISE = ("oneshot", "sds", "reconstruct")  # stages that rewrite a model blo
 
 
 def check_everything(
-    located: Path | None,
+    located: ModelDirectory | None,
     config: Config,
     console: Console,
     world: World,
@@ -46,7 +37,7 @@ def check_everything(
     """Refuses what cannot work, before the long work, and prints an estimate.
 
     Args:
-        located: the model's directory or .gguf file; None if it is on the hub, out of reach.
+        located: the model; None if it is on the hub, out of reach.
         config: the run's settings.
         console: where the estimate goes.
         world: the ranks.
@@ -64,14 +55,16 @@ def check_everything(
     if located is None:
         console.say(f"model {config.model.path}: the hub is out of reach; its shapes are unchecked")
         return
-    if located.suffix == ".gguf":
-        console.say(f"model {located.name}: will be de-quantised first; its shapes are unchecked")
+    if located.path.is_file():
+        console.say(
+            f"model {located.path.name}: will be de-quantized first; its shapes are unchecked"
+        )
         return
-    bare = skeleton(located)
+    bare = located.skeleton
     model = BlockModel(bare, torch.device("cpu"))
     if "evaluate" in config.stages and not model.is_causal:
         raise UserError(
-            f"{model_class(located).__name__} gives no next-token logits, so it has no perplexity "
+            f"{type(bare).__name__} gives no next-token logits, so it has no perplexity "
             "and no zero-shot scores; set --stages [oneshot]"
         )
     lengths = {"calibration.length": config.calibration.length} if config.uses_calibration else {}
@@ -98,22 +91,20 @@ def check_everything(
     if not fetched:
         console.say(f"model {config.model.path}: on the hub; only its config.json is checked")
         n_bytes = sum(p.numel() for p in bare.parameters()) * bare.dtype.itemsize
-    elif needs_conversion(located):
+    elif not located.has_safetensors:
         check_files("model.path", located, config, world)
         console.say(
             f"model {located}: its weights are no safetensors and are rewritten once, which holds "
             "the whole model in memory"
         )
-        n_bytes = copied = sum(p.stat().st_size for p in weight_files(located))
+        n_bytes = copied = sum(p.stat().st_size for p in weight_files(located.path))
     else:
-        checkpoint = Checkpoint(located)  # opens every shard: truncated ones show here
-        n_bytes = checkpoint.n_bytes()
+        n_bytes = located.checkpoint.n_bytes()
         try:
-            match_names(model.model, checkpoint)
-            if told := read_as(model.model, checkpoint):
-                console.say(told)
+            if located.keys and located.notice:
+                console.say(located.notice)
             if "sds" in config.stages and not config.start("sds"):
-                plan_second_prune(Masks(located, world), model, config)
+                plan_second_prune(located.masks(world), model, config)
         except NamesDiffer:  # those are converted, and looked at again
             check_files("model.path", located, config, world)
             copied = n_bytes
@@ -142,17 +133,19 @@ def check_everything(
     console.say(f"estimate: {text}")
 
 
-def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
+def _check_dense(
+    pruned: ModelDirectory | None, model: BlockModel, candidate: ModelDirectory
+) -> None:
     """Refuses a dense model that is pruned, or whose blocks are not those of the pruned one."""
-    same = pruned and fingerprint(folder) == fingerprint(pruned) is not None
-    if same or mask_files.path_of(folder).exists():
+    same = pruned and candidate.fingerprint == pruned.fingerprint is not None
+    if same or candidate.mask_file:
         is_ = "the model to start from" if same else "pruned itself: it has a file of masks"
-        raise UserError(f"model.dense {folder} is {is_}; give the model that it was pruned from")
-    dense = BlockModel(skeleton(folder), torch.device("cpu"))
+        raise UserError(f"model.dense {candidate} is {is_}; give the model that it was pruned from")
+    dense = BlockModel(candidate.skeleton, torch.device("cpu"))
     ours, theirs = (len(m.model.get_input_embeddings().weight) for m in (model, dense))
     if theirs < ours:
         raise UserError(
-            f"model.dense {folder} has a vocabulary of {theirs} and the pruned model one of "
+            f"model.dense {candidate} has a vocabulary of {theirs} and the pruned model one of "
             f"{ours}; give the model that it was pruned from"
         )
     ours, theirs = (
@@ -161,7 +154,7 @@ def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
     )
     if len(ours) != len(theirs):
         raise UserError(
-            f"model.dense {folder} has {len(theirs)} blocks and the pruned model {len(ours)}; "
+            f"model.dense {candidate} has {len(theirs)} blocks and the pruned model {len(ours)}; "
             "give the model that it was pruned from"
         )
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -169,6 +162,6 @@ def _check_dense(pruned: Path | None, model: BlockModel, folder: Path) -> None:
         for (name, shape), (other, expected) in pairs:
             if (name, shape) != (other, expected):
                 raise UserError(
-                    f"model.dense {folder} has {other} {expected} in block {i} where the pruned "
+                    f"model.dense {candidate} has {other} {expected} in block {i} where the pruned "
                     f"model has {name} {shape}; give the model that it was pruned from"
                 )

@@ -7,13 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cap_llm.models.mask_file import (
-    FILE,
-    MaskFile,
-    join,
-    path_of,
-    save_masks,
-)
+from cap_llm.models.mask_file import FILE, MaskFile, join, save_masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.sparsity.bits import pack, unpack
 
@@ -171,11 +165,3 @@ def test_masks_of_absurd_kinds_and_sizes_are_refused_by_path(tmp_path, packed, c
     save_file({"w": packed}, tmp_path / "masks", metadata={"w": columns})
     with pytest.raises(UserError, match=str(tmp_path / "masks")):
         MaskFile(tmp_path / "masks")
-
-
-def test_the_place_of_earlier_versions_is_read_where_there_is_no_other(tmp_path):
-    old = tmp_path / "masks.safetensors"
-    save_masks(MASKS, old)
-    assert path_of(tmp_path) == old
-    save_masks({}, tmp_path / FILE)
-    assert path_of(tmp_path) == tmp_path / FILE

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.sds import SGD_BATCH
 from cap_llm.config import MODELS, Config
-from cap_llm.models.blocks import BlockModel, matrix
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.skeleton import LINEARS, matrix
 from cap_llm.runtime.console import format_bytes
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
@@ -211,7 +211,7 @@ def _second_moments(block: nn.Module) -> int:
     """
     columns: dict[tuple, int] = {}
     for parent in block.modules():
-        linears = [m for m in parent.children() if isinstance(m, nn.Linear | Conv1D)]
+        linears = [m for m in parent.children() if isinstance(m, LINEARS)]
         for m in linears:
             columns[parent, m is linears[-1]] = matrix(m).shape[1]
     return sum(c * c for c in columns.values())

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.blockwise.prune import PrunedBlock, record_unchanged
@@ -37,9 +36,9 @@ from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel, Call, stored_dtype
-from cap_llm.models.directory import patterns
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.masks import Masks
-from cap_llm.models.skeleton import states_of
+from cap_llm.models.skeleton import LINEARS, as_matrix, linears, states_of
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.rundir import Run
@@ -51,12 +50,14 @@ WARMUP = 0.1  # of the steps: Adam's first steps have full size whatever the gra
 PATIENCE = 2  # epochs without improvement; early large steps may increase the error
 
 
-def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
+def reconstruct(
+    pruned: ModelDirectory, dense: ModelDirectory, texts: Texts, config: Config, run: Run
+) -> ModelDirectory:
     """Trains the blocks of a pruned model one by one.
 
     Args:
-        pruned: directory of the pruned model.
-        dense: directory of the dense model.
+        pruned: the pruned model.
+        dense: the dense model.
         texts: calibration and held-out ids.
         config: settings of the run.
         run: the run directory.
@@ -69,7 +70,7 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
     """
     work = BlockStage(STAGE, config.recipe(STAGE), run, pruned, dense)
     if work.done:
-        return work.folder
+        return work.result
     work.begin(texts, config, dtype=torch.float32)
     world, independent = run.world, config.reconstruct.inputs == "dense"
     if independent:
@@ -154,7 +155,7 @@ class _Trainer:
         scratch: Path,
     ):
         self.student, self.dense, self.masks = student, dense, masks
-        self.settings, self.patterns = config.reconstruct, patterns(masks.folder)
+        self.settings, self.patterns = config.reconstruct, masks.directory.patterns
         device, alone = world.device, World.alone(world.device)
         own_inputs = self.settings.inputs == "student"
         self.team, self.pool = (world, alone) if own_inputs else (alone, world)
@@ -209,11 +210,10 @@ class _Trainer:
             UserError: an activation or an error is not finite.
         """
         start = time.monotonic()
-        linears = self.student.linears(i)
         masks = masks_of_block(self.student, i, self.masks)
         keep = {
-            m.weight: masks[n] if isinstance(m, nn.Linear) else masks[n].T
-            for n, m in linears.items()
+            m.weight: as_matrix(m, masks[n])
+            for n, m in self.student.linears(i).items()
             if n in masks
         }
         *halves, whole = [
@@ -447,8 +447,7 @@ def _sections(block: nn.Module, halves: bool) -> list[tuple[str | None, list[nn.
     if not halves:
         return [(None, everything)]
     for name, module in block.named_children():
-        linears = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
-        if linears and module not in linears:
+        if linears(module) and not isinstance(module, LINEARS):
             attention = list(module.parameters())
             rest = [p for p in everything if not any(p is q for q in attention)]
             return [(name, attention), (None, rest)]

@@ -34,9 +34,10 @@ from cap_llm.blockwise.prune import (
 from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import Config
-from cap_llm.models.blocks import BlockModel, Group, matrix
-from cap_llm.models.directory import recorded, removed
+from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.masks import Masks
+from cap_llm.models.skeleton import matrix
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 from cap_llm.runtime.memory import Memory
@@ -53,12 +54,14 @@ STAGE = "sds"
 SGD_BATCH = 8  # sequences per SGD step in mode `paper`
 
 
-def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
+def sds(
+    pruned: ModelDirectory, dense: ModelDirectory, texts: Texts, config: Config, run: Run
+) -> ModelDirectory:
     """Applies Sparse-Dense-Sparse to a pruned model.
 
     Args:
-        pruned: directory of the pruned model.
-        dense: directory of the dense model.
+        pruned: the pruned model.
+        dense: the dense model.
         texts: calibration and held-out ids.
         config: settings of the run; `oneshot` configures the second prune.
         run: the run directory.
@@ -71,7 +74,7 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
     """
     work = BlockStage(STAGE, config.recipe(STAGE), run, pruned, dense)
     if work.done:
-        return work.folder
+        return work.result
     dense_model = BlockModel.open(dense, run.world.device)
     masks = start_masks(pruned, run)
     plan = plan_second_prune(masks, dense_model, config)
@@ -107,13 +110,12 @@ def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[s
     Raises:
         UserError: a model of another run has a different pattern or sparsity than `oneshot`.
     """
-    settings, pruned = config.oneshot, masks.folder
+    settings, pruned = config.oneshot, masks.directory
     plan = plan_sparsities(dense, settings)
-    rows = recorded(pruned)
-    sparsities = {row["name"]: removed(row) for row in rows}
+    sparsities = {row.name: row.sparsity for row in pruned.rows}
     if config.start(STAGE):  # from this run, so its settings were checked
         return plan | {name: s for name, s in sparsities.items() if plan.get(name)}
-    patterns = sorted({row["pattern"] for row in rows} - {"as found"})
+    patterns = sorted({row.pattern for row in pruned.rows} - {"as found"})
     target, compatible = Pattern.parse(settings.pattern), {settings.pattern}
     if not patterns:  # not pruned by cap_llm: infer the pattern from the masks
         sparsities = masks.shares
@@ -167,7 +169,7 @@ class _Step:
         work: BlockStage,
         dense_model: BlockModel,
         masks: Masks,
-        dense: Path,
+        dense: ModelDirectory,
         plan: dict[str, float],
         texts: Texts,
         config: Config,

@@ -38,7 +38,6 @@ def main(argv: list[str], console: Console) -> None:
     args = parse(parser, argv)
     from cap_llm.evaluation.evaluate import FILE, score_corpora
     from cap_llm.evaluation.results import facts_of
-    from cap_llm.models.hub import needs_conversion
     from cap_llm.preflight import check_everything
     from cap_llm.text.reading import read_texts
 
@@ -52,11 +51,11 @@ def main(argv: list[str], console: Console) -> None:
     )
     with scoring(args, config.model, FILE, console) as (world, folder, path):
         check_everything(folder, config, console, world)
-        if needs_conversion(folder):
+        if not folder.has_safetensors:
             raise UserError(
                 f"{folder} is not in safetensors format. Convert and score it with cap-llm "
                 f"--model.path {folder} --stages [evaluate] --output_dir DIRECTORY"
             )
-        texts = read_texts(config, folder, console).scored
+        texts = read_texts(config, folder.path, console).scored
         facts = facts_of(folder, config, world)
         score_corpora(folder, texts, config, facts, path, None, world, console)

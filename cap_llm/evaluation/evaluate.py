@@ -21,11 +21,9 @@ from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.lm_eval_tasks import Task
 from cap_llm.evaluation.results import earlier, facts_of, job
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.directory import Row, write_sparsity
-from cap_llm.models.files import fingerprint
+from cap_llm.models.directory import ModelDirectory, Row
 from cap_llm.models.hub import found_here, further_model
 from cap_llm.models.masks import count_zeros
-from cap_llm.models.skeleton import skeleton
 from cap_llm.runtime.console import Console, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
@@ -37,14 +35,14 @@ from cap_llm.text.reading import ScoredText, Texts
 FILE = "perplexity.json"
 
 
-def outside_models(source: Path, config: Config, run: Run) -> dict[str, Path]:
+def outside_models(source: ModelDirectory, config: Config, run: Run) -> dict[str, ModelDirectory]:
     """The models that a run scores and did not make, by the folders of their scores.
 
     `dense` is the dense model, where it is known; `given` is the run's model where that is pruned
     or `model.dense` names another. Their weights tell, and are counted in their `sparsity.json`.
 
     Args:
-        source: the directory of the run's model.
+        source: the run's model.
         config: the run's settings.
         run: the run directory.
 
@@ -68,11 +66,13 @@ def outside_models(source: Path, config: Config, run: Run) -> dict[str, Path]:
                 Row(n, shape, "as found", zeros, zeros, None, None, 0.0)
                 for n, (shape, zeros) in found.items()
             ]
-            write_sparsity(place, folder.resolve().name, rows, whole)
+            ModelDirectory(place).write_sparsity(folder.path.resolve().name, rows, whole)
     return models
 
 
-def _known_dense(source: Path, pruned: bool, config: Config, run: Run) -> Path | None:
+def _known_dense(
+    source: ModelDirectory, pruned: bool, config: Config, run: Run
+) -> ModelDirectory | None:
     """The dense model of the run's model, where it is another one and the settings name it.
 
     The teacher of a model that came pruned is its dense model if all shapes are the same.
@@ -86,16 +86,16 @@ def _known_dense(source: Path, pruned: bool, config: Config, run: Run) -> Path |
         teacher = found_here("recover.teacher", config.recover.teacher, config, run.world)
         if teacher and _shapes(teacher) == _shapes(source):
             dense = further_model("recover.teacher", config.recover.teacher, run)
-    other = bool(dense) and fingerprint(dense) != fingerprint(source)
+    other = bool(dense) and dense.fingerprint != source.fingerprint
     return dense if run.world.gather(other)[0] else None
 
 
-def _shapes(folder: Path) -> dict[str, torch.Size]:
-    return {name: p.shape for name, p in skeleton(folder).named_parameters()}
+def _shapes(model: ModelDirectory) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.skeleton.named_parameters()}
 
 
 def evaluate(
-    models: dict[str, Path], texts: Texts, tasks: list[Task], config: Config, run: Run
+    models: dict[str, ModelDirectory], texts: Texts, tasks: list[Task], config: Config, run: Run
 ) -> None:
     """Scores model directories.
 
@@ -143,7 +143,7 @@ def evaluate(
 
 
 def score_corpora(
-    folder: Path,
+    folder: ModelDirectory,
     scored: list[ScoredText],
     config: Config,
     facts: dict,
@@ -170,7 +170,7 @@ def score_corpora(
     Raises:
         UserError: the model has no perplexity or overflows.
     """
-    stage = facts.get("stage", folder.name)
+    stage = facts.get("stage", folder.path.name)
     results = earlier(path, ("corpora",), facts, world, console)["corpora"]
     for text in scored:
         known = results.get(text.key)
@@ -188,7 +188,7 @@ def score_corpora(
 
 
 def _score(
-    folder: Path,
+    folder: ModelDirectory,
     title: str,
     text: ScoredText,
     config: Config,

@@ -169,10 +169,8 @@ class ShardWriter:
         )
 
 
-def stored_prefix(folder: Path) -> str:
-    """The prefix that torch.compile or data parallel added to all names in a directory's files."""
-    if can_be_streamed(folder):
-        return Checkpoint(folder).prefix
+def prefix_of_bin(folder: Path) -> str:
+    """The prefix of all names in a directory's `.bin` files, see `Checkpoint.prefix`."""
     return _common_prefix(n for f in weight_files(folder) for n in _names_in_bin(f))
 
 

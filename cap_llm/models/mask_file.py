@@ -22,13 +22,6 @@ from cap_llm.runtime.files import atomic, regular
 from cap_llm.sparsity.bits import pack, unpack
 
 FILE = "masks/masks.safetensors"
-_OLD_FILE = "masks.safetensors"  # as written by earlier versions
-
-
-def path_of(folder: Path) -> Path:
-    """The mask file of a model directory, whether or not it exists."""
-    old = folder / _OLD_FILE
-    return old if old.exists() and not (folder / FILE).exists() else folder / FILE
 
 
 def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -10,13 +10,13 @@ from torch import nn
 
 from cap_llm.blockwise.estimate import check_disk
 from cap_llm.config import Config, Level, RecoverConfig
-from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.files import has_weights, text_settings
-from cap_llm.models.hub import found_here, is_whole, needs_conversion
-from cap_llm.models.masks import Masks
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.files import has_weights
+from cap_llm.models.hub import found_here, is_whole
+from cap_llm.models.mask_file import FILE
 from cap_llm.models.rehearsal import check_lengths
-from cap_llm.models.skeleton import NamesDiffer, skeleton
+from cap_llm.models.skeleton import NamesDiffer
 from cap_llm.runtime.console import Console, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import attained_rate
@@ -34,12 +34,12 @@ STATES = ("word_embed_proj_dim", *WIDTHS)  # OPT projects the final states to th
 
 
 def check_recovery(
-    located: Path, config: Config, world: World, console: Console, predict: bool = False
+    located: ModelDirectory, config: Config, world: World, console: Console, predict: bool = False
 ) -> None:
     """Refuses settings that do not fit the model, the ranks or DeepSpeed, and prints an estimate.
 
     Args:
-        located: the model's directory.
+        located: the model.
         config: the run's settings.
         world: the ranks.
         console: where the estimate goes.
@@ -69,11 +69,11 @@ def check_recovery(
         if finetuned:
             check_pair(located, finetuned, "recover.finetuned", settings.length, same_width=True)
     earlier = config.start("recover")
-    start = Path(config.output_dir) / earlier if earlier else located
-    has_masks = settings.levels and world.decide(mask_files.path_of(start).exists)
-    if has_masks and has_weights(start, world) and (masks := Masks(start, world)):
+    start = ModelDirectory(Path(config.output_dir) / earlier) if earlier else located
+    has_masks = settings.levels and world.decide((start.path / FILE).exists)
+    if has_masks and has_weights(start.path, world) and (masks := start.masks(world)):
         check_first_level(settings.levels, start, masks.sparsity)
-    if is_whole(located) and not needs_conversion(located):  # what is converted: afterwards
+    if is_whole(located.path) and located.has_safetensors:  # what is converted: afterwards
         with contextlib.suppress(NamesDiffer):
             refuse_changed_logits(located, world)
     memory, disk, flops = _estimate(located, teacher, config, world, engines.stage_of(student))
@@ -88,7 +88,10 @@ def check_recovery(
 
 
 def check_models(
-    student: Path, teacher: Path | None, dense: Path | None, settings: RecoverConfig
+    student: ModelDirectory,
+    teacher: ModelDirectory | None,
+    dense: ModelDirectory | None,
+    settings: RecoverConfig,
 ) -> None:
     """Holds a student against its teacher and the dense model, as far as they are there.
 
@@ -105,7 +108,7 @@ def check_models(
         check_pair(student, dense, "model.dense", length, same_width=contrasted)
 
 
-def check_first_level(levels: list[Level], start: Path, sparsity: float) -> None:
+def check_first_level(levels: list[Level], start: ModelDirectory, sparsity: float) -> None:
     """Raises:
     UserError: a schedule's first level is no sparser than the model that it starts from.
     """
@@ -117,8 +120,8 @@ def check_first_level(levels: list[Level], start: Path, sparsity: float) -> None
 
 
 def check_pair(
-    student: Path,
-    teacher: Path,
+    student: ModelDirectory,
+    teacher: ModelDirectory,
     name: str,
     length: int,
     *,
@@ -128,7 +131,7 @@ def check_pair(
     """Holds two models against each other.
 
     Args:
-        student, teacher: directories.
+        student, teacher: the models.
         name: the option that names the teacher.
         length: tokens of a sequence.
         same_width: of the final states, as contrasts compare them.
@@ -137,7 +140,7 @@ def check_pair(
     Raises:
         UserError: other vocabularies, widths or depths, or too few positions.
     """
-    a, b = text_settings(student), text_settings(teacher)
+    a, b = student.settings, teacher.settings
     ours, theirs = _entries(student), _entries(teacher)
     # Larger siblings often pad their vocabulary to more: what is beyond the student's is cut.
     padded = ours and theirs and (b.get("vocab_size") or 0) > (a.get("vocab_size") or 0)
@@ -166,15 +169,15 @@ def check_pair(
     check_lengths(teacher, asked, f"{name} {teacher}", cpu, torch.float32, walked=False)
 
 
-def state_width(folder: Path) -> int:
+def state_width(model: ModelDirectory) -> int:
     """H of the final states that the head reads.
 
     Raises:
         UserError: the model's settings do not say.
     """
-    _, width = _first(text_settings(folder), STATES)
+    _, width = _first(model.settings, STATES)
     if width is None:
-        raise UserError(f"{folder}/config.json says no width (hidden_size)")
+        raise UserError(f"{model}/config.json says no width (hidden_size)")
     return width
 
 
@@ -183,15 +186,15 @@ def _first(facts: dict, keys: tuple[str, ...]) -> tuple[str, int | None]:
     return next(((key, facts[key]) for key in keys if facts.get(key)), (keys[0], None))
 
 
-def _entries(folder: Path) -> dict[str, int]:
+def _entries(model: ModelDirectory) -> dict[str, int]:
     """The tokenizer's entries and their ids; none where the directory has no tokenizer."""
     try:
-        return load_tokenizer(str(folder)).get_vocab()
+        return load_tokenizer(str(model)).get_vocab()
     except UserError:
         return {}
 
 
-def refuse_changed_logits(folder: Path, world: World) -> None:
+def refuse_changed_logits(model: ModelDirectory, world: World) -> None:
     """Refuses a model that is more than its decoder's final states and a linear head.
 
     Recovery applies the head itself, to chunks of tokens: what the model does to the states before
@@ -201,11 +204,11 @@ def refuse_changed_logits(folder: Path, world: World) -> None:
     Raises:
         UserError: its class does more, or cannot be walked block by block.
     """
-    world.decide(lambda: _refuse_changed_logits(folder))  # one rank holds the embedding
+    world.decide(lambda: _refuse_changed_logits(model))  # one rank holds the embedding
 
 
-def _refuse_changed_logits(folder: Path) -> None:
-    model = BlockModel.open(folder, torch.device("cpu"))
+def _refuse_changed_logits(directory: ModelDirectory) -> None:
+    model = BlockModel.open(directory, torch.device("cpu"))
     name, head = type(model.model).__name__, model.model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{name} has no linear head; it cannot be recovered")
@@ -227,16 +230,20 @@ def _refuse_changed_logits(folder: Path) -> None:
 
 
 def _estimate(
-    located: Path, teacher: Path | None, config: Config, world: World, stage: int
+    located: ModelDirectory,
+    teacher: ModelDirectory | None,
+    config: Config,
+    world: World,
+    stage: int,
 ) -> tuple[float, int, float]:
     """Bytes of memory a rank and of disk, and floating-point operations of all levels, roughly."""
     settings, o = config.recover, config.recover.objective
-    n = sum(p.numel() for p in skeleton(located).parameters())
+    n = sum(p.numel() for p in located.skeleton.parameters())
     taught = bool(o.kl or o.feature)
     n_teacher = 0
     if taught:  # one that is only on the hub yet counts as one of the student's size
-        n_teacher = sum(p.numel() for p in skeleton(teacher).parameters()) if teacher else n
-    facts = text_settings(located)
+        n_teacher = sum(p.numel() for p in (teacher or located).skeleton.parameters())
+    facts = located.settings
     width = engines.compute_dtype(settings, world).itemsize
     states, gradients, weights = (1 / world.size if stage >= s else 1.0 for s in (1, 2, 3))
     memory = n * (12 * states + width * gradients + width * weights)

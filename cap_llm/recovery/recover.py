@@ -32,9 +32,9 @@ from cap_llm.config import (
 )
 from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.files import fingerprint, remove_weights, weights_and_masks
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.files import remove_weights, weights_and_masks
 from cap_llm.models.hub import further_model
-from cap_llm.models.masks import Masks
 from cap_llm.recovery.banks import Banks
 from cap_llm.recovery.check import (
     check_first_level,
@@ -61,11 +61,13 @@ from cap_llm.training.masks import Fixed
 STAGE = "recover"
 
 
-def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Path:
-    """Recovers the model of directory `student`.
+def recover(
+    student: ModelDirectory, dense: ModelDirectory, texts: Texts, config: Config, run: Run
+) -> ModelDirectory:
+    """Recovers a pruned model.
 
     Args:
-        student: a pruned model directory; a dense one with a schedule.
+        student: the pruned model; a dense one with a schedule.
         dense: the model it was pruned from; the teacher too, unless `recover.teacher` names one.
         texts: with the recovery text, and the calibration ids for a schedule.
         config: the run's settings.
@@ -81,7 +83,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     folder, done = run.stage(STAGE, recipe)
     if done:
         run.console.say(f"recover: done already, in {folder}")
-        return folder
+        return ModelDirectory(folder)
     settings, world = config.recover, run.world
     reset_peak_memory()
     engines.start(world)
@@ -131,7 +133,7 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
             shutil.rmtree(folder / "banks", ignore_errors=True)
     run.finish_stage(folder, summary, weights_and_masks(folder) if world.is_main else ())
     run.console.say(f"recover: done in {format_duration(seconds)}, in {folder}")
-    return folder
+    return student
 
 
 class _Recovery:
@@ -139,23 +141,25 @@ class _Recovery:
 
     def __init__(
         self,
-        start: Path,
-        teacher: Path,
-        dense: Path,
+        start: ModelDirectory,
+        teacher: ModelDirectory,
+        dense: ModelDirectory,
         text: PackedText,
         config: Config,
         run: Run,
         folder: Path,
     ):
         self.start, self.teacher, self.dense = start, teacher, dense
-        self.masks = Masks(start, run.world)
+        self.masks = start.masks(run.world)
         self.text, self.config, self.run, self.folder = text, config, run, folder
         self.settings, self.world = config.recover, run.world
         self.student_ds = ds_config.student_settings(self.settings, self.world)
         self.teacher_ds = ds_config.teacher_settings(self.settings, self.world, self.student_ds)
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
         self.records: list[dict] = []
-        self._students: dict[int, Path] = {}  # by level, as it stood before: the snapshots
+        self._students: dict[
+            int, ModelDirectory
+        ] = {}  # by level, as it stood before: the snapshots
         self._teacher = None
         s = self.settings
         self.task = LanguageModeling(text, s.objective, s.SKIP, s.optimizer.seed, run.world.device)
@@ -169,7 +173,7 @@ class _Recovery:
         self._models = {"start": start, "teacher": teacher, "dense": dense}
         # by the first rank's view: a shared file system may show ranks different things
         models = self._models.items() if self.world.is_main else ()
-        prints = {name: fingerprint(path) for name, path in models}
+        prints = {name: model.fingerprint for name, model in models}
         self._inputs = self.world.gather({"text": text.digest} | prints)[0]
 
     def check(self) -> None:
@@ -216,9 +220,15 @@ class _Recovery:
                 write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
 
     def climb(
-        self, student: Path, level: Level | None, n: int, of: int, target: Path, texts: Texts
-    ) -> Path:
-        """Banks, prunes and trains one level; the directory of its model."""
+        self,
+        student: ModelDirectory,
+        level: Level | None,
+        n: int,
+        of: int,
+        target: Path,
+        texts: Texts,
+    ) -> ModelDirectory:
+        """Banks, prunes and trains one level; its model."""
         run, config, settings = self.run, self.config, self.settings
         title = f"level {n}/{of} ({level})" if level else STAGE
         record_file = target / "level.json"
@@ -232,7 +242,7 @@ class _Recovery:
             self.records.append(known)
             self.began = time.monotonic() - known["stage_seconds"]
             self._check_ppl_ratio(title, target, known)
-            return target
+            return ModelDirectory(target)
         if level:
             asked = level.apply(config.oneshot)
             if student == self.start and self.masks and self.masks.from_zeros:
@@ -241,7 +251,7 @@ class _Recovery:
             place = f"{STAGE}/levels/{n}/pruned"
             run.console.say(f"{title}: pruning", style="bold")
             pruned = oneshot(student, texts, changed, run, place)
-        masks = self.masks if pruned == self.start else Masks(pruned, self.world)
+        masks = pruned.masks(self.world)
         if masks.from_zeros and masks.description:
             run.console.say(f"{title}: {masks.description}", style=None if masks else "yellow")
         if not masks:
@@ -269,9 +279,9 @@ class _Recovery:
         )
         checkpoint = dataclasses.replace(settings.checkpoint, resume=self._resume(n))
         settings = dataclasses.replace(settings, checkpoint=checkpoint)
-        trained = self._train(job, settings, target, masks)
+        trained, result = self._train(job, settings, target, masks)
         held_out = trained.held_out
-        self._verify(target, held_out[settings.steps])
+        self._verify(result, held_out[settings.steps])
         record = {
             "level": str(level) if level else None,
             "held_out_ppl": {str(k): round(v, 4) for k, v in held_out.items()},
@@ -285,7 +295,7 @@ class _Recovery:
         self.world.barrier()
         self.records.append(record)
         self._check_ppl_ratio(title, target, record)
-        return target
+        return result
 
     def _check_ppl_ratio(self, title: str, target: Path, record: dict) -> None:
         """Stops the schedule after a level that has lost too much, also in a rerun."""
@@ -310,17 +320,19 @@ class _Recovery:
             return asked
         return "auto"
 
-    def _train(self, job: Job, config: RecoverConfig, target: Path, masks: Mapping) -> Trained:
+    def _train(
+        self, job: Job, config: RecoverConfig, target: Path, masks: Mapping
+    ) -> tuple[Trained, ModelDirectory]:
         """Trains a model and writes it, with its masks, to `target`."""
         trained = train(job, config, self.run)
         self.began = trained.began
         dtype = ds_config.DTYPES.get(config.save_dtype)
         engine, trained.engine = trained.engine, None  # its memory is needed from here on
-        export(engine, job.student, target, masks, self.world, dtype)
+        result = export(engine, job.student, target, masks, self.world, dtype)
         engines.release(engine)
         del engine
         gc.collect()
-        return trained
+        return trained, result
 
     def _checkpoints(self, level: int | str) -> Path:
         return self.folder / "checkpoints" / str(level)
@@ -381,16 +393,16 @@ class _Recovery:
         finetuned = self._finetuned if settings.finetuned else None
         return self.banks.contrasts(share, online, finetuned, self._students)
 
-    def _finetuned(self) -> Path:
+    def _finetuned(self) -> ModelDirectory:
         """The fine-tuned model: given, or the dense one trained on the recovery text."""
         settings, run = self.settings, self.run
         if settings.finetuned != "train":
-            path = further_model("recover.finetuned", settings.finetuned, run)
-            check_pair(self.start, path, "recover.finetuned", settings.length, same_width=True)
-            return path
+            model = further_model("recover.finetuned", settings.finetuned, run)
+            check_pair(self.start, model, "recover.finetuned", settings.length, same_width=True)
+            return model
         folder = self.folder / "finetuned"
         if run.world.gather((folder / "done.json").exists())[0]:
-            return folder
+            return ModelDirectory(folder)
         run.console.say("FiC: fine-tuning the dense model on the recovery text", style="bold")
         only_ce = dataclasses.replace(
             settings,
@@ -416,8 +428,8 @@ class _Recovery:
             stage=f"{STAGE}/finetuned",
             began=self.began,
         )
-        held_out = self._train(job, only_ce, folder, {}).held_out
-        before, after = held_out[0], held_out[settings.steps]
+        trained, result = self._train(job, only_ce, folder, {})
+        before, after = trained.held_out[0], trained.held_out[settings.steps]
         if after > before:
             run.console.say(
                 f"FiC: the fine-tuned model's held-out ppl is {after:.3f}, worse than the dense "
@@ -428,33 +440,33 @@ class _Recovery:
         files = weights_and_masks(folder) if run.world.is_main else ()
         run.finish_stage(folder, {"held_out_ppl": after}, files)
         self._remove_checkpoints("finetuned")
-        return folder
+        return result
 
-    def _held_out_perplexity(self, folder: Path) -> float:
-        """Of a directory's model, a block in memory at a time."""
+    def _held_out_perplexity(self, directory: ModelDirectory) -> float:
+        """Of a model, a block in memory at a time."""
         engines.restore_linear()
         run, text = self.run, self.text
         dtype = engines.compute_dtype(self.settings, self.world)
         with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
-            model = BlockModel.open(folder, run.world.device, dtype)
+            model = BlockModel.open(directory, run.world.device, dtype)
             memory = Memory.plan(run.world.device, self.config.runtime.activation_gib)
             nll = streamed_nll(model, text.held_out, run.world, memory, Path(scratch))
         return math.exp(min(700.0, nll / (len(text.held_out) * (text.held_out.shape[1] - 1))))
 
-    def _verify(self, folder: Path, expected: float) -> None:
+    def _verify(self, model: ModelDirectory, expected: float) -> None:
         """Reloads a written model and holds its perplexity against the engine's."""
-        run, ppl = self.run, self._held_out_perplexity(folder)
+        run, ppl = self.run, self._held_out_perplexity(model)
         dtype = engines.compute_dtype(self.settings, self.world)
-        stored = getattr(torch, read_json(folder / "config.json")["dtype"])
+        stored = getattr(torch, model.settings["dtype"])
         tolerance = 1e-4 if dtype.itemsize == 4 else 1e-2
         if stored.itemsize < dtype.itemsize:
             tolerance = 5e-2  # the stored weights are rounded
         if not abs(ppl / expected - 1) < tolerance:
             raise UserError(
-                f"the model in {folder} has a held-out perplexity of {ppl:.4f}, the trained "
+                f"the model in {model} has a held-out perplexity of {ppl:.4f}, the trained "
                 f"one {expected:.4f}; the files are not what was trained: please report this"
             )
         run.console.say(
-            f"verified: reloaded from {folder}, held-out ppl {ppl:.4f} (engine {expected:.4f}), "
+            f"verified: reloaded from {model}, held-out ppl {ppl:.4f} (engine {expected:.4f}), "
             "zeros exact"
         )
