@@ -155,7 +155,8 @@ class _Trainer:
         scratch: Path,
     ):
         self.student, self.dense, self.masks = student, dense, masks
-        self.settings, self.patterns = config.reconstruct, masks.directory.patterns
+        self.settings = config.reconstruct
+        self.patterns = {row.name: row.pattern for row in masks.directory.rows}
         device, alone = world.device, World.alone(world.device)
         own_inputs = self.settings.inputs == "student"
         self.team, self.pool = (world, alone) if own_inputs else (alone, world)

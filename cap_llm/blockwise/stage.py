@@ -239,8 +239,8 @@ class BlockStage:
         else:
             self._table(rows)
         self.run.console.say(
-            f"verified: {zeros:,} zeros in {pruned:,} pruned weights "
-            f"({100 * zeros / pruned:.2f} %), {100 * whole[0] / whole[1]:.2f} % of the whole model"
+            f"verified: {zeros:,} zeros in {pruned:,} pruned weights ({zeros / pruned:.2%}), "
+            f"{whole[0] / whole[1]:.2%} of the whole model"
         )
 
     def _table(self, rows: list[Row]) -> None:

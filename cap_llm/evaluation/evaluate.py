@@ -62,10 +62,7 @@ def outside_models(source: ModelDirectory, config: Config, run: Run) -> dict[str
         run.bind(place, config.recipe(name))
         if world.is_main:
             found, whole, _ = counts[name]
-            rows = [
-                Row(n, shape, "as found", zeros, zeros, None, None, 0.0)
-                for n, (shape, zeros) in found.items()
-            ]
+            rows = [Row(n, shape, "as found", zeros, zeros) for n, (shape, zeros) in found.items()]
             ModelDirectory(place).write_sparsity(folder.path.resolve().name, rows, whole)
     return models
 

@@ -100,11 +100,10 @@ class Checkpoint:
                 "model in float32, float16 or bfloat16."
             )
 
-    def n_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Stored bytes of the named tensors, by default of all."""
+    def n_bytes(self) -> int:
+        """Stored bytes of all tensors."""
         total = 0
-        for name in self._file_of if names is None else names:
-            shape, kind = self._header[name]
+        for shape, kind in self._header.values():
             width = DTYPES[kind].itemsize if kind in DTYPES else 8
             total += torch.Size(shape).numel() * width
         return total

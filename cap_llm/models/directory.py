@@ -68,9 +68,9 @@ class Row:
     pattern: str
     zeros: int
     masked: int
-    error: float | None
-    damping: float | None
-    seconds: float
+    error: float | None = None
+    damping: float | None = None
+    seconds: float = 0.0
     kept: str | None = None
 
     @property
@@ -86,13 +86,16 @@ class Row:
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """A model directory; its files are read when they are first needed, and only once.
+    """A model directory whose files are read when they are first needed, and only once.
 
     So open a directory after it has been written. Do not change what its properties return: `build`
     makes a new skeleton. A directory with config.json alone has a skeleton, but no checkpoint.
 
     Attributes:
         path: the folder, or a `.gguf` file that is not converted yet.
+
+    Raises:
+        UserError: by a property: a file is missing or damaged, or the model is not supported.
     """
 
     path: Path
@@ -102,23 +105,14 @@ class ModelDirectory:
 
     @cached_property
     def settings(self) -> dict:
-        """The content of config.json, merged with its `text_config` if multimodal.
-
-        Raises:
-            UserError: the file is missing or not a JSON object.
-        """
+        """The content of config.json, merged with its `text_config` if multimodal."""
         content = files.config_dict(self.path)
         text_config = content.get("text_config")
         return content | text_config if isinstance(text_config, dict) else content
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The config as transformers reads it, without storage settings.
-
-        Raises:
-            UserError: transformers does not support this model type, or the model needs its own
-                code.
-        """
+        """The config as transformers reads it, without storage settings."""
         content = files.config_dict(self.path)
         kind, code = content.get("model_type"), content.get("auto_map")
         if code and str(kind) not in CONFIG_MAPPING:
@@ -150,11 +144,7 @@ class ModelDirectory:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The tensors in the files.
-
-        Raises:
-            UserError: a safetensors file is missing, truncated or corrupt.
-        """
+        """The tensors in the files."""
         return Checkpoint(self.path)
 
     @cached_property
@@ -163,9 +153,6 @@ class ModelDirectory:
 
         Its class is the one that config.json names, or the base model's if the files lack only the
         head, as those of sentence encoders do.
-
-        Raises:
-            UserError: transformers does not support this model type, or config.json is damaged.
         """
         model = self._build(self._named_class, None)
         if not self.has_safetensors or model.base_model is model:
@@ -231,11 +218,7 @@ class ModelDirectory:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """The names in the files of the parameters and persistent buffers, by name in the model.
-
-        Raises:
-            UserError: see `match_names`.
-        """
+        """The names in the files of the parameters and persistent buffers, by name in the model."""
         return match_names(self.skeleton, self.checkpoint)
 
     @cached_property
@@ -251,11 +234,7 @@ class ModelDirectory:
 
     @cached_property
     def mask_file(self) -> MaskFile | None:
-        """The mask file, if there is one.
-
-        Raises:
-            UserError: the file is unreadable or was not written by cap_llm.
-        """
+        """The mask file, if there is one."""
         path = self.path / MASKS
         return MaskFile(path) if path.exists() else None
 
@@ -267,20 +246,11 @@ class ModelDirectory:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The rows of `sparsity.json`, one per pruned weight; empty without the file.
-
-        Raises:
-            UserError: the file has another content.
-        """
+        """The rows of `sparsity.json`, one per pruned weight; empty without the file."""
         path = self.path / SPARSITY
         if not path.exists():
             return []
         return read_json(path, lambda content: [Row(**row) for row in content["rows"]])
-
-    @property
-    def patterns(self) -> dict[str, str]:
-        """The pattern of each pruned weight, by name."""
-        return {row.name: row.pattern for row in self.rows}
 
     @cached_property
     def fingerprint(self) -> str | None:

@@ -27,12 +27,7 @@ from cap_llm.models.skeleton import NamesDiffer
 from cap_llm.runtime.environment import offline
 from cap_llm.runtime.errors import UserError, one_line
 from cap_llm.runtime.files import readable, regular
-from cap_llm.runtime.rundir import (
-    CONTENTS,
-    Run,
-    check_same_settings,
-    with_contents,
-)
+from cap_llm.runtime.rundir import CONTENTS, Run, check_same_settings, with_contents
 from cap_llm.runtime.world import World
 from cap_llm.text.corpora import NAMES
 
@@ -59,8 +54,6 @@ def locate(
     if is_folder and path.name in ("", ".."):  # messages and records need its name
         path = path.resolve()
     if not is_folder and path.suffix == ".gguf":
-        if not exists:
-            raise UserError(f"{option} {path} does not exist")
         return ModelDirectory(regular(path))
     if exists and not is_folder:
         raise UserError(f"{option} {path} is a file. Give the model's directory, or a .gguf file.")
@@ -77,7 +70,7 @@ def locate(
         marks = _storage_marks(directory, option)
         if not directory.has_safetensors:
             weight_files(directory.path)
-        elif directory.checkpoint and marks:
+        elif directory.checkpoint and marks:  # opening it reads all headers
             directory.checkpoint.refuse_compressed()
     return directory
 

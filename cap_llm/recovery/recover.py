@@ -23,13 +23,7 @@ import torch
 
 from cap_llm.blockwise.oneshot import oneshot
 from cap_llm.blockwise.perplexity import streamed_nll
-from cap_llm.config import (
-    Config,
-    Level,
-    MasksConfig,
-    ObjectiveConfig,
-    RecoverConfig,
-)
+from cap_llm.config import Config, Level, MasksConfig, ObjectiveConfig, RecoverConfig
 from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.directory import ModelDirectory

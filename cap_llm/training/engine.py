@@ -53,18 +53,14 @@ Wrap = Callable[[PreTrainedModel], nn.Module]  # a task's, see `training.task`
 
 
 def load_teacher(
-    directory: ModelDirectory,
-    settings: dict | None,
-    config: RecoverConfig,
-    world: World,
-    wrap: Wrap,
+    source: ModelDirectory, settings: dict | None, config: RecoverConfig, world: World, wrap: Wrap
 ):
     """A frozen model as an engine whose module `wrap` makes.
 
     Raises:
         UserError: transformers cannot read it.
     """
-    model = _load(directory, settings, config, world)
+    model = _load(source, settings, config, world)
     module = wrap(model.requires_grad_(False)).eval()
     if settings is None:
         return _Plain(module)
@@ -75,14 +71,14 @@ def load_teacher(
 
 
 def load_student(
-    directory: ModelDirectory, settings: dict, config: RecoverConfig, world: World, wrap: Wrap
+    source: ModelDirectory, settings: dict, config: RecoverConfig, world: World, wrap: Wrap
 ):
     """The model to train as an engine whose module `wrap` makes, with a fresh AdamW.
 
     Raises:
         UserError: transformers cannot read it, or DeepSpeed refuses the settings.
     """
-    model = _load(directory, settings, config, world)
+    model = _load(source, settings, config, world)
     if config.engine.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     student = wrap(model).train()
@@ -176,11 +172,11 @@ class _Plain:
         self.module = None
 
 
-def _load(directory: ModelDirectory, settings: dict | None, config: RecoverConfig, world: World):
+def _load(source: ModelDirectory, settings: dict | None, config: RecoverConfig, world: World):
     """The model, whole on every rank or sharded while it is read (ZeRO-3)."""
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    options = directory.loading_options | {"dtype": compute_dtype(config, world)}
+    options = source.loading_options | {"dtype": compute_dtype(config, world)}
     model_config = options["config"]
     for part in (model_config, model_config.get_text_config()):  # two if multimodal
         for key, value in part.to_dict().items():
@@ -188,19 +184,19 @@ def _load(directory: ModelDirectory, settings: dict | None, config: RecoverConfi
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
     drop_pinned(world.device)  # which a stage before may have filled with activations
-    kind = type(directory.skeleton)  # built before DeepSpeed shards every new model
+    kind = type(source.skeleton)  # built before DeepSpeed shards every new model
     zero3 = settings is not None and stage_of(settings) == 3
     sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive
     if not zero3:  # tensor by tensor: several copies would fill a node's main memory
         options["device_map"] = {"": world.device}
     try:
-        model = kind.from_pretrained(directory.path, **options)
+        model = kind.from_pretrained(source.path, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # each format raises its own types
         sharding = f" with {config.engine.deepspeed}" if sharded else ""
         raise UserError(
-            f"{directory} cannot be read by transformers{sharding}: {one_line(error)}"
+            f"{source} cannot be read by transformers{sharding}: {one_line(error)}"
         ) from None
     finally:
         if sharded:

@@ -74,11 +74,10 @@ def export(
         content.pop("torch_dtype", None)
         write_json(folder / "config.json", content | {"dtype": str(kind).removeprefix("torch.")})
         save_masks(masks, folder / FILE)
-        rows = []
+        patterns, rows = {row.name: row.pattern for row in source.rows}, []
         for name, mask in masks.items():
             shape, n_masked = list(mask.shape), int((~mask).sum())
-            pattern = source.patterns.get(name, "as found")
-            rows.append(Row(name, shape, pattern, zeros[name], n_masked, None, None, 0.0))
+            rows.append(Row(name, shape, patterns.get(name, "as found"), zeros[name], n_masked))
         result.write_sparsity(source.path.name, rows, result.verify(rows))
     world.barrier()
     return result
