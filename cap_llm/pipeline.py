@@ -18,7 +18,7 @@ from cap_llm.text.reading import Texts
 
 
 def start_of(
-    stage: str, source: ModelDirectory, made: dict[str, ModelDirectory], config: Config, run: Run
+    stage: str, source: ModelDirectory, models: dict[str, ModelDirectory], config: Config, run: Run
 ) -> tuple[ModelDirectory, ModelDirectory]:
     """The model that a stage starts from, and the dense one that it was pruned from.
 
@@ -31,8 +31,8 @@ def start_of(
         UserError: nothing says which model is the dense one.
     """
     earlier = config.start(stage)
-    start = made.get(earlier, source)
-    if earlier and earlier not in made:  # by an earlier job
+    start = models.get(earlier, source)
+    if earlier and earlier not in models:  # from an earlier job
         start = ModelDirectory(run.stage(earlier, config.recipe(earlier))[0])
     if config.model.dense:
         return start, further_model("model.dense", config.model.dense, run)
@@ -152,12 +152,12 @@ def check(
 def make(
     stage: str,
     source: ModelDirectory,
-    made: dict[str, ModelDirectory],
+    models: dict[str, ModelDirectory],
     texts: Texts,
     config: Config,
     run: Run,
 ) -> ModelDirectory:
-    """Runs a stage; its model. `made` holds what this job has made before, by stage."""
+    """Runs a stage; its model. `models` holds those of the stages before it."""
     if stage == "oneshot":
         from cap_llm.blockwise.oneshot import oneshot
 
@@ -169,7 +169,7 @@ def make(
     else:
         from cap_llm.recovery.recover import recover as work
 
-    return work(*start_of(stage, source, made, config, run), texts, config, run)
+    return work(*start_of(stage, source, models, config, run), texts, config, run)
 
 
 def drop(folder: Path, world: World) -> None:
