@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from cap_llm.config import Config
-from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import Checkpoint
 from cap_llm.models.files import weight_files
@@ -81,7 +80,7 @@ def preflight(
     """Checks what can be checked before the long work, and prints an estimate.
 
     Args:
-        located: the model's directory or .gguf file; None if it is on the hub, out of reach.
+        located: the model; None if it is on the hub, out of reach.
         config: the run's settings.
         console: for the estimate.
         world: the ranks.
@@ -99,7 +98,7 @@ def preflight(
     if located.suffix == ".gguf":
         console.say(f"model {located.name}: it is converted first; its shapes are unchecked")
         return
-    bare = skeleton(located)
+    bare = located.skeleton
     model = BlockModel(bare, torch.device("cpu"))
     calibrates = "calibration" in used_sections(config)
     lengths = {"calibration.length": config.calibration.length} if calibrates else {}

@@ -42,6 +42,7 @@ from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.cli.matrix import Matrix, Row
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
@@ -234,7 +235,7 @@ def texts(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 def score(folder: Path, windows: torch.Tensor, scratch: Path) -> float:
     """Perplexity in fp32 of a model directory on ids [N, T]; the same code for every contender."""
     world = World("cpu")
-    model = BlockModel.open(folder, world.device)
+    model = BlockModel.open(ModelDirectory(folder), world.device)
     nll = streamed_nll(model, windows, world, Memory.plan(world.device), scratch)
     return math.exp(nll / (windows.shape[0] * (windows.shape[1] - 1)))
 

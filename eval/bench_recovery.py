@@ -238,6 +238,7 @@ def steps(work: dict, world) -> dict[str, dict]:
 
     from cap_llm.config import EngineConfig, ObjectiveConfig, OptimizerConfig, RecoverConfig
     from cap_llm.contrast.terms import NoContrast
+    from cap_llm.models.directory import ModelDirectory
     from cap_llm.runtime.memory import max_peaks, peaks, reset_peak_memory
     from cap_llm.sparsity.keeper import keep_zeros
     from cap_llm.tasks.language_modeling import LanguageModeling
@@ -249,7 +250,7 @@ def steps(work: dict, world) -> dict[str, dict]:
     from cap_llm.training import loop as training
     from cap_llm.training.masks import Fixed
 
-    model, folder = Path(work["model"]), Path(work["folder"])
+    model, folder = ModelDirectory(Path(work["model"])), Path(work["folder"])
     batch = world.size * work["micro_batch"]
     configs = {
         arm: RecoverConfig(
@@ -336,7 +337,7 @@ def steps(work: dict, world) -> dict[str, dict]:
     return lines
 
 
-def filled(config, text, model: Path, folder: Path, world):
+def filled(config, text, model, folder: Path, world):
     """The contrasts on full banks; of random rows, which cost as much as any."""
     from cap_llm.contrast.terms import ContrastiveObjective, ContrastTerm
     from cap_llm.recovery.check import state_width
@@ -369,9 +370,9 @@ def random_bank(units, folder: Path, world, empty: bool = False):
 
 def flops_a_token(model: Path, length: int) -> tuple[float, float]:
     """Operations of a model a token: forward and backward, and forward alone (PaLM's count)."""
-    from cap_llm.models.skeleton import skeleton
+    from cap_llm.models.directory import ModelDirectory
 
-    empty = skeleton(model)
+    empty = ModelDirectory(model).skeleton
     embedding, head = empty.get_input_embeddings().weight, empty.get_output_embeddings().weight
     n = sum(p.numel() for p in empty.parameters() if p is not embedding or p is head)
     config = empty.config
@@ -383,15 +384,13 @@ def head_memory(work: dict) -> dict:
     """Memory that the head's losses take above their inputs and the head's own gradient."""
     import torch
 
-    from cap_llm.models.files import config_dict
+    from cap_llm.models.directory import ModelDirectory
     from cap_llm.recovery.check import state_width
     from cap_llm.runtime.memory import reset_peak_memory
     from cap_llm.training.objectives import head_loss
 
-    vocabulary, width = (
-        config_dict(Path(work["model"]))["vocab_size"],
-        state_width(Path(work["model"])),
-    )
+    model = ModelDirectory(Path(work["model"]))
+    vocabulary, width = model.settings["vocab_size"], state_width(model)
     n = work["head_tokens"]
     torch.manual_seed(0)
     weight = torch.randn(vocabulary, width).requires_grad_()

@@ -27,6 +27,7 @@ from cap_llm.blockwise.perplexity import next_token_nll, streamed_nll
 from cap_llm.blockwise.prune import prune
 from cap_llm.config import OneshotConfig
 from cap_llm.models.blocks import BlockModel
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
@@ -104,7 +105,7 @@ def attempt(kind: type) -> tuple[str, str]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            streamed = BlockModel.open(Path(folder), alone.device, torch.float32)
+            streamed = BlockModel.open(ModelDirectory(Path(folder)), alone.device, torch.float32)
             nll = streamed_nll(streamed, ids, alone, Memory(2**30), Path(folder)) / (4 * 63)
         blocks = len(streamed)
         masks = prune(model, ids, OneshotConfig(sparsity=0.5))

@@ -67,9 +67,10 @@ def _write_text(folder: Path, n_words: int) -> None:
 def _write(folder: Path, empty: Path) -> None:
     """Random weights for the configuration in `empty`, a block in memory at a time."""
     from cap_llm.models.checkpoint import ShardWriter
-    from cap_llm.models.skeleton import find_blocks, skeleton
+    from cap_llm.models.directory import ModelDirectory
+    from cap_llm.models.skeleton import find_blocks
 
-    model = skeleton(empty)
+    model = ModelDirectory(empty).skeleton
     prefix, blocks = find_blocks(model)
     writer = ShardWriter(folder, len(blocks))
     draw = torch.Generator().manual_seed(0)

@@ -13,7 +13,8 @@ from prune_in_memory import tiny_model
 
 from cap_llm import perplexity
 from cap_llm.blockwise.walk import Walk
-from cap_llm.models.blocks import BlockModel, Group, matrix
+from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.models.skeleton import matrix
 from cap_llm.runtime.memory import Memory
 from cap_llm.solvers.hessian import Moments
 from cap_llm.sparsity.choose import choose

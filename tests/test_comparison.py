@@ -15,7 +15,8 @@ from support import ROOT
 
 from cap_llm.config import EvaluateConfig, ModelConfig
 from cap_llm.evaluation.evaluate import outside_models
-from cap_llm.models import mask_file as mask_files
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.mask_file import FILE as MASKS
 from cap_llm.models.masks import count_zeros
 from cap_llm.report import published as papers
 from cap_llm.report.comparison import compare
@@ -253,9 +254,9 @@ def zeroed(model: Path, folder: Path, share: float) -> Path:
 def test_zeros_of_the_weights_tell_what_is_pruned(tiny, tmp_path, share, masks, pruned, shown):
     folder = zeroed(tiny("llama"), tmp_path / "model", share)
     if masks:
-        (folder / mask_files.FILE).parent.mkdir()
-        save_file({"x": torch.zeros(1)}, folder / mask_files.FILE)
-    rows, (zeros, n), is_pruned = count_zeros(folder, World("cpu"))
+        (folder / MASKS).parent.mkdir()
+        save_file({"x": torch.zeros(1)}, folder / MASKS)
+    rows, (zeros, n), is_pruned = count_zeros(ModelDirectory(folder), World("cpu"))
     assert is_pruned == pruned and 0 < zeros < share * n + 64
     shares = [z / math.prod(shape) for shape, z in rows.values()]
     assert shares == pytest.approx([shown] * len(shares), abs=0.01) and bool(shares) == bool(shown)
@@ -264,9 +265,9 @@ def test_zeros_of_the_weights_tell_what_is_pruned(tiny, tmp_path, share, masks, 
 def test_files_beside_weights_without_zeros_make_no_pruned_model(tiny, tmp_path):
     """As a dense fine-tuning leaves them, saved to the directory of the pruned model."""
     folder = shutil.copytree(tiny("gpt2"), tmp_path / "model")
-    (folder / mask_files.FILE).parent.mkdir()
-    save_file({"x": torch.zeros(1)}, folder / mask_files.FILE)
-    assert count_zeros(folder, World("cpu"))[::2] == ({}, False)
+    (folder / MASKS).parent.mkdir()
+    save_file({"x": torch.zeros(1)}, folder / MASKS)
+    assert count_zeros(ModelDirectory(folder), World("cpu"))[::2] == ({}, False)
 
 
 OUTSIDE = {

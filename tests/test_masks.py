@@ -1,21 +1,15 @@
 """Masks on disk: what is written is read again, joined files are as good as one, damage is told."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cap_llm.models.mask_file import (
-    FILE,
-    MaskFile,
-    join,
-    pack,
-    path_of,
-    save_masks,
-    unpack,
-)
+from cap_llm.models.mask_file import FILE, MaskFile, join, save_masks
 from cap_llm.runtime.errors import UserError
+from cap_llm.sparsity.bits import pack, unpack
 
 
 def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -48,6 +42,7 @@ def test_a_packed_mask_unpacks_to_itself(rows, columns, seed):
     packed = pack(mask)
     assert packed.shape == (rows, -(-columns // 8)) and packed.dtype == torch.uint8
     assert torch.equal(unpack(packed, columns), mask)
+    assert packed.tolist() == np.packbits(mask.numpy(), axis=1).tolist()  # the documented format
 
 
 @pytest.mark.parametrize("value", [True, False])
@@ -170,11 +165,3 @@ def test_masks_of_absurd_kinds_and_sizes_are_refused_by_path(tmp_path, packed, c
     save_file({"w": packed}, tmp_path / "masks", metadata={"w": columns})
     with pytest.raises(UserError, match=str(tmp_path / "masks")):
         MaskFile(tmp_path / "masks")
-
-
-def test_the_place_of_earlier_versions_is_read_where_there_is_no_other(tmp_path):
-    old = tmp_path / "masks.safetensors"
-    save_masks(MASKS, old)
-    assert path_of(tmp_path) == old
-    save_masks({}, tmp_path / FILE)
-    assert path_of(tmp_path) == tmp_path / FILE

@@ -5,22 +5,15 @@ import json
 import pytest
 import torch
 import transformers
-from bad_input.damage import change_config, change_weights
+from bad_input.damage import change_config
 from safetensors.torch import load_file, save_file
 from support import FAMILIES, weights
 
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.files import weight_files
-from cap_llm.models.hub import convert, load_whole, needs_conversion
-from cap_llm.models.mask_file import save_masks
-from cap_llm.models.masks import Masks
-from cap_llm.models.skeleton import (
-    match_names,
-    model_class,
-    read_as,
-    skeleton,
-)
+from cap_llm.models.hub import convert, load_whole
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
 from cap_llm.train import main
@@ -37,6 +30,10 @@ def logits_block_by_block(model: BlockModel) -> torch.Tensor:
     return model.head(IDS, hidden)
 
 
+def streamed(folder) -> BlockModel:
+    return BlockModel.open(ModelDirectory(folder), CPU)
+
+
 def whole(folder) -> torch.nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder)
     cls = getattr(transformers, config.architectures[0])
@@ -48,7 +45,7 @@ def test_blockwise_forward_equals_the_models_own(tiny, family):
     folder = tiny(family, num_hidden_layers=3) if family not in ("bloom", "gpt2") else tiny(family)
     with torch.no_grad():
         expected = whole(folder)(input_ids=IDS).logits
-    assert torch.equal(logits_block_by_block(BlockModel.open(folder, CPU)), expected)
+    assert torch.equal(logits_block_by_block(streamed(folder)), expected)
     assert torch.equal(logits_block_by_block(BlockModel(whole(folder), CPU)), expected)
 
 
@@ -66,7 +63,7 @@ def test_blockwise_forward_holds_for_variants(tiny, family, kwargs):
     folder = tiny(family, **kwargs)
     with torch.no_grad():
         expected = whole(folder)(input_ids=IDS).logits
-    assert torch.equal(logits_block_by_block(BlockModel.open(folder, CPU)), expected)
+    assert torch.equal(logits_block_by_block(streamed(folder)), expected)
 
 
 _BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -101,7 +98,7 @@ def test_a_model_that_runs_its_blocks_more_than_once_is_refused():
 
 
 def groups_of(folder) -> list[list[str]]:
-    model = BlockModel.open(folder, CPU)
+    model = streamed(folder)
     hidden, calls = model.embed(IDS)
     return [group.names for group in model.groups(0, calls[0], hidden)]
 
@@ -121,7 +118,7 @@ def test_linears_that_read_one_input_share_a_group(tiny):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_of_every_block_is_prunable_and_nothing_else(tiny, family):
     folder = tiny(family)
-    model = BlockModel.open(folder, CPU)
+    model = streamed(folder)
     names = {model.weight_name(i, n) for i in range(len(model)) for n in model.linears(i)}
     inside = tuple(model.block_name(i) + "." for i in range(len(model)))
     matrices = {
@@ -132,7 +129,7 @@ def test_every_linear_of_every_block_is_prunable_and_nothing_else(tiny, family):
 
 
 def test_streaming_holds_one_block_at_a_time(tiny):
-    model = BlockModel.open(tiny("llama"), CPU)
+    model = streamed(tiny("llama"))
     with model.block(0) as block:
         assert all(not p.is_meta for p in block.parameters())
         assert all(p.is_meta for p in model.blocks[1].parameters())
@@ -147,7 +144,7 @@ def test_files_saved_from_the_base_model_are_read(tiny, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     assert "wte.weight" in Checkpoint(tmp_path)
-    assert torch.equal(logits_block_by_block(BlockModel.open(tmp_path, CPU)), expected)
+    assert torch.equal(logits_block_by_block(streamed(tmp_path)), expected)
 
 
 def test_buffers_that_are_stored_are_read(tmp_path):
@@ -172,7 +169,7 @@ def test_buffers_that_are_stored_are_read(tmp_path):
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = whole(tmp_path)(input_ids=IDS).logits
-    assert torch.equal(logits_block_by_block(BlockModel.open(tmp_path, CPU)), expected)
+    assert torch.equal(logits_block_by_block(streamed(tmp_path)), expected)
 
 
 def add(folder, **tensors: torch.Tensor) -> None:
@@ -185,14 +182,14 @@ def add(folder, **tensors: torch.Tensor) -> None:
 def test_a_head_that_is_stored_beside_the_embedding_it_is_tied_to_does_not_count(tiny):
     folder = tiny("llama", tie_word_embeddings=True)
     embedding = Checkpoint(folder).read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
-    model = BlockModel.open(folder, CPU)
+    model = streamed(folder)
     expected = logits_block_by_block(model)
     add(folder, lm_head__weight=embedding)
-    assert "lm_head.weight" not in match_names(model.model, Checkpoint(folder))
-    assert torch.equal(logits_block_by_block(BlockModel.open(folder, CPU)), expected)
+    assert "lm_head.weight" not in ModelDirectory(folder).keys
+    assert torch.equal(logits_block_by_block(streamed(folder)), expected)
     add(folder, lm_head__weight=embedding + 1)  # transformers would not tie these
     with pytest.raises(UserError, match='set "tie_word_embeddings": false'):
-        BlockModel.open(folder, CPU)
+        streamed(folder)
 
 
 def test_left_over_masks_of_old_files_neither_set_the_type_nor_stop_the_work(
@@ -205,7 +202,7 @@ def test_left_over_masks_of_old_files_neither_set_the_type_nor_stop_the_work(
     left["masked_bias"] = torch.tensor(-1e9).half()
     add(folder, **{prefix + name: tensor for name, tensor in left.items()})
     meta = torch.device("meta")  # as a GPU: the type is the stored one
-    assert BlockModel.open(folder, meta).dtype == torch.float16
+    assert BlockModel.open(ModelDirectory(folder), meta).dtype == torch.float16
     words = ["--model.path", folder, "--output_dir", tmp_path / "run", "--stages", "[oneshot]"]
     words += ["--oneshot.method", "magnitude", "--runtime.device", "cpu"]
     monkeypatch.setattr("sys.argv", ["cap-llm", *map(str, words)])
@@ -221,10 +218,10 @@ def test_a_bin_checkpoint_is_converted(tiny, tmp_path):
         if file.suffix == ".json":
             (old / file.name).write_bytes(file.read_bytes())
     torch.save(model.state_dict(), old / "pytorch_model.bin")
-    convert(old, tmp_path / "new")
+    convert(ModelDirectory(old), tmp_path / "new")
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-    assert torch.equal(logits_block_by_block(BlockModel.open(tmp_path / "new", CPU)), expected)
+    assert torch.equal(logits_block_by_block(streamed(tmp_path / "new")), expected)
     assert (tmp_path / "new" / "tokenizer.json").exists()
 
 
@@ -273,12 +270,12 @@ def test_zeros_that_are_too_few_for_a_mask_are_told(tiny, tmp_path):
         name = f"model.layers.0.{'self_attn' if part == 'q_proj' else 'mlp'}.{part}.weight"
         stored[name].view(-1)[: int(share * stored[name].numel())] = 0
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    masks = Masks(folder, World.alone(torch.device("cpu")))
+    masks = ModelDirectory(folder).masks(World.alone(CPU))
     assert list(masks) == ["model.layers.0.mlp.up_proj.weight"]
     assert "zeros of 1 matrices as masks" in masks.description
     assert "zeros of 1 matrices, fewer than 20%" in masks.description
     assert "model.layers.0.self_attn.q_proj.weight, 14.9%" in masks.description
-    assert not Masks(tiny("llama"), World.alone(torch.device("cpu"))).description
+    assert not ModelDirectory(tiny("llama")).masks(World.alone(CPU)).description
 
 
 # what of a directory is read
@@ -321,8 +318,8 @@ def test_the_weights_are_those_that_transformers_takes(tiny, tmp_path, there):
             (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
     seen = whole(folder).state_dict()
     read = folder
-    if needs_conversion(folder):
-        convert(folder, read := tmp_path / "converted")
+    if not ModelDirectory(folder).has_safetensors:
+        convert(ModelDirectory(folder), read := tmp_path / "converted")
     stored = weights(read)
     assert all(torch.equal(stored[name], tensor) for name, tensor in seen.items())
 
@@ -334,7 +331,7 @@ def test_what_a_second_save_leaves_is_read(tiny):
     model.save_pretrained(folder)  # removes the shards and leaves their index
     assert (folder / "model.safetensors.index.json").exists()
     assert len(weight_files(folder)) == 1
-    assert match_names(skeleton(folder), Checkpoint(folder))
+    assert ModelDirectory(folder).keys
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
@@ -346,16 +343,18 @@ def test_names_are_read_without_the_prefix_of_a_wrapper(tiny, tmp_path, prefix, 
     tensors = {prefix + name: tensor for name, tensor in weights(folder).items()}
     if stored_as == "safetensors":
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        assert prefix in read_as(skeleton(folder), Checkpoint(folder))
+        assert prefix in ModelDirectory(folder).notice
         read = folder
     else:
         (folder / "model.safetensors").unlink()
         torch.save(tensors, folder / "pytorch_model.bin")
-        convert(folder, read := tmp_path / "converted")
+        convert(ModelDirectory(folder), read := tmp_path / "converted")
     assert not any(name.startswith(prefix) for name in Checkpoint(read).names())
-    assert torch.equal(logits_block_by_block(BlockModel.open(read, CPU)), expected)
+    assert torch.equal(logits_block_by_block(streamed(read)), expected)
     with torch.no_grad():
-        assert torch.equal(load_whole(read, dtype="float32")(input_ids=IDS).logits, expected)
+        assert torch.equal(
+            load_whole(ModelDirectory(read), dtype="float32")(input_ids=IDS).logits, expected
+        )
 
 
 def test_names_of_which_only_some_have_a_prefix_are_left(tiny):
@@ -381,18 +380,18 @@ def test_a_body_without_its_head_is_read(tiny, tmp_path, family, body, stored_as
     if stored_as == "bin":
         (folder / "model.safetensors").unlink()
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
-        convert(folder, read := tmp_path / "converted")
+        convert(ModelDirectory(folder), read := tmp_path / "converted")
     else:
-        assert named[0] in read_as(skeleton(folder), Checkpoint(folder))
-    assert type(skeleton(read)).__name__ == model_class(read).__name__ == body
-    streamed = BlockModel.open(read, CPU)
-    assert not streamed.is_causal
-    hidden, calls = streamed.embed(IDS)
-    for i in range(len(streamed)):
-        with streamed.block(i) as block, torch.no_grad():
+        assert named[0] in ModelDirectory(folder).notice
+    assert type(ModelDirectory(read).skeleton).__name__ == body
+    blocks = streamed(read)
+    assert not blocks.is_causal
+    hidden, calls = blocks.embed(IDS)
+    for i in range(len(blocks)):
+        with blocks.block(i) as block, torch.no_grad():
             hidden = calls[i].run(block, hidden)
     with torch.no_grad():
-        found = load_whole(read, dtype="float32")(input_ids=IDS).last_hidden_state
+        found = load_whole(ModelDirectory(read), dtype="float32")(input_ids=IDS).last_hidden_state
         expected = model(input_ids=IDS).last_hidden_state
     assert torch.equal(found, expected)
 
@@ -402,16 +401,6 @@ def test_a_body_that_lacks_a_tensor_is_not_read_without_its_head(tiny):
     tensors = weights(folder)
     del tensors["lm_head.weight"], tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert type(skeleton(folder)).__name__ == "LlamaForCausalLM"
+    assert type(ModelDirectory(folder).skeleton).__name__ == "LlamaForCausalLM"
     with pytest.raises(UserError, match=r"model.norm.weight"):
-        match_names(skeleton(folder), Checkpoint(folder))
-
-
-def test_masks_in_the_place_of_earlier_versions_are_read(tiny):
-    folder = tiny("llama")
-    name = "model.layers.0.mlp.up_proj.weight"
-    mask = torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) > 0.5
-    change_weights(folder, lambda tensors: tensors[name].mul_(mask))
-    save_masks({name: mask}, folder / "masks.safetensors")
-    masks = Masks(folder, World.alone(CPU))
-    assert list(masks) == [name] and torch.equal(masks[name], mask) and not masks.from_zeros
+        ModelDirectory(folder).keys  # noqa: B018

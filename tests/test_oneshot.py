@@ -247,14 +247,14 @@ def test_a_mask_of_another_model_is_refused(tiny, entry, capsys):
     save_masks({name: torch.ones(3, 8, dtype=torch.bool)}, first / "oneshot" / FILE)
     _, code = entry(first / "oneshot", "--oneshot.sparsity", 0.7, out="second")
     assert code == 2
-    assert f"the mask of {name}" in capsys.readouterr().err
+    assert name in capsys.readouterr().err
 
 
 def test_fewer_zeros_than_there_are_is_refused_before_any_block(tiny, entry, capsys):
     first, _ = entry(tiny("llama"), "--oneshot.sparsity", 0.6, out="first")
     folder, code = entry(first / "oneshot", "--oneshot.sparsity", 0.5, out="second")
     assert code == 2
-    assert "60.0 % zeros already and 50 % are asked for" in capsys.readouterr().err
+    assert "oneshot.initial_mask" in capsys.readouterr().err
     assert not list(folder.glob("oneshot/*.safetensors"))
     left = ("--oneshot.sparsity", 0.7, "--oneshot.layers", '{"*.mlp.*": 0}')
     assert entry(first / "oneshot", *left, out="third")[1] == 0  # what stays as it is may be sparse

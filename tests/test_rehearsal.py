@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from cap_llm.models.blocks import BlockModel
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.rehearsal import SCORES, Rehearsal, check_lengths
 from cap_llm.runtime.errors import UserError, as_user_error
 
@@ -23,7 +24,7 @@ def mpt(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("mpt")
     transformers.MptForCausalLM(config).save_pretrained(folder)
-    return folder
+    return ModelDirectory(folder)
 
 
 @pytest.mark.parametrize("option", ["calibration.length", "evaluate.window", "recover.length"])
@@ -40,8 +41,10 @@ def test_a_table_under_another_name_is_refused_with_the_longest(mpt, option, wal
 @pytest.mark.parametrize("family", ["opt", "opt350", "llama", "gemma2", "neox", "bloom", "bert"])
 def test_what_works_is_not_refused(tiny, family, dtype):
     asked = {"calibration.length": 200, "evaluate.window": 256}
-    check_lengths(tiny(family, dtype=dtype), asked, "the model", CPU, torch.float32)
-    check_lengths(tiny(family), {"recover.length": 256}, "the model", CPU, dtype, walked=False)
+    check_lengths(ModelDirectory(tiny(family, dtype=dtype)), asked, "the model", CPU, torch.float32)
+    check_lengths(
+        ModelDirectory(tiny(family)), {"recover.length": 256}, "the model", CPU, dtype, walked=False
+    )
 
 
 def test_it_fails_where_the_model_itself_fails(mpt):
@@ -67,7 +70,7 @@ def test_a_model_without_memory_for_its_weights_is_rehearsed(tmp_path):
         **{"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256},
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(tmp_path)
-    stage = Rehearsal(tmp_path, CPU, torch.float32)
+    stage = Rehearsal(ModelDirectory(tmp_path), CPU, torch.float32)
     assert stage.failure(16) is None
     assert stage._max_length**2 * 64 <= SCORES
 
@@ -78,10 +81,10 @@ def test_a_model_that_cannot_be_walked_passes_as_a_teacher(tmp_path):
     transformers.MixtralConfig(
         vocab_size=512, **small, **heads, architectures=["MixtralForCausalLM"]
     ).save_pretrained(tmp_path)
-    asked = {"recover.length": 64}
-    check_lengths(tmp_path, asked, "recover.teacher", CPU, torch.float32, walked=False)
+    asked, model = {"recover.length": 64}, ModelDirectory(tmp_path)
+    check_lengths(model, asked, "recover.teacher", CPU, torch.float32, walked=False)
     with pytest.raises(UserError, match="fused experts"):
-        check_lengths(tmp_path, asked, "the model", CPU, torch.float32)
+        check_lengths(model, asked, "the model", CPU, torch.float32)
 
 
 def failure_of(call) -> BaseException:

@@ -14,6 +14,7 @@ from cap_llm.blockwise.prune import prune
 from cap_llm.blockwise.walk import MICRO_TOKENS, Walk
 from cap_llm.config import OneshotConfig
 from cap_llm.models.blocks import BlockModel
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
 
@@ -23,7 +24,7 @@ WINDOWS = torch.randint(3, 512, (150, 32), generator=torch.Generator().manual_se
 
 def walked(folder, memory: int, tmp_path, change=None) -> list[torch.Tensor]:
     """The last block's outputs, and the inputs of every linear group, in order."""
-    model = BlockModel.open(folder, CPU)
+    model = BlockModel.open(ModelDirectory(folder), CPU)
     walk = Walk(model, WINDOWS, Memory(memory), tmp_path)
     seen = []
 

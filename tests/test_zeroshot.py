@@ -22,7 +22,7 @@ from cap_llm.config import EvaluateConfig
 from cap_llm.evaluation import lm_eval_tasks as tasks_module
 from cap_llm.evaluation import results, zeroshot
 from cap_llm.evaluation.lm_eval_tasks import SETS, find_tasks
-from cap_llm.models.files import weights_digest
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json
@@ -179,8 +179,8 @@ def score(model: Path, folder: Path, *names: str, path: Path | None = None, **op
     config = settings(folder, *names, **options)
     found = find_tasks(config, Console())
     alone = World.alone(torch.device("cpu"))
-    facts = {"weights_sha256": weights_digest(model)}
-    return zeroshot.score_tasks(model, found, config, facts, path, alone, Console())
+    facts = {"weights_sha256": ModelDirectory(model).weights_digest}
+    return zeroshot.score_tasks(ModelDirectory(model), found, config, facts, path, alone, Console())
 
 
 def build(task, folder: Path):
@@ -394,8 +394,9 @@ def test_a_group_of_lm_evals_has_one_score(llama, rows, tmp_path):
     manager = TaskManager(include_defaults=False, include_path=tmp_path)
     task = tasks_module.Task("walls", "walls", built=manager.load(["walls"])["groups"]["walls"])
     alone = World.alone(torch.device("cpu"))
-    facts = {"weights_sha256": weights_digest(llama)}
-    found = zeroshot.score_tasks(llama, [task], settings(rows), facts, None, alone, Console())
+    model = ModelDirectory(llama)
+    facts = {"weights_sha256": model.weights_digest}
+    found = zeroshot.score_tasks(model, [task], settings(rows), facts, None, alone, Console())
     apart = score(llama, rows, "copa", "piqa")["tasks"]
     assert found["tasks"]["walls"]["items"] == 24
     mean = (apart["copa"]["acc"] + apart["piqa"]["acc"]) / 2
@@ -538,7 +539,7 @@ def test_a_model_without_some_weights_is_refused(llama, rows, tmp_path):
     tensors = load_file(model / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks 1 of the weights .* model.norm.weight"):
+    with pytest.raises(UserError, match="model.norm.weight"):
         score(model, rows, "copa")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cap_llm.config import CalibrationConfig
 from cap_llm.models.blocks import matrix
@@ -87,7 +86,7 @@ def _second_moments(block: nn.Module) -> int:
     """
     columns: dict[tuple, int] = {}
     for parent in block.modules():
-        linears = [m for m in parent.children() if isinstance(m, nn.Linear | Conv1D)]
+        linears = [m for m in parent.children() if isinstance(m, LINEARS)]
         for m in linears:
             columns[parent, m is linears[-1]] = matrix(m).shape[1]
     return sum(c * c for c in columns.values())

@@ -235,10 +235,10 @@ def _owl_sparsities(
     return {n: round(s, 6) for (_, names), s in pairs for n in names}
 
 
-def _grows(source: Path, settings: OneshotConfig) -> bool:
-    """Whether the new masks must lie inside those of the model in `source`."""
-    by_file = settings.initial_mask == "auto" and mask_files.path_of(source).exists()
-    return by_file or settings.initial_mask == "zeros"
+def _grows(source: ModelDirectory, settings: OneshotConfig) -> bool:
+    """Whether the new masks must lie inside those of `source`."""
+    has_file = settings.initial_mask == "auto" and source.mask_file is not None
+    return has_file or settings.initial_mask == "zeros"
 
 
 def _proxy_nll(
@@ -266,7 +266,7 @@ def _proxy_nll(
 
 
 def earlier_mask(
-    source: Path, settings: OneshotConfig, plan: dict[str, float]
+    source: ModelDirectory, settings: OneshotConfig, plan: dict[str, float]
 ) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
     """Where the earlier mask of a weight comes from.
 
@@ -274,13 +274,12 @@ def earlier_mask(
         UserError: a matrix has more zeros than `plan` asks for; at once where `sparsity.json` says
             so, else when its turn comes.
     """
-    file = mask_files.path_of(source)
-    masks = mask_files.MaskFile(file) if settings.initial_mask == "auto" and file.exists() else None
+    masks = source.mask_file if settings.initial_mask == "auto" else None
     pattern = Pattern.parse(settings.pattern)
     for name in masks.columns.keys() - plan.keys() if masks else ():
         raise UserError(
-            f"{file} holds a mask of {name}, which is no linear layer of the model's blocks: it is "
-            "another model's; remove the file"
+            f"{masks.path} contains a mask for {name}, which is not a linear layer in the model's "
+            "blocks. It belongs to another model: remove the file."
         )
 
     def refuse_more(name: str, zeros: float) -> None:
@@ -291,8 +290,8 @@ def earlier_mask(
                 "for; masks only grow: ask for more, or set --oneshot.initial_mask ignore"
             )
 
-    for row in recorded(source) if masks else ():
-        refuse_more(row["name"], removed(row))
+    for row in source.rows if masks else ():
+        refuse_more(row.name, row.sparsity)
 
     def earlier(name: str, weight: torch.Tensor) -> torch.Tensor | None:
         if settings.initial_mask == "zeros":
@@ -301,8 +300,8 @@ def earlier_mask(
             inside = masks.read(name).to(weight.device)
             if inside.shape != weight.shape:
                 raise UserError(
-                    f"the mask of {name} in {file} is {list(inside.shape)} and the weight "
-                    f"{list(weight.shape)}: it is another model's; remove the file"
+                    f"The mask of {name} in {masks.path} has shape {list(inside.shape)}, but the "
+                    f"weight has {list(weight.shape)}. Remove the file of another model."
                 )
         else:
             return None

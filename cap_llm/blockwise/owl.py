@@ -13,7 +13,8 @@ import torch
 
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OwlConfig
-from cap_llm.models.blocks import BlockModel, Group, matrix
+from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.models.skeleton import matrix
 from cap_llm.runtime.world import World
 from cap_llm.solvers.hessian import Moments
 from cap_llm.solvers.scores import wanda

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import OneshotConfig
-from cap_llm.models.blocks import BlockModel, Group, matrix, stored_dtype
+from cap_llm.models.blocks import BlockModel, Group, stored_dtype
 from cap_llm.models.directory import Row
+from cap_llm.models.skeleton import matrix
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World

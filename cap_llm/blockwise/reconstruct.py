@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.blockwise.estimate import Sizes
@@ -38,9 +37,9 @@ from cap_llm.blockwise.stage import BlockStage, check_dense, masks_of_block, sta
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import CalibrationConfig, ReconstructConfig
 from cap_llm.models.blocks import BlockModel, Call, stored_dtype
-from cap_llm.models.directory import patterns
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.masks import Masks
-from cap_llm.models.skeleton import states_of
+from cap_llm.models.skeleton import LINEARS, as_matrix, linears, states_of
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
@@ -226,11 +225,10 @@ class _Trainer:
             UserError: an activation or an error is not finite.
         """
         start = time.monotonic()
-        linears = self.student.linears(i)
         masks = masks_of_block(self.student, i, self.masks)
         keep = {
-            m.weight: masks[n] if isinstance(m, nn.Linear) else masks[n].T
-            for n, m in linears.items()
+            m.weight: as_matrix(m, masks[n])
+            for n, m in self.student.linears(i).items()
             if n in masks
         }
         *halves, whole = [
@@ -464,8 +462,7 @@ def _sections(block: nn.Module, halves: bool) -> list[tuple[str | None, list[nn.
     if not halves:
         return [(None, everything)]
     for name, module in block.named_children():
-        linears = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
-        if linears and module not in linears:
+        if linears(module) and not isinstance(module, LINEARS):
             attention = list(module.parameters())
             rest = [p for p in everything if not any(p is q for q in attention)]
             return [(name, attention), (None, rest)]

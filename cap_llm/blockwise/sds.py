@@ -38,6 +38,7 @@ from cap_llm.config import CalibrationConfig, OneshotConfig, SdsConfig
 from cap_llm.models.blocks import BlockModel, Group, matrix
 from cap_llm.models.directory import recorded, removed
 from cap_llm.models.masks import Masks
+from cap_llm.models.skeleton import matrix
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 from cap_llm.runtime.memory import Memory
@@ -137,7 +138,7 @@ def plan_second_prune(
     sparsities = {row["name"]: removed(row) for row in rows}
     if from_run:
         return plan | {name: s for name, s in sparsities.items() if plan.get(name)}
-    patterns = sorted({row["pattern"] for row in rows} - {"as found"})
+    patterns = sorted({row.pattern for row in pruned.rows} - {"as found"})
     target, compatible = Pattern.parse(settings.pattern), {settings.pattern}
     if not patterns:  # not pruned by cap_llm: infer the pattern from the masks
         sparsities = masks.shares
@@ -191,7 +192,7 @@ class _Step:
         work: BlockStage,
         dense_model: BlockModel,
         masks: Masks,
-        dense: Path,
+        dense: ModelDirectory,
         plan: dict[str, float],
         text: Calibration,
         settings: SdsConfig,

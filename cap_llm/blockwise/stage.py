@@ -23,8 +23,8 @@ from cap_llm.blockwise.prune import PrunedBlock
 from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.checkpoint import ShardWriter
-from cap_llm.models.directory import Row, kind, verify, write_sparsity
-from cap_llm.models.files import fingerprint, weights_and_masks
+from cap_llm.models.directory import ModelDirectory, Row
+from cap_llm.models.files import weights_and_masks
 from cap_llm.models.masks import PRUNED, Masks
 from cap_llm.runtime.console import format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
@@ -45,11 +45,12 @@ class BlockStage:
         name: its folder in the run directory, and what the log and the metrics call it.
         recipe: what its result depends on.
         run: the run directory.
-        source: the model directory that it starts from.
-        dense: that of the model whose outputs it aims at, if it is not the source.
+        source: the model that it starts from.
+        dense: the model whose outputs it aims at, if it is not the source.
 
     Attributes:
         folder: where the result lies.
+        result: the result, once it is written.
         done: whether it is finished.
         model: the model whose blocks are rewritten, once `begin` was called.
 
@@ -62,16 +63,17 @@ class BlockStage:
         name: str,
         recipe: dict,
         run: Run,
-        source: Path,
-        dense: Path | None = None,
+        source: ModelDirectory,
+        dense: ModelDirectory | None = None,
     ):
         self.name, self.recipe, self.run, self._source = name, recipe, run, source
         self.folder, done = run.stage(name, recipe)
+        self.result = ModelDirectory(self.folder)
         self.done = done is not None
         self.parts = self.folder / "blocks"
         self._inputs = {}
         for field, model in (("model", source), ("dense", dense)):
-            self._inputs[field] = fingerprint(model) if model and run.world.is_main else None
+            self._inputs[field] = model.fingerprint if model and run.world.is_main else None
             self._refuse_other_inputs(field, f"the weights in {model} have")
         if self.done:
             if run.world.is_main:
@@ -166,7 +168,7 @@ class BlockStage:
         sparsity = sum(r.zeros for r in result.rows) / max(1, weights)
         text = f"{head}  sparsity {sparsity:.4f}"
         values = {"sparsity": sparsity, "seconds": result.seconds, "blocks": len(self.model)}
-        errors = {kind(r.name): r.error for r in result.rows if r.error is not None}
+        errors = {r.kind: r.error for r in result.rows if r.error is not None}
         if errors:
             mean = sum(errors.values()) / len(errors)
             worst = max(errors, key=errors.get)
@@ -187,8 +189,8 @@ class BlockStage:
         self.run.console.say(text)
         self.run.metric(self.name, i + 1, values)
 
-    def finish(self, **facts) -> Path:
-        """Joins and verifies the model, writes `done.json` with `facts` and returns the folder.
+    def finish(self, **facts) -> ModelDirectory:
+        """Joins and verifies the model, writes `done.json` with `facts` and returns the result.
 
         Raises:
             UserError: what lies on disk is not what was written.
@@ -214,7 +216,7 @@ class BlockStage:
         run.console.say(
             f"{self.name}: done in {format_duration(seconds)}, {peak} at most, in {self.folder}"
         )
-        return self.folder
+        return self.result
 
     def _join(self) -> None:
         """Writes what lies outside the blocks, joins the parts, and verifies the whole."""
@@ -223,28 +225,29 @@ class BlockStage:
         outside = [key for key in model.checkpoint.names() if key not in inside]
         # what the model uses was looked at; old files hold masks of -inf, which are no weights
         self.writer.write(None, model.checkpoint.read(outside, finite=False))
-        self.writer.finish(self._source)
+        self.writer.finish(self._source.path)
         mask_files.join(sorted(self.parts.glob("*.safetensors")), self.folder / mask_files.FILE)
         parts = [read_json(self._row_file(i), _record) for i in range(n_blocks)]
         rows = [Row(**r) for part in parts for r in part["rows"]]
-        whole = verify(self.folder, rows)
+        whole = self.result.verify(rows)
         blocks = [part["error"] for part in parts if "error" in part]
-        pruned, zeros = write_sparsity(self.folder, self._source.name, rows, whole, blocks)
+        name = self._source.path.name
+        zeros, pruned = self.result.write_sparsity(name, rows, whole, blocks)
         if blocks:
             before, after = (sum(e[k] for e in blocks) / n_blocks for k in ("before", "after"))
             self.run.console.say(f"mean error of the blocks {before:.4f} -> {after:.4f}")
         else:
             self._table(rows)
         self.run.console.say(
-            f"verified: {zeros:,} zeros in {pruned:,} pruned weights "
-            f"({100 * zeros / pruned:.2f} %), {100 * whole[0] / whole[1]:.2f} % of the whole model"
+            f"verified: {zeros:,} zeros in {pruned:,} pruned weights ({zeros / pruned:.2%}), "
+            f"{whole[0] / whole[1]:.2%} of the whole model"
         )
 
     def _table(self, rows: list[Row]) -> None:
         """One line for each kind of matrix."""
         by_kind: dict[str, list[Row]] = {}
         for row in rows:
-            by_kind.setdefault(kind(row.name), []).append(row)
+            by_kind.setdefault(row.kind, []).append(row)
         table = []
         for name, group in by_kind.items():
             weights = sum(r.shape[0] * r.shape[1] for r in group)
@@ -328,11 +331,11 @@ def start_masks(folder: Path, run: Run) -> Masks:
     Raises:
         UserError: all matrices are dense, or weights and masks disagree.
     """
-    masks = Masks(folder, run.world)
+    masks = start.masks(run.world)
     masks.check()
     if not masks:
         raise UserError(
-            f"{folder} is not pruned: none of its matrices has a mask or {PRUNED:.0%} of zeros; "
+            f"{start} is not pruned: none of its matrices has a mask or {PRUNED:.0%} of zeros; "
             "let --stages begin with oneshot, or give a pruned model"
         )
     if masks.from_zeros:

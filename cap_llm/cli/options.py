@@ -15,6 +15,7 @@ from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from cap_llm.models.directory import ModelDirectory
     from cap_llm.runtime.world import World
 
 
@@ -72,7 +73,7 @@ def make_score_parser(
 @contextlib.contextmanager
 def scoring(
     args: argparse.Namespace, model: ModelConfig, name: str, console: Console
-) -> Iterator[tuple[World, Path, Path | None]]:
+) -> Iterator[tuple[World, ModelDirectory, Path | None]]:
     """Starts the ranks and locates the model that the body scores.
 
     Yields:
@@ -87,14 +88,14 @@ def scoring(
 
     world = World(args.device)
     folder = locate(model)
-    if not folder.is_dir():
+    if not folder.path.is_dir():
         raise UserError(
             f"{folder} is not a model directory. Score it with cap-llm --model.path {folder} "
             "--stages [evaluate] --output_dir DIRECTORY"
         )
     path = args.out and writable_file(args.out)
-    if not path and Path(args.model).is_dir() and os.access(folder, os.W_OK):
-        path = folder / name
+    if not path and Path(args.model).is_dir() and os.access(folder.path, os.W_OK):
+        path = folder.path / name
     if not path:
         console.say("--out is not set; the results are printed but not saved")
     yield world, folder, path

@@ -18,14 +18,14 @@ from statistics import median
 
 import torch
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.checkpoint import Checkpoint
-from cap_llm.models.mask_file import pack, unpack
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.hub import load_whole
 from cap_llm.models.masks import PRUNED
-from cap_llm.models.skeleton import find_blocks, match_names, model_class, skeleton
+from cap_llm.models.skeleton import find_blocks, linears, matrix
 from cap_llm.runtime.console import Console, format_bytes
 from cap_llm.runtime.errors import UserError, one_line
+from cap_llm.sparsity.bits import pack, unpack
 
 warnings.filterwarnings("ignore", message=".*([Ss]parse|prototype)")
 
@@ -56,14 +56,12 @@ def bit_packed(weight: torch.Tensor) -> Stored:
     """Values [nnz] and bits [R, ceil(C / 8)]; each product first expands them to [R, C]."""
     columns, keep = weight.shape[1], weight != 0
     values, bits = weight[keep], pack(keep).to(weight.device)
-    powers = 2 ** torch.arange(7, -1, -1, device=weight.device, dtype=torch.uint8)
 
     def product(x):
-        mask = (bits.unsqueeze(-1) & powers).ne(0).flatten(1)[:, :columns]
+        mask = unpack(bits, columns)
         full = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
         return linear(x, full.masked_scatter_(mask, values))
 
-    assert torch.equal(unpack(bits.cpu(), columns), keep.cpu())
     return Stored(values.nbytes + bits.nbytes, product)
 
 
@@ -90,16 +88,16 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
     Raises:
         UserError: it is not a model directory, lacks weights, or is not pruned.
     """
-    match_names(skeleton(folder), Checkpoint(folder))  # raises if weights are missing
+    directory = ModelDirectory(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model_class(folder).from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    model = load_whole(directory, dtype=torch.bfloat16).to(device).eval()
     modules = _pruned(model)
     if not modules:
         raise UserError(
             f"{folder} is not pruned: no matrix of its blocks has {PRUNED:.0%} zeros. "
             "Pass a stage's folder such as RUN/oneshot."
         )
-    weights = {name: _weight(module) for name, module in modules.items()}
+    weights = {name: matrix(module).contiguous() for name, module in modules.items()}
     formats, absent = _formats(weights, device)
     result = {"machine": _machine(device), "model": str(folder), "absent": absent}
     result["sparsity"] = 1 - sum(int(w.count_nonzero()) for w in weights.values()) / sum(
@@ -109,7 +107,7 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
         f"{folder}: {len(modules)} pruned matrices, {100 * result['sparsity']:.1f}% zeros; "
         f"{result['machine']}; medians of {repeats}"
     )
-    result["bytes"] = _bytes(folder, model, weights, formats, console)
+    result["bytes"] = _bytes(directory.checkpoint.n_bytes(), model, weights, formats, console)
     result["products"] = _products(weights, formats, repeats, device, console)
     result["steps"] = _steps(model, modules, formats, repeats, device, console)
     for name, reason in absent.items():
@@ -119,20 +117,12 @@ def bench(folder: Path, repeats: int, console: Console) -> dict:
 
 def _pruned(model) -> dict[str, torch.nn.Module]:
     """The linears of the blocks with enough zeros to count as pruned."""
-    prefix, _ = find_blocks(model)
+    prefix, blocks = find_blocks(model)
     return {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(prefix + ".")
-        and isinstance(module, torch.nn.Linear | Conv1D)
-        and module.weight.count_nonzero() <= (1 - PRUNED) * module.weight.numel()
+        f"{prefix}.{name}": module
+        for name, module in linears(blocks).items()
+        if module.weight.count_nonzero() <= (1 - PRUNED) * module.weight.numel()
     }
-
-
-def _weight(module: torch.nn.Module) -> torch.Tensor:
-    """The weight [R, C]; `Conv1D` stores its transpose."""
-    weight = module.weight.detach()
-    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
 
 def _formats(
@@ -174,7 +164,7 @@ def _formats(
     return formats, absent
 
 
-def _bytes(folder: Path, model, weights: dict, formats: dict, console: Console) -> dict:
+def _bytes(file_bytes: int, model, weights: dict, formats: dict, console: Console) -> dict:
     """Prints and returns the bytes of each format, which are the same in memory and in a file."""
     rest = sum(p.nbytes for p in model.parameters()) - sum(w.nbytes for w in weights.values())
     counts = {name: sum(s.n_bytes for s in stored.values()) for name, stored in formats.items()}
@@ -182,7 +172,6 @@ def _bytes(folder: Path, model, weights: dict, formats: dict, console: Console) 
         [name, format_bytes(n), f"{n / counts[DENSE]:.2f}", format_bytes(n + rest)]
         for name, n in counts.items()
     ]
-    file_bytes = Checkpoint(folder).n_bytes()
     rows.append(["as stored in MODEL", "-", "-", format_bytes(file_bytes)])
     columns = ["format", "pruned\nmatrices", "relative to\ndense bf16", "whole\nmodel"]
     console.table("Bytes, in memory and in a file", columns, rows)

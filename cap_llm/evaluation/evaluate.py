@@ -134,8 +134,8 @@ def _known_dense(inputs: Inputs, pruned: bool) -> Path | None:
     return dense if inputs.run.world.gather(other)[0] else None
 
 
-def _shapes(folder: Path) -> dict[str, torch.Size]:
-    return {name: p.shape for name, p in skeleton(folder).named_parameters()}
+def _shapes(model: ModelDirectory) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.skeleton.named_parameters()}
 
 
 def score(
@@ -175,7 +175,7 @@ def score(
 
 
 def score_corpora(
-    folder: Path,
+    folder: ModelDirectory,
     scored: list[ScoredText],
     facts: dict,
     path: Path | None,
@@ -200,7 +200,7 @@ def score_corpora(
     Raises:
         UserError: the model has no perplexity or overflows.
     """
-    stage = facts.get("stage", folder.name)
+    stage = facts.get("stage", folder.path.name)
     results = earlier(path, ("corpora",), facts, world, console)["corpora"]
     for text in scored:
         known = results.get(text.key)
@@ -218,7 +218,7 @@ def score_corpora(
 
 
 def _score(
-    folder: Path,
+    folder: ModelDirectory,
     title: str,
     text: ScoredText,
     scratch: Path | None,

@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM
 from cap_llm.config import EvaluateConfig
 from cap_llm.evaluation.lm_eval_tasks import SETS, Task, members, prompts_digest
 from cap_llm.evaluation.results import earlier, job
-from cap_llm.models.files import text_settings
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.hub import load_whole
-from cap_llm.models.skeleton import model_class
 from cap_llm.runtime.console import Console, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
@@ -31,7 +30,7 @@ FILE = "zeroshot.json"
 
 
 def score_tasks(
-    folder: Path,
+    folder: ModelDirectory,
     tasks: list[Task],
     config: EvaluateConfig,
     facts: dict,
@@ -128,13 +127,13 @@ def metrics_text(entry: dict) -> str:
     return ", ".join([*texts, f"{entry['items']} items"])
 
 
-def check_causal(folder: Path) -> None:
+def check_causal(folder: ModelDirectory) -> None:
     """Checks that a directory holds a causal language model.
 
     Raises:
         UserError: it does not.
     """
-    kind = model_class(folder)
+    kind = type(folder.skeleton)
     if kind not in AutoModelForCausalLM._model_mapping.values():
         raise UserError(
             f"{folder} is a {kind.__name__}, not a causal language model, so it has no zero-shot "
@@ -146,12 +145,14 @@ def _suffix(config: EvaluateConfig) -> str:
     return f" first {config.limit}" if config.limit else ""
 
 
-def _open(folder: Path, path: str | None, batch_size: int, world: World, console: Console):
+def _open(
+    folder: ModelDirectory, path: str | None, batch_size: int, world: World, console: Console
+):
     """Loads the model for lm-eval."""
     from cap_llm.evaluation.lm_eval_model import DistributedHFLM, quiet
 
     quiet()
-    tokenizer = load_tokenizer(path or str(folder), text_settings(folder).get("vocab_size"))
+    tokenizer = load_tokenizer(path or str(folder), folder.settings.get("vocab_size"))
     # directly onto the device: one copy per rank could fill a node's main memory
     dtype = "float32" if world.device.type == "cpu" else "auto"
     model = load_whole(folder, dtype=dtype, device_map={"": world.device})

@@ -13,16 +13,14 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.checkpoint import Checkpoint
-from cap_llm.models.skeleton import find_blocks, match_names, skeleton, states_of
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.skeleton import LINEARS, find_blocks, linears, states_of
 from cap_llm.runtime.errors import UserError
 
 
@@ -71,9 +69,9 @@ class BlockModel:
     weights outside the blocks stay in memory, and `block(i)` loads those of one block.
 
     Args:
-        model: the module; with `checkpoint`, its parameters are on the meta device.
+        model: the module; with `directory`, a new skeleton of it.
         device: where it computes.
-        checkpoint: the weights to stream.
+        directory: the directory whose weights to stream.
         dtype: the type to compute in; by default that of the parameters.
 
     Raises:
@@ -84,10 +82,11 @@ class BlockModel:
         self,
         model: PreTrainedModel,
         device: torch.device,
-        checkpoint: Checkpoint | None = None,
+        directory: ModelDirectory | None = None,
         dtype: torch.dtype | None = None,
     ):
-        self.model, self.device, self.checkpoint, self.dtype = model, device, checkpoint, dtype
+        self.model, self.device, self.dtype = model, device, dtype
+        self.checkpoint = directory.checkpoint if directory else None
         model.eval().requires_grad_(False)
         for config in (model.config, model.config.get_text_config()):  # two if multimodal
             config.use_cache = False
@@ -96,13 +95,13 @@ class BlockModel:
             _check_prunable(self.block_name(i), self.blocks[i])
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._n_returned: int | None = None  # length of a block's output tuple; 0: a tensor
-        if checkpoint:
-            self._key = match_names(model, checkpoint)
+        if directory:
+            self._key = directory.keys
             self._load_outside()
 
     @classmethod
     def open(
-        cls, folder: Path, device: torch.device, dtype: torch.dtype | None = None
+        cls, directory: ModelDirectory, device: torch.device, dtype: torch.dtype | None = None
     ) -> BlockModel:
         """Opens a model directory for streaming.
 
@@ -111,15 +110,13 @@ class BlockModel:
         Raises:
             UserError: the directory is damaged, or the model cannot run block by block.
         """
-        checkpoint = Checkpoint(folder)
-        model = skeleton(folder)
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
         elif dtype is None:
-            prefix, blocks = find_blocks(model)
+            prefix, blocks = find_blocks(directory.skeleton)
             matrix = next(n for n, p in blocks[0].named_parameters() if p.dim() > 1)
-            dtype = checkpoint.dtype(match_names(model, checkpoint)[f"{prefix}.0.{matrix}"])
-        return cls(model, device, checkpoint, dtype)
+            dtype = directory.checkpoint.dtype(directory.keys[f"{prefix}.0.{matrix}"])
+        return cls(directory.build(), device, directory, dtype)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -130,8 +127,7 @@ class BlockModel:
 
     def linears(self, i: int) -> dict[str, nn.Module]:
         """The prunable linears of block i, by their name in the block."""
-        modules = self.blocks[i].named_modules()
-        return {name: m for name, m in modules if isinstance(m, nn.Linear | Conv1D)}
+        return linears(self.blocks[i])
 
     def weight_name(self, i: int, linear: str) -> str:
         """The name of a linear's weight in the model."""
@@ -231,8 +227,7 @@ class BlockModel:
 
         handles = [
             module.register_forward_pre_hook(recorder(name))
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
+            for name, module in linears(block).items()
         ]
         call_on_meta = Call(*tree_map(_meta, (call.args, call.kwargs)), call.slot)
         call_on_meta.run(block, _meta(hidden))
@@ -344,7 +339,7 @@ class _LastBlock(Exception):
 def _check_prunable(name: str, block: nn.Module) -> None:
     """Rejects a block with matrices that are not linear layers, such as fused experts."""
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+        if isinstance(module, (*LINEARS, nn.Embedding)):
             continue
         for p_name, p in module.named_parameters(recurse=False):
             if p.dim() >= 2:
@@ -388,11 +383,6 @@ def _on_meta(block: nn.Module) -> nn.Module:
     finally:
         if replacement:
             block.forward = replacement
-
-
-def matrix(linear: nn.Module) -> torch.Tensor:
-    """A linear's weight [R, C]: a view of its parameter, transposed for `Conv1D`."""
-    return linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T
 
 
 def stored_dtype(model: BlockModel, name: str) -> torch.dtype:

@@ -100,11 +100,10 @@ class Checkpoint:
                 "model in float32, float16 or bfloat16."
             )
 
-    def n_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Stored bytes of the named tensors, by default of all."""
+    def n_bytes(self) -> int:
+        """Stored bytes of all tensors."""
         total = 0
-        for name in self._file_of if names is None else names:
-            shape, kind = self._header[name]
+        for shape, kind in self._header.values():
             width = DTYPES[kind].itemsize if kind in DTYPES else 8
             total += torch.Size(shape).numel() * width
         return total
@@ -169,10 +168,8 @@ class ShardWriter:
         )
 
 
-def stored_prefix(folder: Path) -> str:
-    """The prefix that torch.compile or data parallel added to all names in a directory's files."""
-    if can_be_streamed(folder):
-        return Checkpoint(folder).prefix
+def prefix_of_bin(folder: Path) -> str:
+    """The prefix of all names in a directory's `.bin` files, see `Checkpoint.prefix`."""
     return _common_prefix(n for f in weight_files(folder) for n in _names_in_bin(f))
 
 

@@ -15,7 +15,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from cap_llm.models import mask_file as mask_files
+from cap_llm.models.mask_file import FILE as MASKS
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic, read_json, readable, regular, write_json
 from cap_llm.runtime.world import World
@@ -56,17 +56,6 @@ def config_dict(folder: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object. Download the file again.")
     return content
-
-
-def text_settings(folder: Path) -> dict:
-    """A model directory's `config.json`, merged with its `text_config` if multimodal.
-
-    Raises:
-        UserError: it is missing or not a JSON object.
-    """
-    config = config_dict(folder)
-    text_config = config.get("text_config")
-    return config | text_config if isinstance(text_config, dict) else config
 
 
 def can_be_streamed(folder: Path) -> bool:
@@ -153,7 +142,7 @@ def weights_digest(folder: Path) -> str:
 
 def weights_and_masks(folder: Path) -> list[str]:
     """The weight files, index and mask file of a model directory, relative to it."""
-    paths = [*weight_files(folder), folder / INDEX, mask_files.path_of(folder)]
+    paths = [*weight_files(folder), folder / INDEX, folder / MASKS]
     return [str(path.relative_to(folder)) for path in paths if path.exists()]
 
 

@@ -13,33 +13,15 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic, regular
+from cap_llm.sparsity.bits import pack, unpack
 
 FILE = "masks/masks.safetensors"
-_OLD_FILE = "masks.safetensors"  # as written by earlier versions
-
-
-def path_of(folder: Path) -> Path:
-    """The mask file of a model directory, whether or not it exists."""
-    old = folder / _OLD_FILE
-    return old if old.exists() and not (folder / FILE).exists() else folder / FILE
-
-
-def pack(mask: torch.Tensor) -> torch.Tensor:
-    """Bytes [R, ceil(C / 8)] of a mask [R, C]."""
-    rows = np.ascontiguousarray(mask.cpu().numpy())  # a transposed mask packs transposed
-    return torch.from_numpy(np.packbits(rows, axis=1))
-
-
-def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Mask [R, C] of bytes [R, ceil(C / 8)]."""
-    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns).astype(bool))
 
 
 def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -50,19 +32,7 @@ def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
         save_file(packed, temporary, metadata=columns or None)
-        _sort_metadata(temporary)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Makes files of equal masks equal: safetensors writes metadata in an arbitrary order."""
-    with open(path, "r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(length))
+    join([path], path)  # sorts the metadata, so that equal masks make equal files
 
 
 class MaskFile:
@@ -97,7 +67,7 @@ class MaskFile:
 
 
 def join(parts: Iterable[Path], path: Path) -> None:
-    """Joins mask files into one, with only a buffer in memory.
+    """Joins mask files into one, which may be one of them, with only a buffer in memory.
 
     safetensors can only write tensors that are all in memory; the masks of a 70B model take 9 GB.
     The format is a length, a JSON header, and the bytes of the tensors.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models import mask_file as mask_files
-from cap_llm.models.checkpoint import Checkpoint
-from cap_llm.models.skeleton import find_blocks, match_names, skeleton
+from cap_llm.models.mask_file import FILE
+from cap_llm.models.skeleton import as_matrix, matrix
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
+
+if TYPE_CHECKING:
+    from cap_llm.models.directory import ModelDirectory
 
 # A matrix with this share of zeros counts as pruned. Quantization alone leaves fewer: symmetric
 # rounding to 4 bits makes 12% of Gaussian weights zero.
@@ -29,25 +29,21 @@ class Masks(Mapping[str, torch.Tensor]):
     and each reads its share of the weights.
     """
 
-    def __init__(self, folder: Path, world: World):
-        self.folder, self._world, self._checkpoint = folder, world, Checkpoint(folder)
-        model = skeleton(folder)
-        self._keys = match_names(model, self._checkpoint)
-        self._transposed = _matrices(model)
-        file = mask_files.path_of(folder)
-        self._file = mask_files.MaskFile(file) if file.exists() else None
+    def __init__(self, directory: ModelDirectory, world: World):
+        self.directory, self._world, self._file = directory, world, directory.mask_file
+        linears = directory.linears
         if self._file:
-            for name in self._file.columns.keys() - self._transposed.keys():
+            for name in self._file.columns.keys() - linears.keys():
                 raise UserError(
-                    f"{file} contains a mask for {name}, which is not a linear layer in the blocks "
-                    f"of {folder}. It belongs to another model: remove the file."
+                    f"{self._file.path} contains a mask for {name}, which is not a linear layer in "
+                    f"the blocks of {directory}. It belongs to another model: remove the file."
                 )
-            self._names = [name for name in self._transposed if name in self._file]
+            self._names = [name for name in linears if name in self._file]
         else:
-            names = self._shard(list(self._transposed))
-            shard = {name: int((self._weight(name) == 0).sum()) for name in names}
+            names = self._shard(list(linears))
+            shard = {name: int((directory.matrix(name) == 0).sum()) for name in names}
             zeros = {name: n for part in world.gather(shard) for name, n in part.items()}
-            self._names = [n for n in self._transposed if zeros[n] >= PRUNED * self._size(n)]
+            self._names = [n for n in linears if zeros[n] >= PRUNED * self._size(n)]
             self._n_zeros = {name: zeros[name] for name in self._names}
             self._unpruned = {n: zeros[n] / self._size(n) for n in zeros if n not in self._n_zeros}
 
@@ -55,14 +51,10 @@ class Masks(Mapping[str, torch.Tensor]):
         return names[self._world.rank :: self._world.size]
 
     def _size(self, name: str) -> int:
-        return math.prod(self._checkpoint.shape(self._keys[name]))
-
-    def _weight(self, name: str) -> torch.Tensor:
-        (weight,) = self._checkpoint.read([self._keys[name]]).values()
-        return weight.T if self._transposed[name] else weight
+        return self.directory.linears[name].weight.numel()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file.read(name) if self._file else self._weight(name) != 0
+        return self._file.read(name) if self._file else self.directory.matrix(name) != 0
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -94,7 +86,7 @@ class Masks(Mapping[str, torch.Tensor]):
                 f"ignoring the zeros of {len(shares)} matrices, fewer than {PRUNED:.0%} (at most "
                 f"{highest}, {shares[highest]:.1%})"
             )
-        return f"{self.folder} has no mask file: {'; '.join(parts)}" if parts else ""
+        return f"{self.directory} has no mask file: {'; '.join(parts)}" if parts else ""
 
     def check(self) -> None:
         """Checks the weights against the mask file.
@@ -107,20 +99,20 @@ class Masks(Mapping[str, torch.Tensor]):
         for problem in filter(None, self._world.gather(first_problem)):
             raise UserError(
                 f"{problem}. The weights were changed after pruning: prune again, or remove "
-                f"{mask_files.path_of(self.folder)} to use the zeros as masks."
+                f"{self._file.path} to use the zeros as masks."
             )
 
     def _problem(self, name: str) -> str | None:
-        weight, mask = self._weight(name), self[name]
-        where = f"{name} in {self.folder}"
+        weight, mask = self.directory.matrix(name), self[name]
+        where = f"{name} in {self.directory}"
         if weight.shape != mask.shape:
             return f"{where} has shape {list(weight.shape)}, but its mask has {list(mask.shape)}"
         count = int((weight[~mask] != 0).sum())
         return f"{where} has {count} nonzero weights that its mask removes" if count else None
 
     def in_parameter_shape(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and masks in their parameters' layout: `Conv1D` stores the transpose."""
-        return ((n, mask.T if self._transposed[n] else mask) for n, mask in self.items())
+        """Names and masks in the shapes of their parameters."""
+        return ((n, as_matrix(self.directory.linears[n], mask)) for n, mask in self.items())
 
     @property
     def shares(self) -> dict[str, float]:
@@ -139,7 +131,7 @@ class Masks(Mapping[str, torch.Tensor]):
 
 
 def count_zeros(
-    folder: Path, world: World
+    directory: ModelDirectory, world: World
 ) -> tuple[dict[str, tuple[list[int], int]], tuple[int, int], bool]:
     """Counts the zeros of a model directory's weights.
 
@@ -147,33 +139,22 @@ def count_zeros(
         Shape [R, C] and number of zeros of each pruned matrix (if none is, of each with a share of
         `NOTED`); zeros and number of all parameters; whether the model is pruned.
     """
-    checkpoint, model = Checkpoint(folder), skeleton(folder)
-    keys, transposed = match_names(model, checkpoint), _matrices(model)
-    names = [name for name, _ in model.named_parameters() if name in keys]  # tied ones once
+    checkpoint, keys, linears = directory.checkpoint, directory.keys, directory.linears
+    # tied parameters once
+    sizes = {n: p.numel() for n, p in directory.skeleton.named_parameters() if n in keys}
     shard = {
         n: int((checkpoint.read([keys[n]], finite=False)[keys[n]] == 0).sum())
-        for n in names[world.rank :: world.size]
+        for n in list(sizes)[world.rank :: world.size]
     }
     zeros = {name: n for part in world.gather(shard) for name, n in part.items()}
-    shapes = {name: checkpoint.shape(keys[name]) for name in names}
-    shares = {n: zeros[n] / math.prod(shapes[n]) for n in transposed if n in zeros}
+    shares = {n: zeros[n] / sizes[n] for n in linears if n in zeros}
     # a mask file makes even few zeros a mask
-    threshold = NOTED if mask_files.path_of(folder).exists() else PRUNED
+    threshold = NOTED if (directory.path / FILE).exists() else PRUNED
     pruned = max(shares.values(), default=0.0) >= threshold
     threshold = threshold if pruned else NOTED
     counts = {
-        n: (shapes[n][:: -1 if transposed[n] else 1], zeros[n])
+        n: (list(matrix(linears[n]).shape), zeros[n])
         for n, share in shares.items()
         if share >= threshold
     }
-    return counts, (sum(zeros.values()), sum(map(math.prod, shapes.values()))), pruned
-
-
-def _matrices(model: torch.nn.Module) -> dict[str, bool]:
-    """The weights of the linears in the blocks, and whether each is stored transposed."""
-    prefix, _ = find_blocks(model)
-    return {
-        f"{name}.weight": isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(prefix + ".")
-    }
+    return counts, (sum(zeros.values()), sum(sizes.values())), pruned

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.files import text_settings
-from cap_llm.models.skeleton import skeleton
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.skeleton import LINEARS, matrix
 from cap_llm.runtime.errors import UserError, one_line
 
 SCORES = 2**29  # attention scores per sequence; more take minutes on a CPU
 
 
 def check_lengths(
-    folder: Path,
+    directory: ModelDirectory,
     lengths: dict[str, int],
     name: str,
     device: torch.device,
@@ -34,7 +32,7 @@ def check_lengths(
     """Checks that a model accepts the requested lengths.
 
     Args:
-        folder: the model's directory; config.json is sufficient.
+        directory: the model's; config.json is sufficient.
         lengths: tokens per sequence, by option.
         name: the model's name in messages.
         device, dtype: of the run.
@@ -44,7 +42,7 @@ def check_lengths(
     Raises:
         UserError: a length is too long, or the model's own code fails.
     """
-    config = text_settings(folder)
+    config = directory.settings
     n_positions = config.get("max_position_embeddings") or config.get("n_positions")
     for option, length in lengths.items():
         if n_positions and length > n_positions:
@@ -56,7 +54,7 @@ def check_lengths(
     places = {(torch.device("cpu"), torch.float32 if device.type == "cuda" else dtype): None}
     try:
         for place in places | {(device, dtype): None} if lengths else ():
-            rehearsal = Rehearsal(folder, *place, buffer_dtype=None if walked else place[1])
+            rehearsal = Rehearsal(directory, *place, buffer_dtype=None if walked else place[1])
             for option, length in lengths.items():
                 _check_length(rehearsal, option, length, name)
             if walked and "calibration.length" in lengths:
@@ -83,19 +81,19 @@ class Rehearsal:
     """A model with placeholder weights whose first block can run.
 
     Args:
-        folder: the model's directory; config.json is sufficient.
+        directory: the model's; config.json is sufficient.
         device, dtype: where and in which type it runs.
         buffer_dtype: the type in which buffers are computed; by default that of config.json.
     """
 
     def __init__(
         self,
-        folder: Path,
+        directory: ModelDirectory,
         device: torch.device,
         dtype: torch.dtype,
         buffer_dtype: torch.dtype | None = None,
     ):
-        model = skeleton(folder, buffer_dtype)
+        model = directory.build(buffer_dtype)
         try:
             self.model = BlockModel(model, device, dtype=dtype)
         except UserError as error:
@@ -107,7 +105,7 @@ class Rehearsal:
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[key] = buffer.to(device)
-            if type(module) in (nn.Linear, Conv1D):
+            if type(module) in LINEARS:
                 module.forward = functools.partial(_no_product, module)
         # Not a special token: padding takes no position. `embed` also tries the id below it.
         config = model.config.get_text_config().to_dict()
@@ -174,4 +172,4 @@ def _no_product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Zeros of a linear's output shape; like torch, it rejects an input of another type."""
     if x.dtype != linear.weight.dtype:
         raise RuntimeError(f"the linear's weight is {linear.weight.dtype}, its input {x.dtype}")
-    return x.new_zeros(*x.shape[:-1], linear.nf if hasattr(linear, "nf") else linear.out_features)
+    return x.new_zeros(*x.shape[:-1], matrix(linear).shape[0])

@@ -1,100 +1,33 @@
-"""The architecture of a model directory without its weights: class, blocks, tensor names."""
+"""The architecture of a model without its weights: linears, blocks, tensor names."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from cap_llm.models.checkpoint import Checkpoint, stored_prefix
-from cap_llm.models.files import STORAGE, can_be_streamed, config_dict
-from cap_llm.runtime.errors import UserError, one_line
+from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.runtime.errors import UserError
 
-# Options of `from_pretrained`. By default transformers asks on a terminal whether to run a
-# directory's own code (and takes SIGALRM for that), and looks for missing files on the hub.
-FROM_DIRECTORY = {"trust_remote_code": False, "local_files_only": True}
+LINEARS = (nn.Linear, Conv1D)  # what is pruned; `Conv1D` stores the transpose of its matrix
 
 
-def skeleton(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A directory's model with its parameters on the meta device and its buffers computed.
-
-    Its type is `dtype` or that of config.json. Its class is the one that config.json names, or the
-    base model's if the files lack only the head, as those of sentence encoders do.
-
-    Raises:
-        UserError: transformers does not support this model type, or config.json is damaged.
-    """
-    model = _empty(folder, _named_class(folder), dtype)
-    if not can_be_streamed(folder) or model.base_model is model:
-        return model
-    checkpoint, head = Checkpoint(folder), model.base_model_prefix + "."
-    missing = _missing(model, _stored(model, checkpoint))
-    if not missing or any(name.startswith(head) for name in missing):
-        return model
-    body = _empty(folder, type(model.base_model), dtype)
-    return model if _missing(body, _stored(body, checkpoint)) else body
+def linears(module: nn.Module) -> dict[str, nn.Module]:
+    """The linears inside a module, by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, LINEARS)}
 
 
-def _empty(folder: Path, kind: type, dtype: torch.dtype | None) -> PreTrainedModel:
-    config = model_config(folder)
-    try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            return kind._from_config(config, dtype=dtype or config.dtype)
-    except UserError:
-        raise
-    except Exception as error:  # any type: the values go straight into the model's own code
-        raise _unreadable(folder, error) from None
+def as_matrix(linear: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the shape of a linear's parameter as [R, C], or the reverse; a view."""
+    return tensor.T if isinstance(linear, Conv1D) else tensor
 
 
-def model_class(source: Path) -> type:
-    """The class that the model was saved from; the auto class for GGUF, which names none."""
-    return AutoModelForCausalLM if source.suffix == ".gguf" else type(skeleton(source))
-
-
-def _named_class(folder: Path) -> type:
-    config = model_config(folder)
-    for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise UserError(f"{folder} ({config.model_type}) is not a language model") from None
-
-
-def read_as(model: PreTrainedModel, checkpoint: Checkpoint) -> str:
-    """A sentence about how the model differs from what its directory says, or an empty string."""
-    parts, named = [], _named_class(checkpoint.folder)
-    if checkpoint.prefix:
-        parts.append(f"removing the prefix {checkpoint.prefix} from tensor names")
-    if type(model) is not named:
-        parts.append(
-            f"loading it as {type(model).__name__}, because the files lack the head of "
-            f"{named.__name__}"
-        )
-    return f"model {checkpoint.folder}: {'; '.join(parts)}" if parts else ""
-
-
-def reading_options(folder: Path) -> dict:
-    """The options that make `from_pretrained` read a directory as `skeleton` does."""
-    prefix = stored_prefix(folder)
-    renaming = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
-    return {"config": model_config(folder)} | renaming
+def matrix(linear: nn.Module) -> torch.Tensor:
+    """A linear's weight [R, C], a view of its parameter."""
+    return as_matrix(linear, linear.weight.data)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -123,7 +56,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{', '.join(names) or 'none'}. This model cannot be pruned block by block."
         )
     prefix, blocks = names[0], lists[names[0]]
-    if not any(isinstance(m, nn.Linear | Conv1D) for m in blocks.modules()):
+    if not linears(blocks):
         raise UserError(f"the blocks {prefix} of {type(model).__name__} contain no linear layer")
     return prefix, blocks
 
@@ -140,7 +73,7 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
             that config.json ties.
     """
     tensors = model.state_dict(keep_vars=True)  # parameters and persistent buffers
-    keys = _stored(model, checkpoint)
+    keys = stored_names(model, checkpoint)
     tied = _tied(model)
     for name, other in tied.items():
         if name in keys and other in keys:
@@ -150,7 +83,7 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
                     f"{name} and {other} in {checkpoint.folder} differ, but config.json ties them. "
                     'If they should differ, set "tie_word_embeddings": false in config.json.'
                 )
-    for name in _missing(model, keys):
+    for name in missing_names(model, keys):
         checkpoint.refuse_compressed()
         raise NamesDiffer(
             f"{checkpoint.folder} has no tensor for the parameter {name}. Download the model again."
@@ -167,7 +100,7 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
     return keys
 
 
-def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+def stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """Maps the model's parameters and buffers that the files contain to their names there."""
     tensors = model.state_dict(keep_vars=True)
     transforms = get_model_conversion_mapping(model)
@@ -184,7 +117,7 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def _missing(model: PreTrainedModel, keys: dict[str, str]) -> list[str]:
+def missing_names(model: PreTrainedModel, keys: dict[str, str]) -> list[str]:
     """The untied parameters that have no name in `keys`.
 
     Buffers may be missing, as in old files; they keep their computed values.
@@ -196,43 +129,6 @@ def _missing(model: PreTrainedModel, keys: dict[str, str]) -> list[str]:
 
 class NamesDiffer(UserError):
     """The tensor names in the files do not match the model."""
-
-
-def model_config(folder: Path) -> PreTrainedConfig:
-    """A model directory's config as transformers reads it, without storage settings.
-
-    Raises:
-        UserError: transformers does not support this model type, or the model needs its own code.
-    """
-    content = config_dict(folder)
-    kind, code = content.get("model_type"), content.get("auto_map")
-    if code and str(kind) not in CONFIG_MAPPING:
-        raise UserError(
-            f"{folder}: transformers {transformers.__version__} does not support model_type "
-            f"{kind!r}, and cap_llm never runs a model's own Python code (auto_map in config.json)"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, **FROM_DIRECTORY)
-    except Exception as error:  # KeyError, ValueError, OSError, by cause
-        raise _unreadable(folder, error) from None
-    for part in (config, config.get_text_config()):  # two if multimodal
-        for name in STORAGE[:-1]:
-            if hasattr(part, name):
-                delattr(part, name)
-        kernel = part._attn_implementation
-        if isinstance(kernel, str) and "/" in kernel:
-            raise UserError(
-                f"{folder}/config.json sets attn_implementation to {kernel}, code from the hub "
-                'that cap_llm never runs. Set it to "sdpa".'
-            )
-    return config
-
-
-def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{folder}/config.json: transformers {transformers.__version__} cannot read it: "
-        f"{one_line(error)}"
-    )
 
 
 def states_of(out) -> torch.Tensor:

@@ -13,7 +13,7 @@ from cap_llm.config import RecoverConfig
 from cap_llm.contrast.bank import Bank
 from cap_llm.contrast.terms import ContrastiveObjective, ContrastTerm, NoContrast
 from cap_llm.contrast.units import UnitExtractor
-from cap_llm.models.files import fingerprint
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.rundir import Run
 from cap_llm.training import engine as engines
@@ -25,7 +25,7 @@ class Banks:
 
     Args:
         folder: to keep them in.
-        dense: directory of the pre-trained model, for PrC.
+        dense: the pre-trained model, for PrC.
         task: whose examples are banked.
         extractor: of their units.
         settings: of the recovery.
@@ -36,7 +36,7 @@ class Banks:
     def __init__(
         self,
         folder: Path,
-        dense: Path,
+        dense: ModelDirectory,
         task: Task,
         extractor: UnitExtractor,
         settings: RecoverConfig,
@@ -66,8 +66,8 @@ class Banks:
         self,
         share: torch.Tensor,
         online_teacher,
-        finetuned: Callable[[], Path] | None,
-        snapshots: dict[int, Path],
+        finetuned: Callable[[], ModelDirectory] | None,
+        snapshots: dict[int, ModelDirectory],
     ) -> ContrastiveObjective | NoContrast:
         """The contrasts that are on, their banks filled as far as a training needs them.
 
@@ -75,8 +75,8 @@ class Banks:
             share: ids of the examples that the training sees.
             online_teacher: the engine of the pre-trained model where it runs in every step, whose
                 forward then gives the rows of PrC; else None.
-            finetuned: gives the directory of the fine-tuned model, for FiC.
-            snapshots: directories of earlier students by their number, for SnC.
+            finetuned: gives the fine-tuned model, for FiC.
+            snapshots: earlier students by their number, for SnC.
         """
         settings, o = self.settings, self.settings.objective
         if not settings.contrasts:
@@ -102,7 +102,7 @@ class Banks:
             made.terms.append(ContrastTerm("snc", o.snc / len(banks), banks))
         return made if made.terms else NoContrast()
 
-    def _snapshots(self, made: ContrastiveObjective, snapshots: dict[int, Path]) -> list[Bank]:
+    def _snapshots(self, made: ContrastiveObjective, snapshots: dict) -> list[Bank]:
         """The banks of the latest students, filled; those of earlier ones are removed."""
         banks = []
         kept = sorted(snapshots)[-self.settings.contrast.snapshots :]
@@ -115,10 +115,10 @@ class Banks:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         return banks
 
-    def _bank(self, name: str, model: Path) -> Bank:
-        """A bank of the examples' units as the model of a directory sees them."""
+    def _bank(self, name: str, model: ModelDirectory) -> Bank:
+        """A bank of the examples' units as a model sees them."""
         dtype = engines.compute_dtype(self.settings, self.run.world)
-        facts = self.extractor.facts | {"model": fingerprint(model), "dtype": str(dtype)}
+        facts = self.extractor.facts | {"model": model.fingerprint, "dtype": str(dtype)}
         return Bank(self.folder / name, facts, self.shape, self.run.world)
 
     def _fill(self, made: ContrastiveObjective, bank: Bank, engine, title: str, ids) -> None:
@@ -132,8 +132,8 @@ class Banks:
             self.run.console,
         )
 
-    def _fill_from(self, made: ContrastiveObjective, bank: Bank, model: Path, title: str) -> None:
-        """Fills a bank by a pass of the model of a directory."""
+    def _fill_from(self, made: ContrastiveObjective, bank: Bank, model: ModelDirectory, title: str):
+        """Fills a bank by a pass of a model."""
         complete = bool(bank.has(made.example_ids).all())
         if self.run.world.gather(complete)[0]:
             return

@@ -132,7 +132,7 @@ def state_width(folder: Path) -> int:
     Raises:
         UserError: config.json does not contain it.
     """
-    _, width = _first(text_settings(folder), STATES)
+    _, width = _first(model.settings, STATES)
     if width is None:
         raise UserError(f"{folder}/config.json has no hidden_size")
     return width
@@ -146,7 +146,7 @@ def _first(facts: dict, keys: tuple[str, ...]) -> tuple[str, int | None]:
 def _entries(folder: Path) -> dict[str, int]:
     """The tokenizer's entries and their ids; empty if the directory has no tokenizer."""
     try:
-        return load_tokenizer(str(folder)).get_vocab()
+        return load_tokenizer(str(model)).get_vocab()
     except UserError:
         return {}
 

@@ -143,7 +143,9 @@ class _Recovery:
         self.teacher_ds = ds_config.teacher_settings(self.settings, self.world, self.student_ds)
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
         self.records: list[dict] = []
-        self._students: dict[int, Path] = {}  # by level, as it stood before: the snapshots
+        self._students: dict[
+            int, ModelDirectory
+        ] = {}  # by level, as it stood before: the snapshots
         self._teacher = None
         s = self.settings
         device = self.world.device
@@ -159,7 +161,7 @@ class _Recovery:
         self._models = {"start": self.start, "teacher": self.teacher, "dense": self.dense}
         # by the first rank's view: a shared file system may show ranks different things
         models = self._models.items() if self.world.is_main else ()
-        prints = {name: fingerprint(path) for name, path in models}
+        prints = {name: model.fingerprint for name, model in models}
         self._inputs = self.world.gather({"text": text.digest} | prints)[0]
 
     def check(self) -> None:
@@ -220,7 +222,7 @@ class _Recovery:
             self.records.append(known)
             self.began = time.monotonic() - known["stage_seconds"]
             self._check_ppl_ratio(title, target, known)
-            return target
+            return ModelDirectory(target)
         if level:
             run.console.say(f"{title}: pruning", style="bold")
             pruned = self._prune(student, level, n)
@@ -252,9 +254,9 @@ class _Recovery:
         )
         checkpoint = dataclasses.replace(settings.checkpoint, resume=self._resume(n))
         settings = dataclasses.replace(settings, checkpoint=checkpoint)
-        trained = self._train(job, settings, target, masks)
+        trained, result = self._train(job, settings, target, masks)
         held_out = trained.held_out
-        self._verify(target, held_out[settings.steps])
+        self._verify(result, held_out[settings.steps])
         record = {
             "level": str(level) if level else None,
             "held_out_ppl": {str(k): round(v, 4) for k, v in held_out.items()},
@@ -268,7 +270,7 @@ class _Recovery:
         self.world.barrier()
         self.records.append(record)
         self._check_ppl_ratio(title, target, record)
-        return target
+        return result
 
     def _prune(self, student: Path, level: Level, n: int) -> Path:
         """Prunes level `n`'s student, inside its mask; the directory of the result."""
@@ -304,17 +306,19 @@ class _Recovery:
             return asked
         return "auto"
 
-    def _train(self, job: Job, config: RecoverConfig, target: Path, masks: Mapping) -> Trained:
+    def _train(
+        self, job: Job, config: RecoverConfig, target: Path, masks: Mapping
+    ) -> tuple[Trained, ModelDirectory]:
         """Trains a model and writes it, with its masks, to `target`."""
         trained = train(job, config, self.run)
         self.began = trained.began
         dtype = ds_config.DTYPES.get(config.save_dtype)
         engine, trained.engine = trained.engine, None  # its memory is needed from here on
-        export(engine, job.student, target, masks, self.world, dtype)
+        result = export(engine, job.student, target, masks, self.world, dtype)
         engines.release(engine)
         del engine
         gc.collect()
-        return trained
+        return trained, result
 
     def _checkpoints(self, level: int | str) -> Path:
         return self.folder / "checkpoints" / str(level)
@@ -375,14 +379,14 @@ class _Recovery:
         finetuned = self._finetuned if settings.finetuned else None
         return self.banks.contrasts(share, online, finetuned, self._students)
 
-    def _finetuned(self) -> Path:
+    def _finetuned(self) -> ModelDirectory:
         """The fine-tuned model: given, or the dense one trained on the recovery text."""
         settings, run = self.settings, self.run
         if settings.finetuned != "train":
             return self.inputs.models["recover.finetuned"]
         folder = self.folder / "finetuned"
         if run.world.gather((folder / "done.json").exists())[0]:
-            return folder
+            return ModelDirectory(folder)
         run.console.say("FiC: fine-tuning the dense model on the recovery text", style="bold")
         only_ce = dataclasses.replace(
             settings,
@@ -408,8 +412,8 @@ class _Recovery:
             stage=f"{STAGE}/finetuned",
             began=self.began,
         )
-        held_out = self._train(job, only_ce, folder, {}).held_out
-        before, after = held_out[0], held_out[settings.steps]
+        trained, result = self._train(job, only_ce, folder, {})
+        before, after = trained.held_out[0], trained.held_out[settings.steps]
         if after > before:
             run.console.say(
                 f"FiC: the fine-tuned model's held-out ppl is {after:.3f}, worse than the dense "
@@ -420,10 +424,10 @@ class _Recovery:
         files = weights_and_masks(folder) if run.world.is_main else ()
         run.finish_stage(folder, {"held_out_ppl": after}, files)
         self._remove_checkpoints("finetuned")
-        return folder
+        return result
 
-    def _held_out_perplexity(self, folder: Path) -> float:
-        """Of a directory's model, a block in memory at a time."""
+    def _held_out_perplexity(self, directory: ModelDirectory) -> float:
+        """Of a model, a block in memory at a time."""
         engines.restore_linear()
         run, text = self.run, self.text
         dtype = engines.compute_dtype(self.settings, self.world)
@@ -433,20 +437,20 @@ class _Recovery:
             nll = streamed_nll(model, text.held_out, run.world, memory, Path(scratch))
         return math.exp(min(700.0, nll / (len(text.held_out) * (text.held_out.shape[1] - 1))))
 
-    def _verify(self, folder: Path, expected: float) -> None:
+    def _verify(self, model: ModelDirectory, expected: float) -> None:
         """Reloads a written model and holds its perplexity against the engine's."""
-        run, ppl = self.run, self._held_out_perplexity(folder)
+        run, ppl = self.run, self._held_out_perplexity(model)
         dtype = engines.compute_dtype(self.settings, self.world)
-        stored = getattr(torch, read_json(folder / "config.json")["dtype"])
+        stored = getattr(torch, model.settings["dtype"])
         tolerance = 1e-4 if dtype.itemsize == 4 else 1e-2
         if stored.itemsize < dtype.itemsize:
             tolerance = 5e-2  # the stored weights are rounded
         if not abs(ppl / expected - 1) < tolerance:
             raise UserError(
-                f"the model in {folder} has a held-out perplexity of {ppl:.4f}, the trained "
+                f"the model in {model} has a held-out perplexity of {ppl:.4f}, the trained "
                 f"one {expected:.4f}; the files are not what was trained: please report this"
             )
         run.console.say(
-            f"verified: reloaded from {folder}, held-out ppl {ppl:.4f} (engine {expected:.4f}), "
+            f"verified: reloaded from {model}, held-out ppl {ppl:.4f} (engine {expected:.4f}), "
             "zeros exact"
         )

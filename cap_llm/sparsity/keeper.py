@@ -26,6 +26,7 @@ from torch import nn
 from torch._utils import _unflatten_dense_tensors
 
 from cap_llm.runtime.errors import UserError
+from cap_llm.sparsity.bits import pack, unpack
 
 # Optimizers whose update of a weight depends on its own gradient and moments only, up to a common
 # factor. So a zero weight with zero gradients remains zero.
@@ -279,10 +280,7 @@ class _MaskedParameter:
         if mask is None:
             return
         self.n_masked = int((~mask).sum())
-        flat = mask.flatten().to(parameter.device, torch.uint8)
-        flat = nn.functional.pad(flat, (0, -flat.numel() % 8), value=1).view(-1, 8)
-        powers = 1 << torch.arange(8, dtype=torch.uint8, device=flat.device)
-        self._packed = (flat * powers).sum(1, dtype=torch.uint8)
+        self._packed = pack(mask.flatten()).to(parameter.device)
 
     def mask(
         self, device: torch.device, start: int = 0, n: int | None = None, dtype=torch.bool
@@ -290,8 +288,7 @@ class _MaskedParameter:
         """Returns `n` values of the flattened mask from `start` on."""
         n = self.shape.numel() if n is None else n
         packed = self._packed[start // 8 : -(-(start + n) // 8)].to(device)
-        # a lookup table is many times faster than shifting each byte
-        return _bits(device, dtype).index_select(0, packed.int()).view(-1)[start % 8 :][:n]
+        return unpack(packed, start % 8 + n, dtype)[start % 8 :]
 
     def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Returns the masked gradient. A product, not a fill: NaN remains visible."""
@@ -381,12 +378,6 @@ def checksum(weights: torch.Tensor, start: int) -> int:
         total += (piece.long() * (2 * positions + 1)).sum()
         start += len(piece)
     return int(total)
-
-
-def _bits(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the bits of every byte value, [256, 8], lowest bit first."""
-    values, positions = torch.arange(256, device=device), torch.arange(8, device=device)
-    return ((values[:, None] >> positions) & 1).to(dtype)
 
 
 def _momenta(state: dict) -> Iterator[torch.Tensor]:

@@ -14,7 +14,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cap_llm.config import RecoverConfig
-from cap_llm.models.skeleton import FROM_DIRECTORY, model_class, reading_options
-from cap_llm.runtime.errors import UserError
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.runtime.errors import UserError, one_line
 from cap_llm.runtime.memory import drop_pinned
 from cap_llm.runtime.world import World
 from cap_llm.training.ds_config import compute_dtype, stage_of
@@ -54,14 +53,14 @@ Wrap = Callable[[PreTrainedModel], nn.Module]  # a task's, see `training.task`
 
 
 def load_teacher(
-    folder: Path, settings: dict | None, config: RecoverConfig, world: World, wrap: Wrap
+    source: ModelDirectory, settings: dict | None, config: RecoverConfig, world: World, wrap: Wrap
 ):
     """A frozen model as an engine whose module `wrap` makes.
 
     Raises:
         UserError: transformers cannot read it.
     """
-    model = _load(folder, settings, config, world)
+    model = _load(source, settings, config, world)
     module = wrap(model.requires_grad_(False)).eval()
     if settings is None:
         return _Plain(module)
@@ -71,13 +70,15 @@ def load_teacher(
     return engine
 
 
-def load_student(folder: Path, settings: dict, config: RecoverConfig, world: World, wrap: Wrap):
+def load_student(
+    source: ModelDirectory, settings: dict, config: RecoverConfig, world: World, wrap: Wrap
+):
     """The model to train as an engine whose module `wrap` makes, with a fresh AdamW.
 
     Raises:
         UserError: transformers cannot read it, or DeepSpeed refuses the settings.
     """
-    model = _load(folder, settings, config, world)
+    model = _load(source, settings, config, world)
     if config.engine.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     student = wrap(model).train()
@@ -171,32 +172,31 @@ class _Plain:
         self.module = None
 
 
-def _load(folder: Path, settings: dict | None, config: RecoverConfig, world: World):
-    """The model of a directory, whole on every rank or sharded while it is read (ZeRO-3)."""
+def _load(source: ModelDirectory, settings: dict | None, config: RecoverConfig, world: World):
+    """The model, whole on every rank or sharded while it is read (ZeRO-3)."""
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    how = reading_options(folder)
-    facts = how["config"]
-    for part in (facts, facts.get_text_config()):  # two where the model also sees
+    options = source.loading_options | {"dtype": compute_dtype(config, world)}
+    model_config = options["config"]
+    for part in (model_config, model_config.get_text_config()):  # two if multimodal
         for key, value in part.to_dict().items():
-            # Dropout would blur what the two models are compared in.
+            # Dropout would add noise to the comparison of the two models.
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
     drop_pinned(world.device)  # which a stage before may have filled with activations
-    how["dtype"] = compute_dtype(config, world)
-    kind = model_class(folder)  # before DeepSpeed shards whatever is made
+    kind = type(source.skeleton)  # built before DeepSpeed shards every new model
     zero3 = settings is not None and stage_of(settings) == 3
     sharded = HfDeepSpeedConfig(settings) if zero3 else None  # must stay alive
     if not zero3:  # tensor by tensor: several copies would fill a node's main memory
-        how["device_map"] = {"": world.device}
+        options["device_map"] = {"": world.device}
     try:
-        model = kind.from_pretrained(folder, **how, **FROM_DIRECTORY)
+        model = kind.from_pretrained(source.path, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # every format fails in a way of its own
-        how = f", sharded by {config.engine.deepspeed}," if sharded else ""
+    except Exception as error:  # each format raises its own types
+        sharding = f" with {config.engine.deepspeed}" if sharded else ""
         raise UserError(
-            f"{folder}{how} cannot be read by transformers: {' '.join(str(error).split())[:200]}"
+            f"{source} cannot be read by transformers{sharding}: {one_line(error)}"
         ) from None
     finally:
         if sharded:

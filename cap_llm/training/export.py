@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.models import mask_file as mask_files
 from cap_llm.models.checkpoint import Checkpoint, ShardWriter
-from cap_llm.models.directory import Row, patterns, verify, write_sparsity
-from cap_llm.models.skeleton import find_blocks, match_names, skeleton
+from cap_llm.models.directory import ModelDirectory, Row
+from cap_llm.models.mask_file import FILE, save_masks
+from cap_llm.models.skeleton import find_blocks
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
 from cap_llm.runtime.world import World
@@ -19,12 +19,12 @@ from cap_llm.training.engine import gathered
 
 def export(
     engine,
-    source: Path,
+    source: ModelDirectory,
     folder: Path,
     masks: Mapping[str, torch.Tensor],
     world: World,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> ModelDirectory:
     """Writes the trained model as safetensors, its masks and `sparsity.json`, and verifies them.
 
     All ranks take part; under ZeRO-3 one block is whole at a time. The values are those that the
@@ -32,7 +32,7 @@ def export(
 
     Args:
         engine: its module holds the model.
-        source: directory that the model was loaded from: its configuration, tokenizer and names.
+        source: the model that was trained, for its configuration, tokenizer and names.
         folder: to write to.
         masks: [R, C] by weight name, the source's; a fine-tuned model has none.
         world: the ranks.
@@ -43,10 +43,9 @@ def export(
             type, or the disk is full.
     """
     model = engine.module.model
-    checkpoint = Checkpoint(source)
-    keys = match_names(skeleton(source), checkpoint)
+    checkpoint, keys = source.checkpoint, source.keys
     prefix, blocks = find_blocks(model)
-    writer = ShardWriter(folder, len(blocks))
+    writer, result = ShardWriter(folder, len(blocks)), ModelDirectory(folder)
     parameters = dict(model.named_parameters())
     inside = tuple(f"{prefix}.{i}." for i in range(len(blocks)))
     zeros: dict[str, int] = {}
@@ -70,18 +69,18 @@ def export(
             zeros |= {n: int((tensors[keys[n]] == 0).sum()) for n in present if n in masked}
         world.barrier()
     if world.is_main:
-        writer.finish(source)
+        writer.finish(source.path)
         content = read_json(folder / "config.json")
         content.pop("torch_dtype", None)
         write_json(folder / "config.json", content | {"dtype": str(kind).removeprefix("torch.")})
-        mask_files.save_masks(masks, folder / mask_files.FILE)
-        asked, rows = patterns(source), []
+        save_masks(masks, folder / FILE)
+        patterns, rows = {row.name: row.pattern for row in source.rows}, []
         for name, mask in masks.items():
             shape, n_masked = list(mask.shape), int((~mask).sum())
-            pattern = asked.get(name, "as found")
-            rows.append(Row(name, shape, pattern, zeros[name], n_masked, None, None, 0.0))
-        write_sparsity(folder, source.name, rows, verify(folder, rows))
+            rows.append(Row(name, shape, patterns.get(name, "as found"), zeros[name], n_masked))
+        result.write_sparsity(source.path.name, rows, result.verify(rows))
     world.barrier()
+    return result
 
 
 def _cast(

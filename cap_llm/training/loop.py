@@ -19,6 +19,7 @@ import torch
 
 from cap_llm.config import ObjectiveConfig, RecoverConfig
 from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.runtime.console import format_bytes
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.interrupt import Stopped, defer_signals, stop_before_limit
@@ -38,7 +39,7 @@ class Job:
     """What one training works on.
 
     Attributes:
-        student: directory of the model to train.
+        student: the model to train.
         task: data, losses and metric.
         masks: what its masks do.
         teacher: the frozen engine, or None where no term needs it.
@@ -51,7 +52,7 @@ class Job:
         began: when the work began, on `time.monotonic`'s clock.
     """
 
-    student: Path
+    student: ModelDirectory
     task: Task
     masks: MaskPolicy
     teacher: object | None

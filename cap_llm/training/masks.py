@@ -35,4 +35,4 @@ class Fixed:
 
     def attach(self, engine) -> ZeroKeeper:
         """Masks gradients and fp32 weights from now on."""
-        return keep_zeros(engine, ((f"model.{name}", mask) for name, mask in self._masks))
+        return keep_zeros(engine.module.model, self._masks, engine.optimizer)

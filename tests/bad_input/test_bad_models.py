@@ -36,15 +36,14 @@ def test_a_file_as_a_model_is_not_offered_itself(refuse, text_file):
 
 def test_a_hub_name_with_the_hub_switched_off_is_refused(refuse):
     message = refuse("--model.path", "nobody/no-model")
-    assert "'nobody/no-model' is neither a directory" in message
+    assert "model.path 'nobody/no-model'" in message
     assert "HF_HUB_OFFLINE" in message
 
 
 def test_a_directory_without_a_configuration_is_refused(refuse, broken):
     (broken / "config.json").unlink()
-    assert f"{broken} is no model directory: it has no config.json" in refuse(
-        "--model.path", broken
-    )
+    message = refuse("--model.path", broken)
+    assert str(broken) in message and "config.json" in message
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_a_model_with_fused_experts_is_refused_by_the_modules_name(refuse, token
     tokenizer.save_pretrained(tmp_path / "mixtral")
     message = refuse("--model.path", tmp_path / "mixtral")
     assert "model.layers.0.mlp." in message
-    assert "no linear layer" in message and "fused experts" in message
+    assert "fused experts" in message
 
 
 def test_blocks_without_linears_are_refused():
@@ -140,7 +139,7 @@ def test_blocks_without_linears_are_refused():
 def test_a_configuration_that_makes_no_model_is_refused(refuse, broken, change):
     facts = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(facts | change))
-    assert f"cannot read {broken}/config.json: " in refuse("--model.path", broken)
+    assert f"{broken}/config.json" in refuse("--model.path", broken)
 
 
 def test_weights_that_changed_since_a_run_was_begun_are_refused(refuse, accept, broken):
@@ -384,7 +383,7 @@ def test_a_link_out_of_the_directory_is_not_followed(refuse, broken, file):
     (broken / file).unlink(missing_ok=True)
     (broken / file).symlink_to(secret)
     message = refuse("--model.path", broken)
-    assert f"{broken / file} is a link to {secret}" in message and "copy" in message
+    assert str(broken / file) in message and str(secret) in message
     secret.unlink()
     assert f"{broken / file} does not exist" in refuse("--model.path", broken)
 
@@ -450,7 +449,7 @@ def test_a_finished_block_that_changed_is_made_again(accept, out, monkeypatch):
     good = (out / "oneshot" / FILE).read_bytes()
     shutil.rmtree(out)
     with monkeypatch.context() as patch:
-        patch.setattr(stage.BlockStage, "finish", lambda self, **facts: self.folder)
+        patch.setattr(stage.BlockStage, "finish", lambda self, **facts: self.result)
         accept()
     shard = sorted((out / "oneshot").glob("model-*.safetensors"))[0]
     flip_a_byte(shard)
@@ -482,7 +481,7 @@ def test_records_of_another_form_are_refused_by_their_file(accept, refuse, out):
 @pytest.mark.parametrize("content", ["{}", '{"rows": [{}], "elapsed": 1}', '{"rows": []}'])
 def test_a_block_without_its_record_is_refused(accept, refuse, out, monkeypatch, content):
     with monkeypatch.context() as patch:
-        patch.setattr(stage.BlockStage, "finish", lambda self, **facts: self.folder)
+        patch.setattr(stage.BlockStage, "finish", lambda self, **facts: self.result)
         accept()
     file = out / "oneshot" / "blocks" / "00000.json"
     file.write_text(content)
