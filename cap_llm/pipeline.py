@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cap_llm.config import Config, ModelConfig
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.files import has_weights, remove_weights
 from cap_llm.models.hub import contents, further_model, hub_config, locate, prepare
-from cap_llm.models.masks import Masks
 from cap_llm.preflight import check_corpora, preflight
 from cap_llm.report.card import write_cards
 from cap_llm.report.runs import collect
@@ -53,7 +53,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         for option, path in further.items():
             locate(ModelConfig(path=path), option=option)  # downloads it now
         preflight(located, config, console, world)
-        texts = read_texts(config, located, console) if located.is_dir() else None
+        texts = read_texts(config, located, console) if located.path.is_dir() else None
         run = Run(config.output_dir, world, console)
         run.contents = world.decide(lambda: contents(config, located))
         stages = world.decide(lambda: chain(config))
@@ -62,13 +62,13 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         run.describe(config.name, config_yaml)
         source = prepare(located, config.model, run)
         models = {option: further_model(option, path, run) for option, path in further.items()}
-        if source != located or any(run.path in path.parents for path in models.values()):
+        if source != located or any(run.path in m.path.parents for m in models.values()):
             preflight(source, config, console, world, models=models)  # of what was converted
         texts = texts or read_texts(config, source, console)
         Stages(config, run, source, models, stages, texts).run_all()
         is_scored = "evaluate" in config.stages and len(config.stages) > 1
         if source != located and is_scored and not config.runtime.keep_intermediate:
-            drop(source, world)
+            drop(source.path, world)
         world.barrier()
         if world.is_main:
             write_cards(run.path)
@@ -87,13 +87,13 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     world.close()
 
 
-def read_texts(config: Config, model: Path, console: Console = SILENT) -> dict[str, Any]:
+def read_texts(config: Config, model: ModelDirectory, console: Console = SILENT) -> dict[str, Any]:
     """Reads the texts of `config.stages`, by the section that describes them.
 
     Raises:
         UserError: a corpus is missing, malformed or too short, or the tokenizer does not fit.
     """
-    reader, texts = TextReader(model, config.model.tokenizer, console), {}
+    reader, texts = TextReader(model.path, config.model.tokenizer, console), {}
     if "calibration" in used_sections(config):
         holds_out = any(STAGES[stage].holds_out for stage in config.stages)
         n_held_out = config.calibration.held_out if holds_out else 0
@@ -119,8 +119,8 @@ class Stages:
 
     config: Config
     run: Run
-    source: Path
-    models: dict[str, Path]
+    source: ModelDirectory
+    models: dict[str, ModelDirectory]
     chain: list[str]
     texts: dict[str, Any]
 
@@ -153,12 +153,12 @@ class Stages:
     def inputs(self, stage: str) -> Inputs:
         """What a stage starts from."""
         config, before, finished = self.config, previous(stage, self.chain), {}
-        start = self.folder(before)[0] if before else self.source
+        start = ModelDirectory(self.folder(before)[0]) if before else self.source
         if not STAGES[stage].makes_model:
             for name in self.chain:
                 folder, done = self.folder(name)
                 if done and has_weights(folder, self.run.world):
-                    finished[name] = folder
+                    finished[name] = ModelDirectory(folder)
         return Inputs(
             run=self.run,
             recipe=recipe(stage, config, self.chain),
@@ -172,7 +172,7 @@ class Stages:
             finished=finished,
         )
 
-    def dense(self, stage: str, start: Path) -> Path:
+    def dense(self, stage: str, start: ModelDirectory) -> ModelDirectory:
         """The directory of the dense model that a stage's start was pruned from.
 
         That is `model.dense`, or the run's model if `start` was pruned from it here, or if it is
@@ -191,9 +191,9 @@ class Stages:
         if stage == "recover":
             teacher, levels = self.models.get("recover.teacher"), self.config.recover.levels
         if start != source:
-            source_is_dense = has_weights(source, world)
+            source_is_dense = has_weights(source.path, world)
         else:
-            source_is_dense = bool(levels) and not Masks(source, world)
+            source_is_dense = bool(levels) and not source.masks(world)
         if teacher and not source_is_dense:
             return teacher
         if start == source and not source_is_dense:
@@ -208,7 +208,12 @@ class Stages:
         folder = self.run.path / stage
         if "evaluate" in self.config.stages and has_weights(folder, self.run.world):
             score = STAGES["evaluate"].load().score
-            score({stage: folder}, inputs, self.config.evaluate, self.texts["evaluate"])
+            score(
+                {stage: ModelDirectory(folder)},
+                inputs,
+                self.config.evaluate,
+                self.texts["evaluate"],
+            )
         drop(folder, self.run.world)
 
 
@@ -220,10 +225,10 @@ def drop(folder: Path, world: World) -> None:
     world.barrier()
 
 
-def check_recipes(config: Config, located: Path | None = None) -> None:
+def check_recipes(config: Config, located: ModelDirectory | None = None) -> None:
     """Checks that the stages in output_dir were begun with the same settings. Writes nothing.
 
-    `located` is the directory of the run's model, if that is on the hub.
+    `located` is the run's model, if that is on the hub.
 
     Raises:
         UserError: names the first setting that differs.
@@ -255,7 +260,7 @@ def dry_run(config: Config, console: Console) -> None:
     check_recipes(config, located)
     folder = located or hub_config(config.model)
     preflight(folder, config, console, world, predict=True, fetched=bool(located))
-    if located and located.is_dir():
+    if located and located.path.is_dir():
         read_texts(config, located, console)
     console.say("dry run: nothing was written")
     world.close()

@@ -12,11 +12,11 @@ import torch
 
 from cap_llm.config import Config
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.checkpoint import Checkpoint
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.files import weight_files
-from cap_llm.models.hub import check_files, found_here, needs_conversion
+from cap_llm.models.hub import check_files, found_here
 from cap_llm.models.rehearsal import check_lengths
-from cap_llm.models.skeleton import NamesDiffer, match_names, read_as, skeleton
+from cap_llm.models.skeleton import NamesDiffer
 from cap_llm.runtime.console import Console, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory, attained_rate
@@ -68,12 +68,12 @@ def check_corpora(config: Config) -> None:
 
 
 def preflight(
-    located: Path | None,
+    located: ModelDirectory | None,
     config: Config,
     console: Console,
     world: World,
     *,
-    models: dict[str, Path] | None = None,
+    models: dict[str, ModelDirectory] | None = None,
     predict: bool = False,
     fetched: bool = True,
 ) -> None:
@@ -95,8 +95,8 @@ def preflight(
     if located is None:
         console.say(f"model {config.model.path}: the hub is out of reach; its shapes are unchecked")
         return
-    if located.suffix == ".gguf":
-        console.say(f"model {located.name}: it is converted first; its shapes are unchecked")
+    if located.path.is_file():
+        console.say(f"model {located.path.name}: it is converted first; its shapes are unchecked")
         return
     bare = located.skeleton
     model = BlockModel(bare, torch.device("cpu"))
@@ -129,7 +129,7 @@ def preflight(
             folder=located,
             has_weights=has_weights,
             n_bytes=n_bytes,
-            start=run_dir / start if start else located,
+            start=ModelDirectory(run_dir / start) if start else located,
             from_run=bool(start),
             models=models,
             n_models=len({*config.stages} & {*MODELS}),
@@ -145,7 +145,12 @@ def preflight(
 
 
 def _weights(
-    located: Path, model: BlockModel, config: Config, world: World, console: Console, fetched: bool
+    located: ModelDirectory,
+    model: BlockModel,
+    config: Config,
+    world: World,
+    console: Console,
+    fetched: bool,
 ) -> tuple[int, int, bool]:
     """Checks the model's weight files.
 
@@ -160,20 +165,18 @@ def _weights(
         console.say(f"model {config.model.path}: on the hub; only its config.json is checked")
         n_parameters = sum(p.numel() for p in model.model.parameters())
         return n_parameters * model.model.dtype.itemsize, 0, False
-    if needs_conversion(located):
+    if not located.has_safetensors:
         check_files("model.path", located, config, world)
         console.say(
             f"Model {located} is not in safetensors format. Converting it once (loads the full "
             "model into memory)."
         )
-        n_bytes = sum(p.stat().st_size for p in weight_files(located))
+        n_bytes = sum(p.stat().st_size for p in weight_files(located.path))
         return n_bytes, n_bytes, False
-    checkpoint = Checkpoint(located)  # opens every shard, so a truncated one is found
-    n_bytes = checkpoint.n_bytes()
+    n_bytes = located.checkpoint.n_bytes()
     try:
-        match_names(model.model, checkpoint)
-        if text := read_as(model.model, checkpoint):
-            console.say(text)
+        if located.keys and located.notice:
+            console.say(located.notice)
     except NamesDiffer:  # it is converted and checked again
         check_files("model.path", located, config, world)
         return n_bytes, n_bytes, False
@@ -239,16 +242,16 @@ def check_disk(needed: float, stages: list[str], config: Config) -> None:
         )
 
 
-def _check_dense(model: BlockModel, folder: Path) -> None:
+def _check_dense(model: BlockModel, candidate: ModelDirectory) -> None:
     """Checks that `model.dense` is dense, and has the blocks and the vocabulary of the model."""
-    if mask_files.path_of(folder).exists():
-        raise UserError(f"model.dense {folder} is pruned: it has masks. Pass the dense model.")
-    dense = BlockModel(skeleton(folder), torch.device("cpu"))
+    if candidate.mask_file:
+        raise UserError(f"model.dense {candidate} is pruned: it has masks. Pass the dense model.")
+    dense = BlockModel(candidate.skeleton, torch.device("cpu"))
     rows, rows_of_dense = (len(m.model.get_input_embeddings().weight) for m in (model, dense))
     if rows_of_dense < rows:
         raise UserError(
-            f"model.dense {folder} has a vocabulary of {rows_of_dense}, but the pruned model one "
-            f"of {rows}. Pass the model that it was pruned from."
+            f"model.dense {candidate} has a vocabulary of {rows_of_dense}, but the pruned model "
+            f"one of {rows}. Pass the model that it was pruned from."
         )
     pruned, other = (
         {
@@ -261,6 +264,6 @@ def _check_dense(model: BlockModel, folder: Path) -> None:
     for name in (pruned | other) if pruned != other else ():
         if pruned.get(name) != other.get(name):
             raise UserError(
-                f"model.dense {folder}: the shape of {name} is {other.get(name)}, but "
+                f"model.dense {candidate}: the shape of {name} is {other.get(name)}, but "
                 f"{pruned.get(name)} in the pruned model. Pass the model that it was pruned from."
             )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from cap_llm.models.blocks import BlockModel
+    from cap_llm.models.directory import ModelDirectory
     from cap_llm.runtime.console import Console
     from cap_llm.runtime.rundir import Run
     from cap_llm.runtime.world import World
@@ -142,12 +143,12 @@ class Preview:
     """What `check` and `cost` know before the work."""
 
     model: BlockModel  # without its weights
-    folder: Path  # its directory, or one that only has its config.json
+    folder: ModelDirectory  # its directory, or one that only has its config.json
     has_weights: bool  # whether they can be read as they are
     n_bytes: int  # of the weights
-    start: Path  # what the stage starts from; it need not exist yet
+    start: ModelDirectory  # what the stage starts from; it need not exist yet
     from_run: bool  # whether an earlier stage of this run makes `start`
-    models: dict[str, Path]  # further models by option, as far as they can be read
+    models: dict[str, ModelDirectory]  # further models by option, as far as they can be read
     n_models: int  # that this job makes
     run_dir: Path  # it need not exist
     download: bool  # whether missing data may be downloaded
@@ -176,9 +177,11 @@ class Inputs:
     recipe: dict  # the settings that the result depends on
     model: ModelConfig
     keep_intermediate: bool  # see `RuntimeConfig`
-    source: Path  # the run's model
-    start: Path  # the model to start from
-    dense: Path  # the model that `start` was pruned from
+    source: ModelDirectory  # the run's model
+    start: ModelDirectory  # the model to start from
+    dense: ModelDirectory  # the model that `start` was pruned from
     from_run: bool  # whether an earlier stage of this run made `start`
-    models: dict[str, Path]  # further models by option
-    finished: dict[str, Path]  # models with weights by stage, for a stage that makes no model
+    models: dict[str, ModelDirectory]  # further models by option
+    finished: dict[
+        str, ModelDirectory
+    ]  # models with weights by stage, for a stage that makes no model

@@ -297,17 +297,17 @@ def test_what_a_run_scores_besides_its_own(tiny, tmp_path, share, settings, fold
         recipe={},
         model=ModelConfig(path=str(source)),
         keep_intermediate=True,
-        source=source,
-        start=source,
-        dense=source,
+        source=ModelDirectory(source),
+        start=ModelDirectory(source),
+        dense=ModelDirectory(source),
         from_run=False,
-        models=models,
-        finished={"recover": source} if "teacher" in settings else {},
+        models={o: ModelDirectory(p) for o, p in models.items()},
+        finished={"recover": ModelDirectory(source)} if "teacher" in settings else {},
     )
     outside = outside_models(inputs, EvaluateConfig(dense=settings.get("score", True)))
     run.close()
     assert set(outside) == folders
-    assert outside.get("given", source) == source
+    assert outside.get("given", ModelDirectory(source)).path == source
     assert all((run.path / name / "sparsity.json").exists() for name in folders)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cap_llm.config import CalibrationConfig
-from cap_llm.models.blocks import matrix
+from cap_llm.models.skeleton import LINEARS, matrix
 from cap_llm.stages import Cost, Preview
 
 

@@ -25,10 +25,10 @@ from cap_llm.blockwise.prune import (
 from cap_llm.blockwise.stage import BlockStage
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import CalibrationConfig, OneshotConfig
-from cap_llm.models import mask_file as mask_files
-from cap_llm.models.blocks import BlockModel, matrix
-from cap_llm.models.directory import recorded, removed
-from cap_llm.models.masks import PRUNED, Masks
+from cap_llm.models.blocks import BlockModel
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.masks import PRUNED
+from cap_llm.models.skeleton import matrix
 from cap_llm.runtime.console import format_bytes
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import read_json, write_json
@@ -68,8 +68,8 @@ def run(
     oneshot: OneshotConfig,
     calibration: Calibration | None = None,
     name: str = STAGE,
-) -> Path:
-    """Prunes the model of `inputs.start`.
+) -> ModelDirectory:
+    """Prunes the model `inputs.start`.
 
     Args:
         inputs: the model, and the recipe of the result.
@@ -86,13 +86,13 @@ def run(
     source, settings, run, world = inputs.start, oneshot, inputs.run, inputs.run.world
     work = BlockStage(name, inputs.recipe, run, source)
     if work.done:
-        return work.folder
+        return work.result
     work.begin(calibration)
     model = work.model
     plan, budget = plan_sparsities(model, settings), "uniform"
     windows = calibration.ids if calibration else None
     if settings.allocation == "owl":
-        gone = Masks(source, world).shares if _grows(source, settings) else {}
+        gone = source.masks(world).shares if _grows(source, settings) else {}
         plan, budget = _owl(work, plan, gone, windows, settings)
     earlier = earlier_mask(source, settings, plan)
     with work.work() as (bar, scratch):

@@ -37,7 +37,6 @@ from cap_llm.blockwise.stage import BlockStage, check_dense, masks_of_block, sta
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import CalibrationConfig, ReconstructConfig
 from cap_llm.models.blocks import BlockModel, Call, stored_dtype
-from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.masks import Masks
 from cap_llm.models.skeleton import LINEARS, as_matrix, linears, states_of
 from cap_llm.runtime.errors import UserError
@@ -170,7 +169,10 @@ class _Trainer:
         scratch: Path,
     ):
         self.student, self.dense, self.masks = student, dense, masks
-        self.settings, self.patterns = settings, patterns(masks.folder)
+        self.settings, self.patterns = (
+            settings,
+            {row.name: row.pattern for row in masks.directory.rows},
+        )
         device, alone = world.device, World.alone(world.device)
         own_inputs = self.settings.inputs == "student"
         self.team, self.pool = (world, alone) if own_inputs else (alone, world)

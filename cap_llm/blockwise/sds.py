@@ -35,8 +35,8 @@ from cap_llm.blockwise.prune import (
 from cap_llm.blockwise.stage import BlockStage, check_dense, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
 from cap_llm.config import CalibrationConfig, OneshotConfig, SdsConfig
-from cap_llm.models.blocks import BlockModel, Group, matrix
-from cap_llm.models.directory import recorded, removed
+from cap_llm.models.blocks import BlockModel, Group
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.masks import Masks
 from cap_llm.models.skeleton import matrix
 from cap_llm.runtime.errors import UserError
@@ -61,7 +61,7 @@ def check(preview: Preview, oneshot: OneshotConfig, **_) -> None:
     check_dense(preview)
     plan_sparsities(preview.model, oneshot)
     if preview.has_weights and not preview.from_run:
-        plan_second_prune(Masks(preview.start, preview.world), preview.model, oneshot)
+        plan_second_prune(preview.start.masks(preview.world), preview.model, oneshot)
 
 
 def cost(preview: Preview, calibration: CalibrationConfig, sds: SdsConfig, **_) -> Cost:
@@ -134,8 +134,8 @@ def plan_second_prune(
         UserError: a model of another run has a different pattern or sparsity than `oneshot`.
     """
     plan = plan_sparsities(dense, settings)
-    rows = recorded(masks.folder)
-    sparsities = {row["name"]: removed(row) for row in rows}
+    pruned = masks.directory
+    sparsities = {row.name: row.sparsity for row in pruned.rows}
     if from_run:
         return plan | {name: s for name, s in sparsities.items() if plan.get(name)}
     patterns = sorted({row.pattern for row in pruned.rows} - {"as found"})
@@ -152,7 +152,7 @@ def plan_second_prune(
         if len(patterns) > 1:
             remedy = "Use a model with a single pattern."
         raise UserError(
-            f"oneshot.pattern is {settings.pattern}, but {masks.folder} has "
+            f"oneshot.pattern is {settings.pattern}, but {pruned} has "
             f"{' and '.join(patterns)}. {remedy}"
         )
     if target.m:
@@ -165,7 +165,7 @@ def plan_second_prune(
             remedy = " and remove oneshot.layers" if settings.layers else ""
             raise UserError(
                 f"oneshot.sparsity would prune {name} to {100 * planned:g}%, but it has "
-                f"{100 * sparsity:.1f}% zeros in {masks.folder}. Set --oneshot.sparsity "
+                f"{100 * sparsity:.1f}% zeros in {pruned}. Set --oneshot.sparsity "
                 f"{round(sparsity, 3):g}{remedy}."
             )
     return plan | sparsities

@@ -317,15 +317,15 @@ def check_dense(preview: Preview) -> None:
         UserError: it is.
     """
     dense = preview.models.get("model.dense")
-    mark = fingerprint(dense) if dense and not preview.from_run else None
-    if mark and mark == fingerprint(preview.start):
+    mark = dense.fingerprint if dense and not preview.from_run else None
+    if mark and mark == preview.start.fingerprint:
         raise UserError(
             f"model.dense {dense} is the model to start from; give the model that it was pruned "
             "from"
         )
 
 
-def start_masks(folder: Path, run: Run) -> Masks:
+def start_masks(start: ModelDirectory, run: Run) -> Masks:
     """The masks of the pruned model that a stage starts from; says so where they are its zeros.
 
     Raises:

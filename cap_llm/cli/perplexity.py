@@ -38,7 +38,6 @@ def main(argv: list[str], console: Console) -> None:
     args = parse(parser, argv)
     from cap_llm.evaluation.evaluate import FILE, score_corpora
     from cap_llm.evaluation.results import facts_of
-    from cap_llm.models.hub import needs_conversion
     from cap_llm.preflight import preflight
     from cap_llm.text.reading import TextReader
 
@@ -53,11 +52,11 @@ def main(argv: list[str], console: Console) -> None:
     with scoring(args, config.model, FILE, console) as (world, folder, path):
         world.activation_gib = args.activation_gib
         preflight(folder, config, console, world)
-        if needs_conversion(folder):
+        if not folder.has_safetensors:
             raise UserError(
                 f"{folder} is not in safetensors format. Convert and score it with cap-llm "
                 f"--model.path {folder} --stages [evaluate] --output_dir DIRECTORY"
             )
-        texts = TextReader(folder, args.tokenizer, console).scored(config.evaluate)
+        texts = TextReader(folder.path, args.tokenizer, console).scored(config.evaluate)
         facts = facts_of(folder, args.model, world)
         score_corpora(folder, texts, facts, path, None, world, console)

@@ -22,10 +22,9 @@ from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.lm_eval_tasks import find_tasks
 from cap_llm.evaluation.results import earlier, facts_of, job
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.directory import Row, write_sparsity
-from cap_llm.models.files import fingerprint, has_weights
+from cap_llm.models.directory import ModelDirectory, Row
+from cap_llm.models.files import has_weights
 from cap_llm.models.masks import count_zeros
-from cap_llm.models.skeleton import model_class, skeleton
 from cap_llm.runtime.console import SILENT, Console, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import write_json
@@ -43,7 +42,7 @@ def check(preview: Preview, evaluate: EvaluateConfig) -> None:
     """Checks that the model has scores, and that the tasks exist and fit in memory."""
     if not preview.model.is_causal:
         raise UserError(
-            f"{model_class(preview.folder).__name__} gives no next-token logits, so it has no "
+            f"{type(preview.model.model).__name__} gives no next-token logits, so it has no "
             "perplexity and no zero-shot scores; set --stages [oneshot]"
         )
     find_tasks(evaluate, preview.console, fetch=preview.download)
@@ -80,7 +79,7 @@ def run(inputs: Inputs, evaluate: EvaluateConfig, text: list[ScoredText]) -> Non
         UserError: a model has no perplexity, overflows, or does not fit.
     """
     run, start, models = inputs.run, time.monotonic(), inputs.finished
-    if (evaluate.dense or not models) and has_weights(inputs.source, run.world):
+    if (evaluate.dense or not models) and has_weights(inputs.source.path, run.world):
         models = outside_models(inputs, evaluate) | models
     score(models, inputs, evaluate, text)
     if run.world.is_main:
@@ -89,7 +88,7 @@ def run(inputs: Inputs, evaluate: EvaluateConfig, text: list[ScoredText]) -> Non
     run.finish_stage(run.path / STAGE, {"seconds": round(time.monotonic() - start, 2)})
 
 
-def outside_models(inputs: Inputs, evaluate: EvaluateConfig) -> dict[str, Path]:
+def outside_models(inputs: Inputs, evaluate: EvaluateConfig) -> dict[str, ModelDirectory]:
     """The models that a run scores and did not make, by the folders of their scores.
 
     `dense` is the dense model, if it is known; `given` is the run's model if that is pruned or
@@ -112,15 +111,12 @@ def outside_models(inputs: Inputs, evaluate: EvaluateConfig) -> dict[str, Path]:
         run.bind(place, inputs.recipe)
         if world.is_main:
             matrices, whole, _ = counts[name]
-            rows = [
-                Row(n, shape, "as found", zeros, zeros, None, None, 0.0)
-                for n, (shape, zeros) in matrices.items()
-            ]
-            write_sparsity(place, folder.resolve().name, rows, whole)
+            rows = [Row(n, shape, "as found", z, z) for n, (shape, z) in matrices.items()]
+            ModelDirectory(place).write_sparsity(folder.path.resolve().name, rows, whole)
     return models
 
 
-def _known_dense(inputs: Inputs, pruned: bool) -> Path | None:
+def _known_dense(inputs: Inputs, pruned: bool) -> ModelDirectory | None:
     """The dense model of the run's model, if it is another one and the settings name it.
 
     The teacher of a model that came pruned is its dense model if all shapes are the same.
@@ -130,7 +126,7 @@ def _known_dense(inputs: Inputs, pruned: bool) -> Path | None:
     recovers_source = set(inputs.finished) == {"recover"}
     if not dense and pruned and teacher and recovers_source and _shapes(teacher) == _shapes(source):
         dense = teacher
-    other = bool(dense) and fingerprint(dense) != fingerprint(source)
+    other = bool(dense) and dense.fingerprint != source.fingerprint
     return dense if inputs.run.world.gather(other)[0] else None
 
 
@@ -139,7 +135,10 @@ def _shapes(model: ModelDirectory) -> dict[str, torch.Size]:
 
 
 def score(
-    models: dict[str, Path], inputs: Inputs, evaluate: EvaluateConfig, text: list[ScoredText]
+    models: dict[str, ModelDirectory],
+    inputs: Inputs,
+    evaluate: EvaluateConfig,
+    text: list[ScoredText],
 ) -> None:
     """Scores model directories, by the folder of the run that takes the result."""
     run = inputs.run

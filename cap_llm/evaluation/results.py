@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cap_llm.models.files import weights_digest
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.environment import environment
 from cap_llm.runtime.errors import UserError
@@ -14,9 +14,9 @@ from cap_llm.runtime.world import World
 _JOB = ("command", "directory", "versions", "commit", "hardware")  # of `environment`
 
 
-def facts_of(folder: Path, model: str, world: World) -> dict:
+def facts_of(directory: ModelDirectory, model: str, world: World) -> dict:
     """Which model a directory holds, by name and weights, and who scores it on what."""
-    weights = world.decide(lambda: weights_digest(folder))
+    weights = world.decide(lambda: directory.weights_digest)
     return {"model": model, "weights_sha256": weights} | environment(world)
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from cap_llm.config import CalibrationConfig, OneshotConfig, RecoverConfig
-from cap_llm.models import mask_file as mask_files
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.files import has_weights, text_settings
-from cap_llm.models.hub import is_whole, needs_conversion
-from cap_llm.models.masks import Masks
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.files import has_weights
+from cap_llm.models.hub import is_whole
+from cap_llm.models.mask_file import FILE
 from cap_llm.models.rehearsal import check_lengths
-from cap_llm.models.skeleton import NamesDiffer, skeleton
+from cap_llm.models.skeleton import NamesDiffer
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.trackers import require
 from cap_llm.stages import Cost, Preview
@@ -67,18 +66,18 @@ def check(
     if finetuned := preview.models.get("recover.finetuned"):
         _check_pair(student, finetuned, "recover.finetuned", length, same_width=True)
     start = preview.start
-    has_masks = settings.levels and world.decide(mask_files.path_of(start).exists)
-    if has_masks and has_weights(start, world) and (masks := Masks(start, world)):
+    has_masks = settings.levels and world.decide((start.path / FILE).exists)
+    if has_masks and has_weights(start.path, world) and (masks := start.masks(world)):
         settings.check_first_level(start, masks.sparsity)
-    for folder in dict.fromkeys(f for f in (student, teacher, dense) if f):
-        if is_whole(folder) and not needs_conversion(folder):
+    for model in dict.fromkeys(m for m in (student, teacher, dense) if m):
+        if is_whole(model.path) and model.has_safetensors:
             with contextlib.suppress(NamesDiffer):  # checked once it is converted
-                world.decide(functools.partial(_check_logits, folder))
+                world.decide(functools.partial(_check_logits, model))
 
 
 def _check_pair(
-    student: Path,
-    teacher: Path,
+    student: ModelDirectory,
+    teacher: ModelDirectory,
     option: str,
     length: int,
     same_width: bool,
@@ -87,7 +86,7 @@ def _check_pair(
     """Checks that a model can teach the student.
 
     Args:
-        student, teacher: directories.
+        student, teacher: the models.
         option: that names the teacher.
         length: tokens per sequence.
         same_width: whether the final states must have equal widths, because contrasts compare them.
@@ -97,7 +96,7 @@ def _check_pair(
     Raises:
         UserError: tokenizer, vocabulary, widths or depths differ, or it has too few positions.
     """
-    a, b = text_settings(student), text_settings(teacher)
+    a, b = student.settings, teacher.settings
     ids, teacher_ids = _entries(student), _entries(teacher)
     size, teacher_size = a.get("vocab_size"), b.get("vocab_size")
     # Larger siblings often pad their vocabulary; what exceeds the student's is cut.
@@ -126,7 +125,7 @@ def _check_pair(
     check_lengths(teacher, lengths, f"{option} {teacher}", cpu, torch.float32, walked=False)
 
 
-def state_width(folder: Path) -> int:
+def state_width(model: ModelDirectory) -> int:
     """The width H of the final states, which the head reads.
 
     Raises:
@@ -134,7 +133,7 @@ def state_width(folder: Path) -> int:
     """
     _, width = _first(model.settings, STATES)
     if width is None:
-        raise UserError(f"{folder}/config.json has no hidden_size")
+        raise UserError(f"{model}/config.json has no hidden_size")
     return width
 
 
@@ -143,7 +142,7 @@ def _first(facts: dict, keys: tuple[str, ...]) -> tuple[str, int | None]:
     return next(((key, facts[key]) for key in keys if facts.get(key)), (keys[0], None))
 
 
-def _entries(folder: Path) -> dict[str, int]:
+def _entries(model: ModelDirectory) -> dict[str, int]:
     """The tokenizer's entries and their ids; empty if the directory has no tokenizer."""
     try:
         return load_tokenizer(str(model)).get_vocab()
@@ -151,7 +150,7 @@ def _entries(folder: Path) -> dict[str, int]:
         return {}
 
 
-def _check_logits(folder: Path) -> None:
+def _check_logits(directory: ModelDirectory) -> None:
     """Checks that a model's logits are a linear function of its decoder's final states.
 
     Recovery applies the head itself, to chunks of tokens. It would omit what the model does besides
@@ -161,7 +160,7 @@ def _check_logits(folder: Path) -> None:
     Raises:
         UserError: they are not, or the model cannot be processed block by block.
     """
-    model = BlockModel.open(folder, torch.device("cpu"))
+    model = BlockModel.open(directory, torch.device("cpu"))
     name, head = type(model.model).__name__, model.model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{name} has no linear head, so it cannot be recovered.")
@@ -195,8 +194,8 @@ def cost(
     n_teacher = 0
     if o.kl or o.feature:  # a teacher that is not downloaded counts as one of the student's size
         teacher = preview.models.get("recover.teacher" if settings.teacher else "model.dense")
-        n_teacher = sum(p.numel() for p in skeleton(teacher).parameters()) if teacher else n
-    facts = text_settings(preview.folder)
+        n_teacher = sum(p.numel() for p in teacher.skeleton.parameters()) if teacher else n
+    facts = preview.folder.settings
     states, gradients, weights = (1 / world.size if zero >= s else 1.0 for s in (1, 2, 3))
     memory = n * (12 * states + width * gradients + width * weights)
     memory += n_teacher * width * weights

@@ -27,8 +27,8 @@ from cap_llm.config import Level, MasksConfig, ObjectiveConfig, OneshotConfig, R
 from cap_llm.config.section import identity
 from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
 from cap_llm.models.blocks import BlockModel
-from cap_llm.models.files import fingerprint, remove_weights, weights_and_masks
-from cap_llm.models.masks import Masks
+from cap_llm.models.directory import ModelDirectory
+from cap_llm.models.files import remove_weights, weights_and_masks
 from cap_llm.recovery.banks import Banks
 from cap_llm.recovery.check import check, cost, state_width
 from cap_llm.runtime.console import format_duration
@@ -138,7 +138,7 @@ class _Recovery:
         self.teacher = inputs.models.get("recover.teacher", self.dense)
         self.settings, self.text, self.folder = settings, text, folder
         self.oneshot, self.calibration = oneshot, calibration
-        self.masks = Masks(self.start, self.world)
+        self.masks = self.start.masks(self.world)
         self.student_ds = ds_config.student_settings(self.settings, self.world)
         self.teacher_ds = ds_config.teacher_settings(self.settings, self.world, self.student_ds)
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
@@ -207,7 +207,9 @@ class _Recovery:
             if self.teacher_ds:
                 write_json(self.run.path / "ds_config_teacher.json", self.teacher_ds)
 
-    def climb(self, student: Path, level: Level | None, n: int, of: int, target: Path) -> Path:
+    def climb(
+        self, student: ModelDirectory, level: Level | None, n: int, of: int, target: Path
+    ) -> ModelDirectory:
         """Banks, prunes and trains one level; the directory of its model."""
         run, settings = self.run, self.settings
         title = f"level {n}/{of} ({level})" if level else STAGE
@@ -226,7 +228,7 @@ class _Recovery:
         if level:
             run.console.say(f"{title}: pruning", style="bold")
             pruned = self._prune(student, level, n)
-        masks = self.masks if pruned == self.start else Masks(pruned, self.world)
+        masks = pruned.masks(self.world)
         if masks.from_zeros and masks.description:
             run.console.say(f"{title}: {masks.description}", style=None if masks else "yellow")
         if not masks:
@@ -272,7 +274,7 @@ class _Recovery:
         self._check_ppl_ratio(title, target, record)
         return result
 
-    def _prune(self, student: Path, level: Level, n: int) -> Path:
+    def _prune(self, student: ModelDirectory, level: Level, n: int) -> ModelDirectory:
         """Prunes level `n`'s student, inside its mask; the directory of the result."""
         settings = level.apply(self.oneshot)
         if student == self.start and self.masks and self.masks.from_zeros:
@@ -432,7 +434,7 @@ class _Recovery:
         run, text = self.run, self.text
         dtype = engines.compute_dtype(self.settings, self.world)
         with tempfile.TemporaryDirectory(dir=run.path, prefix=".scratch-") as scratch:
-            model = BlockModel.open(folder, run.world.device, dtype)
+            model = BlockModel.open(directory, run.world.device, dtype)
             memory = Memory.plan(run.world.device, run.world.activation_gib)
             nll = streamed_nll(model, text.held_out, run.world, memory, Path(scratch))
         return math.exp(min(700.0, nll / (len(text.held_out) * (text.held_out.shape[1] - 1))))
