@@ -155,11 +155,7 @@ def _weights(
     """Checks the model's weight files.
 
     Returns:
-        The size of the weights in bytes; the size of those that are converted first; whether they
-        can be read as they are.
-
-    Raises:
-        UserError: a file is damaged, or a tensor is missing or has another shape.
+        Bytes of the weights; bytes that are converted first; whether they can be read as they are.
     """
     if not fetched:
         console.say(f"model {config.model.path}: on the hub; only its config.json is checked")
@@ -191,11 +187,7 @@ def _report(
     console: Console,
     predict: bool,
 ) -> None:
-    """Prints the estimate, and checks that it fits on the disk.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Prints the estimate, and checks that it fits on the disk."""
     allowed = Memory.plan(world.device, world.activation_gib)
     # torch rounds pinned memory up to a power of two
     free = allowed.device + allowed.host // 2

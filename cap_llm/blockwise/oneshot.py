@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cap_llm.blockwise import owl
-from cap_llm.blockwise.estimate import Sizes
+from cap_llm.blockwise.estimate import streaming_cost
 from cap_llm.blockwise.perplexity import head_nll
 from cap_llm.blockwise.prune import (
     PrunedBlock,
@@ -52,15 +52,18 @@ def cost(
     preview: Preview, oneshot: OneshotConfig, calibration: CalibrationConfig | None = None
 ) -> Cost:
     """The cost of the stage."""
-    sizes = Sizes(preview)
-    result = sizes.rewriting()
-    if calibration:
-        squares, copies = (6, 8) if oneshot.method in ("alps", "admm_grad") else (3, 4)
-        walks = 4 if oneshot.allocation == "owl" else 1  # OWL and its guard need three more
-        each = 2 + 100 * oneshot.refits
-        sizes.add_solver(result, calibration, squares, copies, walks, each)
-        result.cached = sizes.states(calibration.sequences * calibration.length / sizes.n_ranks)
-    return result
+    if not calibration:
+        return streaming_cost(preview, 0, 0)
+    walks = 4 if oneshot.allocation == "owl" else 1  # OWL and its guard need three more
+    return streaming_cost(
+        preview,
+        calibration.sequences * calibration.length,
+        calibration.length,
+        passes=walks,
+        walks=walks,
+        solver=(6, 8) if oneshot.method in ("alps", "admm_grad") else (3, 4),
+        solving=2 + 100 * oneshot.refits,
+    )
 
 
 def run(

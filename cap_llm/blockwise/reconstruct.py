@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from cap_llm.blockwise.cache import ActivationCache
-from cap_llm.blockwise.estimate import Sizes
+from cap_llm.blockwise.estimate import streaming_cost
 from cap_llm.blockwise.prune import PrunedBlock, record_unchanged
 from cap_llm.blockwise.stage import BlockStage, check_dense, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
@@ -58,19 +58,21 @@ def check(preview: Preview, reconstruct: ReconstructConfig, **_) -> None:
 
 
 def cost(preview: Preview, calibration: CalibrationConfig, reconstruct: ReconstructConfig) -> Cost:
-    """The cost of the stage."""
-    sizes, c, independent = Sizes(preview), calibration, reconstruct.inputs == "dense"
-    sizes.width = 4  # blocks are trained in fp32
-    result = sizes.rewriting(n_models=1 if independent else 2)
-    # gradients, Adam's two moments, the weights as trained and as selected, the masks
-    result.memory += 6 * 4 * max(sizes.weights)
+    """The cost of the stage; blocks are trained in fp32."""
+    c, independent = calibration, reconstruct.inputs == "dense"
     # independent blocks need all sequences on each rank
-    tokens = (c.sequences + c.held_out) * c.length / (1 if independent else sizes.n_ranks)
-    result.cached = sizes.states((4 if reconstruct.split_attention else 3) * tokens)
-    # a backward pass takes twice as long as a forward pass
-    passes = 1 + 3 * reconstruct.epochs
-    result.forwards = passes * c.sequences * c.length * sizes.flops(c.length)
-    return result
+    share = preview.world.size if independent else 1
+    return streaming_cost(
+        preview,
+        c.sequences * c.length,
+        c.length,
+        passes=1 + 3 * reconstruct.epochs,  # a backward pass takes as long as two forward passes
+        streams=(4 if reconstruct.split_attention else 3) * share * (1 + c.held_out / c.sequences),
+        width=4,
+        models=1 if independent else 2,
+        # gradients, Adam's two moments, the weights as trained and as selected, the masks
+        per_weight=6 * 4,
+    )
 
 
 def run(inputs: Inputs, calibration: Calibration, reconstruct: ReconstructConfig) -> None:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cap_llm.blockwise.estimate import Sizes
+from cap_llm.blockwise.estimate import streaming_cost
 from cap_llm.blockwise.oneshot import earlier_mask
 from cap_llm.blockwise.prune import (
     PrunedBlock,
@@ -66,17 +66,22 @@ def check(preview: Preview, oneshot: OneshotConfig, **_) -> None:
 
 def cost(preview: Preview, calibration: CalibrationConfig, sds: SdsConfig, **_) -> Cost:
     """The cost of the stage."""
-    sizes, c = Sizes(preview), calibration
-    result = sizes.rewriting(n_models=1 + (sds.data == "dense"))
+    c = calibration
     n_batches = -(-c.sequences // SGD_BATCH) if sds.mode == "paper" else 0
-    each = 102 + 4 * SGD_STEPS * n_batches
-    sizes.add_solver(result, c, 7 + n_batches, 8, 2, each)  # with held-out moments
-    # the dense block; sparse, dense and free weights in fp32
-    result.memory += (sizes.width + 3 * 4) * max(sizes.weights)
-    sequences = c.sequences * (1 + sds.redensify) + c.held_out
-    result.cached = sizes.states(sequences * c.length / sizes.n_ranks)
+    result = streaming_cost(
+        preview,
+        c.sequences * c.length,
+        c.length,
+        passes=2,
+        walks=2,
+        streams=1 + sds.redensify + c.held_out / c.sequences,
+        models=1 + (sds.data == "dense"),
+        per_weight=4 * 4,  # the dense block; sparse, dense and free weights in fp32
+        solver=(7 + n_batches, 8),  # with held-out moments
+        solving=102 + 4 * SGD_STEPS * n_batches,
+    )
     if sds.data == "redense":
-        result.disk += sizes.width * sum(sizes.weights)  # see `save_redensified`
+        result.disk += 2 * preview.n_bytes  # see `save_redensified`
     return result
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cap_llm.blockwise.estimate import Sizes
+from cap_llm.blockwise.estimate import streaming_cost
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import EvaluateConfig
 from cap_llm.evaluation import zeroshot
@@ -58,17 +58,19 @@ def check(preview: Preview, evaluate: EvaluateConfig) -> None:
 
 def cost(preview: Preview, evaluate: EvaluateConfig) -> Cost:
     """The cost of the perplexities; the time of the tasks is not known."""
-    sizes, n_tokens = Sizes(preview), (evaluate.max_windows or WINDOWS) * evaluate.window
-    result = sizes.streaming()
-    n_parameters = sizes.outside + sum(sizes.weights)
-    if evaluate.corpora:
-        result.cached = sizes.states(n_tokens / sizes.n_ranks)
-        vocabulary = preview.model.model.config.get_text_config().vocab_size
-        result.memory += 2 * 4 * evaluate.window * vocabulary
-        n_models = preview.n_models + evaluate.dense or 1
-        result.forwards = n_models * len(evaluate.corpora) * n_tokens * 2 * n_parameters
-    if evaluate.tasks:
-        result.memory = max(result.memory, sizes.width * n_parameters)
+    n_windows = evaluate.max_windows or WINDOWS
+    n_models = preview.n_models + evaluate.dense or 1
+    result = streaming_cost(
+        preview,
+        n_windows * evaluate.window * bool(evaluate.corpora),
+        evaluate.window,
+        passes=n_models * len(evaluate.corpora),
+        writes=False,
+    )
+    vocabulary = preview.model.model.config.get_text_config().vocab_size
+    result.memory += 2 * 4 * evaluate.window * vocabulary * bool(evaluate.corpora)
+    if evaluate.tasks:  # they need the whole model
+        result.memory = max(result.memory, preview.n_bytes)
     return result
 
 
