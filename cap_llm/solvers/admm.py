@@ -6,8 +6,8 @@ pattern: it keeps the largest entries of C = B + U, and U becomes the remainder 
 SparseGPT, which visits each column once, ADMM can restore a weight that it removed.
 
 Columns are scaled so that H has a unit diagonal; magnitudes are then comparable across inputs.
-(H + rho I)^-1 comes from one Cholesky factorization per rho, which is as fast as applying an
-eigendecomposition (135M LLaMA) and does not need one.
+(H + rho I)^-1 comes from one Cholesky factorization per rho. On a 135M LLaMA this costs as much as
+assembling it from an eigendecomposition, which is then not needed.
 """
 
 from __future__ import annotations

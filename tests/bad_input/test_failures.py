@@ -49,7 +49,7 @@ def test_activations_that_overflow_are_named_and_finished_blocks_are_kept(
     change_weights(broken, lambda t: t[weight].fill_(1e30))
     message = refuse("--model.path", broken, "--oneshot.method", method, started=True)
     assert f"input of {weight.replace('up_proj.weight', 'down_proj')}" in message
-    assert "overflows" in message and "bfloat16 or float32" in message
+    assert "bfloat16 or float32" in message
     assert finished_blocks(out) == kept
     assert not leftovers(out)
 

@@ -20,7 +20,7 @@ def watched(monkeypatch) -> tuple[dict, dict, list]:
         seen[f"{prefix}{names[0]}.weight"] = batches[0].hessian.clone()
         made = redensify(step, names, prefix, sparse, target, batches)
         free.update({f"{prefix}{n}.weight": w.clone() for n, w in made.items()})
-        ids[:] = step.first.ids
+        ids[:] = step.redensify_walk.ids
         return made
 
     monkeypatch.setattr(sds_module._Step, "_redensify", watch)
