@@ -558,7 +558,7 @@ def test_the_benchmark_refuses_what_is_not_pruned_in_one_line(tiny, tmp_path):
     bare.mkdir()
     shutil.copyfile(whole / "config.json", bare / "config.json")
     for args, words in (
-        ([tmp_path], "no model directory"),
+        ([tmp_path], "config.json"),
         ([whole], "is not pruned"),
         ([bare], "bare/model.safetensors does not exist"),
         ([whole, "--out", tmp_path / "missing" / "file"], "--out"),

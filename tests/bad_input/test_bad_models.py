@@ -42,9 +42,8 @@ def test_a_hub_name_with_the_hub_switched_off_is_refused(refuse):
 
 def test_a_directory_without_a_configuration_is_refused(refuse, broken):
     (broken / "config.json").unlink()
-    assert f"{broken} is no model directory: it has no config.json" in refuse(
-        "--model.path", broken
-    )
+    message = refuse("--model.path", broken)
+    assert str(broken) in message and "config.json" in message
 
 
 @pytest.mark.parametrize(
