@@ -417,7 +417,7 @@ NOTE = f"""\
   model. `{TUNED}` was never pruned: its value above 100% is what the text alone is worth.
 - Training is in bfloat16 at a learning rate of 2e-4; scores are in float32.
 - **own held-out**: 16 sequences of other documents of the training corpus, drawn by the seed, for
-  choosing settings. Minutes include a run's pruning and training; other work may have run beside it.
+  choosing settings. Minutes include pruning and training; other work may have run beside it.
 """.split("\n")
 
 
