@@ -127,7 +127,7 @@ def _tokenized(
 def _checked(train, documents, held_out, n_held_out: int, corpus: Corpus) -> PackedText:
     if len(held_out) < n_held_out or not len(train):
         raise UserError(
-            f"{corpus.origin} fills only {len(held_out) + len(train)} sequences, but "
+            f"{corpus.origin} fills {len(held_out) + len(train)} sequences, but "
             f"{n_held_out} are held out and one must remain for training. Lower "
             "--recover.held_out or --recover.length, or use more text."
         )
