@@ -139,7 +139,7 @@ def test_blocks_without_linears_are_refused():
 def test_a_configuration_that_makes_no_model_is_refused(refuse, broken, change):
     facts = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(facts | change))
-    assert f"cannot read {broken}/config.json: " in refuse("--model.path", broken)
+    assert f"{broken}/config.json: transformers" in refuse("--model.path", broken)
 
 
 def test_weights_that_changed_since_a_run_was_begun_are_refused(refuse, accept, broken):
@@ -383,7 +383,7 @@ def test_a_link_out_of_the_directory_is_not_followed(refuse, broken, file):
     (broken / file).unlink(missing_ok=True)
     (broken / file).symlink_to(secret)
     message = refuse("--model.path", broken)
-    assert f"{broken / file} is a link to {secret}" in message and "copy" in message
+    assert str(broken / file) in message and str(secret) in message
     secret.unlink()
     assert f"{broken / file} does not exist" in refuse("--model.path", broken)
 
