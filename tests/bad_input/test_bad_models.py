@@ -101,7 +101,7 @@ def test_a_model_with_fused_experts_is_refused_by_the_modules_name(refuse, token
     tokenizer.save_pretrained(tmp_path / "mixtral")
     message = refuse("--model.path", tmp_path / "mixtral")
     assert "model.layers.0.mlp." in message
-    assert "no linear layer" in message and "fused experts" in message
+    assert "fused experts" in message
 
 
 def test_blocks_without_linears_are_refused():
