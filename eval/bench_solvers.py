@@ -91,12 +91,7 @@ def parse() -> argparse.Namespace:
     add("--repeats", type=int, default=1, help="rounds; the fastest undisturbed run counts")
     add("--blocks", type=int, help="use only the model's first blocks (to try the script)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads per row")
-    add(
-        "--work",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "cap_llm_bench",
-        help="scratch folder",
-    )
+    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "cap_llm_bench", help="scratch")
     add("--out", type=Path, metavar="FILE.json", help="also write all numbers here")
     args = parser.parse_args()
     if args.out and not args.out.absolute().parent.is_dir():

@@ -542,7 +542,7 @@ def test_every_format_gives_the_dense_product(columns):
 def test_the_benchmark_runs_and_says_what_is_slower(real, tmp_path):
     result = script("bench", real / "oneshot", "--repeats", 1, "--out", tmp_path / "b")
     assert result.returncode == 0, result.stderr
-    assert "2:4: not measured, the zeros do not follow that pattern" in result.stdout
+    assert "2:4: not measured" in result.stdout
     assert re.search(r"(slower|faster|the same)", result.stdout)
     found = json.loads((tmp_path / "b").read_text())
     assert {line["batch"] for line in found["steps"]} == {1, 64}
