@@ -4,19 +4,19 @@
     python eval/bench_oneshot.py --model /data/smollm2-135m --peer-python /tmp/peer/v/bin/python
     python eval/bench_oneshot.py --random-shape opt-1.3b
 
-Every contender prunes on the same calibration ids, in a process of its own, on the same number of
-threads; one function scores the results on the same windows. Timed is everything from opening the
-model directory to the last pruned block, without imports. cap_llm is run by its entry, and its
-seconds, those of `done.json`, also include writing and verifying the result; those of the others do
-not. The floor is the arithmetic that no implementation of the algorithm avoids, at the best matrix
+Every contender prunes with the same calibration ids, in its own process, on the same number of
+threads, and one function scores the results on the same windows. The time runs from opening the
+model directory to the last pruned block, without imports. cap_llm runs through its command, and its
+seconds, those of `done.json`, also include writing and verifying the result; the others' do not.
+The floor is the arithmetic that every implementation of the algorithm needs, at the highest matrix
 rate that this machine reaches. For CPUs under Linux.
 
-The machine must be idle: two threads that wait for each other beside other work take ten times as
-long, and not every contender equally. So the load of other processes during a run is measured, the
-least disturbed rounds count, and no ratio is printed for a disturbed run.
+The machine must be idle: threads that wait for each other beside other work can take ten times as
+long, and contenders differ in this. So the load of other processes during a run is measured, the
+fastest undisturbed round counts, and a disturbed run gets no ratio.
 
-The corpora are found as `cap_llm` finds them (`CAP_LLM_DATA` or the hub). `bench_solvers.py`
-times cap_llm's other solvers and stages.
+Corpora come from `CAP_LLM_DATA` or the hub. `bench_solvers.py` times cap_llm's other solvers and
+stages.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ TITLES = {
 }
 OURS = Row("ours", {"oneshot.sparsity": 0.5, "oneshot.damping": 0.01})
 GIB = 2**30
-IDLE = 0.1  # cores that others may use during a run that counts
+IDLE = 0.1  # cores that other processes may use during an undisturbed run
 
 
 def main() -> None:
-    """Measures what the command line asks for, prints it, and writes `--out`."""
+    """Runs the measurements, prints them, and writes `--out`."""
     args = parse()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -83,19 +83,19 @@ def parse() -> argparse.Namespace:
     add("--sequences", type=int, help="calibration sequences (128; 16 with --random-shape)")
     add("--length", type=int, default=512, help="tokens per sequence")
     add("--corpus", default="c4", help="calibration corpus, as in cap_llm")
-    add("--seed", type=int, default=0, help="of the calibration draw")
+    add("--seed", type=int, default=0, help="seed of the calibration draw")
     add("--window", type=int, default=1024, help="tokens per scored window of WikiText-2")
     add("--windows", type=int, default=16, help="scored windows")
-    add("--contenders", nargs="+", choices=TITLES, default=list(TITLES), help="who runs")
+    add("--contenders", nargs="+", choices=TITLES, default=list(TITLES), help="which to run")
     add("--repeats", type=int, default=1, help="rounds; the fastest undisturbed run counts")
-    add("--blocks", type=int, help="keep only the model's first blocks (to try the script)")
+    add("--blocks", type=int, help="use only the model's first blocks (to try the script)")
     add("--activation-gib", type=float, help="cap_llm's memory for activations (0.25 with shapes)")
-    add("--threads", type=int, default=os.cpu_count(), help="of every contender")
+    add("--threads", type=int, default=os.cpu_count(), help="threads per contender")
     add("--peer-python", type=Path, help="python of an environment that has llmcompressor")
-    add("--make-peer", type=Path, metavar="DIR", help="make that environment in DIR, if not there")
+    add("--make-peer", type=Path, metavar="DIR", help="create that environment in DIR")
     add("--random-shape", choices=SHAPES, help="only cap_llm, on random weights of this shape")
-    add("--work", type=Path, default=BELOW, help="scratch")
-    add("--out", type=Path, metavar="FILE.json", help="also write all figures here")
+    add("--work", type=Path, default=BELOW, help="scratch folder")
+    add("--out", type=Path, metavar="FILE.json", help="also write all numbers here")
     args = parser.parse_args()
     if not (args.model or args.random_shape):
         parser.error("give --model DIRECTORY or --random-shape NAME")
@@ -123,13 +123,14 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict:
             else:
                 run = prune_other(name, model, args, scratch)
             runs[name].append(run)
-            say(f"{TITLES[name]}: {run['seconds']:.1f} s, others used {run['others']:.2f} cores")
+            seconds = f"{TITLES[name]}: {run['seconds']:.1f} s"
+            say(f"{seconds}, other processes used {run['others']:.2f} cores")
     rates.append(matrix_rates(config))
     best = {name: min(r, key=_rank) for name, r in runs.items()}
     for name, run in best.items():
-        made = scratch / "ours" / "oneshot" if name == "ours" else scratch / name
-        run["zeros"] = share_of_zeros(made)
-        run["perplexity"] = score(made, windows, scratch)
+        folder = scratch / "ours" / "oneshot" if name == "ours" else scratch / name
+        run["zeros"] = share_of_zeros(folder)
+        run["perplexity"] = score(folder, windows, scratch)
     rate = max(max(r.values()) for r in rates)
     report = {
         "model": str(args.model),
@@ -148,7 +149,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict:
 
 
 def measure_shape(args: argparse.Namespace, scratch: Path) -> dict:
-    """Memory and seconds of cap_llm on random weights of a published shape."""
+    """Memory and seconds of cap_llm on a published shape with random weights."""
     model = random_model(args.random_shape, args.blocks, args.work)
     shape = read_json(model / "config.json")
     args.activation_gib = 0.25 if args.activation_gib is None else args.activation_gib
@@ -157,13 +158,13 @@ def measure_shape(args: argparse.Namespace, scratch: Path) -> dict:
     print(
         f"\n{args.random_shape}, {shape['num_hidden_layers']} blocks, random weights, "
         f"{size[0]} x {size[1]} tokens, {args.activation_gib:g} GiB for activations: "
-        f"{run['seconds']:.1f} s, {run['peak_bytes'] / GIB:.2f} GiB at most"
+        f"{run['seconds']:.1f} s, peak {run['peak_bytes'] / GIB:.2f} GiB"
     )
     return {"shape": args.random_shape, "config": shape, "tokens": size, "ours": run}
 
 
 def prune_ours(model: Path, corpus: str | Path, args: argparse.Namespace, scratch: Path) -> dict:
-    """One run of cap_llm's entry; its model lies in `scratch`/ours/oneshot."""
+    """One run of cap_llm's command; writes the model to `scratch`/ours/oneshot."""
     common = {f"calibration.{k}": getattr(args, k) for k in ("sequences", "length", "seed")}
     common |= {"calibration.corpus": corpus, "runtime.activation_gib": args.activation_gib}
     common |= {"runtime.device": "cpu"}
@@ -179,7 +180,7 @@ def prune_ours(model: Path, corpus: str | Path, args: argparse.Namespace, scratc
 
 
 def prune_other(name: str, model: Path, args: argparse.Namespace, scratch: Path) -> dict:
-    """One run of another contender; its model lies in `scratch`/name."""
+    """One run of another contender; writes the model to `scratch`/name."""
     out, result, job = scratch / name, scratch / f"{name}.json", scratch / "job.json"
     shutil.rmtree(out, ignore_errors=True)
     paths = {"model": model, "ids": scratch / "ids.safetensors", "out": out, "result": result}
@@ -191,30 +192,30 @@ def prune_other(name: str, model: Path, args: argparse.Namespace, scratch: Path)
 
 
 def alone(title: str, command: list, log: Path, threads: int) -> float:
-    """Runs a command; returns how many cores others than this process's family used meanwhile."""
+    """Runs a command; returns how many cores unrelated processes used meanwhile."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     before = busy_seconds()
     with open(log, "w", encoding="utf-8") as file:
-        ended = subprocess.run(
+        process = subprocess.run(
             map(str, command), env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         )
-    if ended.returncode:
+    if process.returncode:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
-        sys.exit(f"{title} ended with code {ended.returncode} (all of it: {log}):\n{tail}")
+        sys.exit(f"{title} exited with code {process.returncode} (log: {log}):\n{tail}")
     after = busy_seconds()
     return round(max(0.0, (after[0] - before[0]) / (after[1] - before[1])), 3)
 
 
 def busy_seconds() -> tuple[float, float]:
-    """Processor seconds spent on this machine by others than this process's family, and the time.
+    """CPU seconds of all processes but this one and its children, and the time.
 
-    Time that the machine's host took away counts as spent by others.
+    Steal time (taken by the host of a virtual machine) counts as well.
     """
     with open("/proc/stat", encoding="utf-8") as lines:
         user, nice, system, _, _, irq, soft_irq, steal = map(int, next(lines).split()[1:9])
     ticks = user + nice + system + irq + soft_irq + steal
-    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    own = sum(u.ru_utime + u.ru_stime for u in used)
+    usages = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    own = sum(u.ru_utime + u.ru_stime for u in usages)
     return ticks / os.sysconf("SC_CLK_TCK") - own, time.perf_counter()
 
 
@@ -224,7 +225,7 @@ def _rank(run: dict) -> tuple[bool, float]:
 
 
 def texts(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Calibration ids [N, T], as the entry draws them, and the windows to score."""
+    """Calibration ids [N, T], drawn as by `cap-llm`, and the windows to score."""
     tokenizer = load_tokenizer(str(args.model))
     corpus = read_corpus(args.corpus, "train")
     ids = calibration_windows(tokenizer, corpus, args.sequences, args.length, args.seed)
@@ -233,7 +234,7 @@ def texts(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def score(folder: Path, windows: torch.Tensor, scratch: Path) -> float:
-    """Perplexity in fp32 of a model directory on ids [N, T]; the same code for every contender."""
+    """Perplexity of a model directory on ids [N, T] in fp32."""
     world = World("cpu")
     model = BlockModel.open(ModelDirectory(folder), world.device)
     nll = streamed_nll(model, windows, world, Memory.plan(world.device), scratch)
@@ -241,7 +242,7 @@ def score(folder: Path, windows: torch.Tensor, scratch: Path) -> float:
 
 
 def share_of_zeros(folder: Path) -> float:
-    """Of the weights of the blocks' linears, to see that all contenders removed as many."""
+    """The share of zeros in the blocks' linears, to check that contenders prune equally."""
     checkpoint = Checkpoint(folder)
     names = [n for n in checkpoint.names() if n.endswith("_proj.weight")]
     zeros = sum(int((checkpoint.read([n])[n] == 0).sum()) for n in names)
@@ -252,7 +253,7 @@ def share_of_zeros(folder: Path) -> float:
 
 
 def matrix_rates(config: dict) -> dict[str, float]:
-    """Operations a second of fp32 products of the model's own shapes, the best of several."""
+    """The highest rate of fp32 products per shape of the model, in operations per second."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     shapes = {(2048, hidden, hidden), (2048, hidden, inner), (2048, inner, hidden)}
     shapes |= {(c, 2048, c) for c in (hidden, inner)}  # the Hessian's product
@@ -269,7 +270,7 @@ def matrix_rates(config: dict) -> dict[str, float]:
 
 
 def floor(tokens: tuple[int, int], config: dict, rate: float) -> dict:
-    """The arithmetic that must be done, and its seconds at `rate` operations per second.
+    """The operations that SparseGPT needs, and their seconds at `rate`.
 
     Args:
         tokens: sequences and their length.
@@ -281,7 +282,7 @@ def floor(tokens: tuple[int, int], config: dict, rate: float) -> dict:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // heads
     width, shared = heads * head, config["num_key_value_heads"] * head
-    # for each distinct input of a block: its columns, and the rows of all matrices that read it
+    # per distinct input of a block: its columns, and the rows of all matrices that read it
     groups = [(hidden, width + 2 * shared), (width, hidden), (hidden, 2 * inner), (inner, hidden)]
     flops = {"attention": n_sequences * 2 * length**2 * width}  # two products, half of each
     flops["linears"] = sum(2 * n * columns * rows for columns, rows in groups)
@@ -294,11 +295,11 @@ def floor(tokens: tuple[int, int], config: dict, rate: float) -> dict:
 
 
 def make_peer(folder: Path) -> Path:
-    """The python of an environment with the peer; made if it is not there."""
+    """The python of an environment with the peer, which is created if missing."""
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        for package in PEER:  # torch first, so that the build at hand is taken
+        for package in PEER:  # torch first, so that its pinned build is kept
             subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
     return python
 
@@ -307,7 +308,7 @@ def make_peer(folder: Path) -> Path:
 
 
 def truncate(model: Path, n_blocks: int, scratch: Path) -> Path:
-    """A copy of a LLaMA directory with its first blocks only."""
+    """A copy of a LLaMA directory with only its first blocks."""
     folder = scratch / "truncated"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     checkpoint = Checkpoint(model)
@@ -351,7 +352,7 @@ def show(report: dict) -> None:
     )
     calm = {n: r["seconds"] for n, r in report["contenders"].items() if r["others"] <= IDLE}
     if "ours" not in calm:
-        print("cap_llm was not measured undisturbed: no ratios; run again on an idle machine")
+        print("cap_llm has no undisturbed run, so no ratios. Run again on an idle machine.")
         return
     print(f"cap_llm: floor / time = {100 * bound['seconds'] / calm['ours']:.0f}%")
     for name in calm.keys() - {"ours"}:

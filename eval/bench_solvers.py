@@ -2,13 +2,13 @@
 
     python eval/bench_solvers.py --model /data/smollm2-135m [--sequences 64] [--repeats 2]
 
-Each row is a run of the real entry; later stages start from the SparseGPT model of their round.
-Seconds are those of `done.json`, without imports; ratios compare rows of this one call. As in
-`bench_oneshot.py` the machine must be idle: the load of other processes is measured, the fastest
-undisturbed one of several rounds counts, and no ratio is printed for a disturbed row.
+Each row is a run of `cap-llm`; later stages start from the SparseGPT model of their round. Seconds
+are those of `done.json`, without imports; ratios compare rows of one call. As in
+`bench_oneshot.py`, the machine must be idle: the load of other processes is measured, the fastest
+undisturbed round counts, and a disturbed row gets no ratio.
 
-On two cores or more, reconstruction also runs on half the threads with one rank and with two; their
-ratio is the gain of the second rank. The corpora are found as `cap_llm` finds them.
+On two or more cores, reconstruction also runs on half the threads with one and with two ranks;
+their ratio is the gain of the second rank. Corpora come from `CAP_LLM_DATA` or the hub.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def parse() -> argparse.Namespace:
     add("--sequences", type=int, default=64, help="calibration sequences")
     add("--length", type=int, default=512, help="tokens per sequence")
     add("--corpus", default="c4", help="calibration corpus, as in cap_llm")
-    add("--seed", type=int, default=0, help="of the calibration draw")
+    add("--seed", type=int, default=0, help="seed of the calibration draw")
     add("--repeats", type=int, default=1, help="rounds; the fastest undisturbed run counts")
-    add("--blocks", type=int, help="keep only the model's first blocks (to try the script)")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every row")
+    add("--blocks", type=int, help="use only the model's first blocks (to try the script)")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads per row")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "cap_llm_bench", help="scratch")
-    add("--out", type=Path, metavar="FILE.json", help="also write all figures here")
+    add("--out", type=Path, metavar="FILE.json", help="also write all numbers here")
     args = parser.parse_args()
     if args.out and not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out} is not in an existing directory")
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(row: Row, runs: Matrix, log: Path, threads: int) -> dict:
-    """One run of one row, on so many threads per rank."""
+    """One run of one row, on `threads` threads per rank."""
     others = alone(row.name, runs.command(row), log, threads)
     done, counts = (read_json(runs.model_of(row) / f"{f}.json") for f in ("done", "sparsity"))
     run = {"seconds": done["seconds"], "peak_bytes": done["peak_memory_bytes"], "others": others}
@@ -113,7 +113,7 @@ def measure(row: Row, runs: Matrix, log: Path, threads: int) -> dict:
 
 
 def disturbed(run: dict) -> bool:
-    """Whether others used the machine during a run."""
+    """Whether other processes used the machine during a run."""
     return run["others"] > IDLE
 
 
@@ -121,7 +121,7 @@ def show(rows: dict[str, dict], args: argparse.Namespace) -> None:
     """Prints the comparison as Markdown."""
     print(f"\n{args.sequences} x {args.length} tokens, {args.threads} threads\n")
     heads = ["", "seconds", "x SparseGPT", "with its start", "others, cores", "peak, GiB per rank"]
-    print(f"| {' | '.join([*heads, 'epochs that paid, blocks'])} |")
+    print(f"| {' | '.join([*heads, 'best epoch, blocks'])} |")
     print("|---" * (len(heads) + 1) + "|")
 
     def ratio(seconds: float, name: str, other: str) -> str:
@@ -139,7 +139,7 @@ def show(rows: dict[str, dict], args: argparse.Namespace) -> None:
     if TWO.name in rows and (gain := ratio(rows[HALF.name]["seconds"], HALF.name, TWO.name)) != "-":
         print(f"\ntwo ranks are {gain} x as fast as one, each on {args.threads // 2} threads")
     if any(map(disturbed, rows.values())):
-        print("\nrows disturbed by other processes have no ratio: run again on an idle machine")
+        print("\nDisturbed rows have no ratio. Run again on an idle machine.")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Which of transformers' causal language models can be pruned: all of them, tried on tiny ones.
+"""Which of transformers' causal language models can be pruned: tries tiny ones of all classes.
 
-    python eval/families.py [KIND ...]
+    python eval/families.py [MODEL_TYPE ...]
 
-For each class of `AutoModelForCausalLM` a random model of a few small blocks is written to disk. It
-is streamed from there block by block, and its loss held against that of the model's own forward; in
-memory SparseGPT prunes it to 50%. So a family works (all linear layers of its blocks are pruned,
-and the loss is the model's own), or cap_llm refuses it by a message, or transformers makes no tiny
-one of it from plain settings, which says nothing. `eval/results/families.md` has the table. Takes
-about 5 minutes on one core; needs no data, no network and no other files.
+For each class of `AutoModelForCausalLM` a random model of a few small blocks is written to disk and
+streamed from there block by block; its loss is compared with that of the model's own forward. In
+memory SparseGPT prunes it to 50%. A class works if all linear layers of its blocks are pruned and
+the losses agree. Else cap_llm rejects it with a message, or transformers builds no tiny model from
+default settings, which says nothing. The table is in `eval/results/families.md`. This takes about
+5 minutes on one core and needs no data and no network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from tables import RESULTS, arguments, markdown
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from cap_llm.blockwise.perplexity import next_token_nll, streamed_nll
@@ -35,10 +35,10 @@ from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.world import World
 
 PAGE = RESULTS / "families.md"
-SECONDS, LARGEST = 60, 3 * 10**7  # of a family; parameters of what is still tiny
-CLOSE = 1e-5  # difference of two losses a token, in float32
-WORKS, REFUSED, WRONG, UNTRIED = "works", "refused", "wrong", "not tried"
-# what configurations call their sizes
+MAX_SECONDS, MAX_PARAMETERS = 60, 3 * 10**7  # per class
+TOLERANCE = 1e-5  # between the losses per token, in float32
+WORKS, REJECTED, WRONG, UNTRIED = "works", "rejected", "wrong", "not tried"
+# the names of sizes in configurations
 WIDTHS = {"hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64}
 WIDTHS |= dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"), 128)
 WIDTHS |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 128)
@@ -53,50 +53,54 @@ OTHER = dict.fromkeys(EXPERTS, 4) | {"num_experts_per_tok": 2, "vocab_size": 512
 OTHER |= {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16}
 OTHER |= dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256)
 OTHER |= {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1, "num_kv_shared_layers": 0}
-OTHER |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # one of two has experts
+OTHER |= {
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}  # one of two blocks has experts
 
 
 def main() -> int:
-    """Tries the families, prints and writes the table; returns the exit code."""
+    """Tries the classes, prints and writes the table; returns the exit code."""
     parser = arguments(__doc__)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help="as llama; default: all")
-    asked = parser.parse_args().kinds
-    if unknown := [kind for kind in asked if kind not in KINDS]:
-        parser.error(f"transformers knows no causal model type {unknown[0]!r}")
+    parser.add_argument("types", nargs="*", metavar="MODEL_TYPE", help="e.g. llama; default: all")
+    types = parser.parse_args().types
+    if unknown := [name for name in types if name not in NAMES]:
+        parser.error(f"transformers has no causal model type {unknown[0]!r}")
     torch.set_num_threads(1)
     disable_progress_bar()
     transformers.logging.set_verbosity_error()
     console = Console()
     classes: dict[str, list[str]] = {}
-    for kind, found in KINDS.items():
-        name = found if isinstance(found, str) else found[0]
-        if not asked or kind in asked:
-            classes.setdefault(name, []).append(kind)
+    for model_type, names in NAMES.items():
+        name = names if isinstance(names, str) else names[0]
+        if not types or model_type in types:
+            classes.setdefault(name, []).append(model_type)
     rows = []
     signal.signal(signal.SIGALRM, _too_long)
-    for name, kinds in classes.items():
-        signal.alarm(SECONDS)
+    for name, model_types in classes.items():
+        signal.alarm(MAX_SECONDS)
         try:
             result = attempt(getattr(transformers, name))
-        except Exception as error:  # of any kind: 180 models by as many authors
+        except Exception as error:  # any type: 180 models by as many authors
             result = UNTRIED, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         signal.alarm(0)
-        rows.append((name, ", ".join(kinds), *result))
+        rows.append((name, ", ".join(model_types), *result))
         console.say("  ".join(rows[-1]))
-    if not asked:
+    if not types:
         write_page(rows)
     return int(any(row[2] == WRONG for row in rows))
 
 
 def attempt(kind: type) -> tuple[str, str]:
-    """What becomes of a family, and how it shows.
+    """Whether a class works, and the evidence.
 
     Raises:
-        Exception: transformers makes or runs no tiny model of it.
+        Exception: transformers cannot build or run a tiny model of it.
     """
     model = tiny(kind)
     size = sum(p.numel() for p in model.parameters())
-    if size > LARGEST:
+    if size > MAX_PARAMETERS:
         return UNTRIED, f"{size:,} parameters are not tiny"
     ids = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(0))
     alone = World.alone(torch.device("cpu"))
@@ -110,22 +114,22 @@ def attempt(kind: type) -> tuple[str, str]:
         blocks = len(streamed)
         masks = prune(model, ids, OneshotConfig(sparsity=0.5))
     except UserError as error:
-        return REFUSED, str(error)
+        return REJECTED, str(error)
     except TimeoutError:
         raise
-    except Exception as error:  # where transformers' own forward has none
+    except Exception as error:  # transformers' own forward raised none
         return WRONG, f"{type(error).__name__}: {error}"
     zeros = sum(int((~mask).sum()) for mask in masks.values())
     share = zeros / sum(mask.numel() for mask in masks.values())
-    fine = abs(nll - own) < CLOSE and abs(share - 0.5) < 1e-3
-    return (WORKS if fine else WRONG), (
+    works = abs(nll - own) < TOLERANCE and abs(share - 0.5) < 1e-3
+    return (WORKS if works else WRONG), (
         f"{len(masks)} matrices of {blocks} blocks, {100 * share:.1f}% zeros, "
         f"losses differ by {abs(nll - own):.0e}"
     )
 
 
 def tiny(kind: type):
-    """A random model of a class, of a few small blocks, at least one of each type of layer."""
+    """A random model of a class with a few small blocks, at least one per layer type."""
     config = kind.config_class(**small(kind.config_class))
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
@@ -138,36 +142,39 @@ def tiny(kind: type):
 
 
 def small(kind: type) -> dict:
-    """Settings that make a configuration, and those inside it, a tiny one."""
+    """Settings that make a configuration and its sub-configurations tiny."""
     base = kind()
-    known = set(base.to_dict())
-    wanted = WIDTHS | HEADS | OTHER | {"head_dim": 16}
-    if "kv_lora_rank" in known:
-        wanted |= LATENT | {"num_key_value_heads": 4}
-        del wanted["head_dim"]
+    fields = set(base.to_dict())
+    sizes = WIDTHS | HEADS | OTHER | {"head_dim": 16}
+    if "kv_lora_rank" in fields:
+        sizes |= LATENT | {"num_key_value_heads": 4}
+        del sizes["head_dim"]
     types = getattr(base, "layer_types", None)
-    if types and "layer_types" in known:
-        wanted["layer_types"] = (list(dict.fromkeys(types)) * 2)[: max(2, len(set(types)))]
-    depth = len(wanted.get("layer_types", "12"))
-    wanted |= dict.fromkeys((*DEPTHS, "decoder_layers"), depth)
-    if "attention_types" in known:
-        wanted["attention_types"] = [[["global", "local"], 1]]
-    inside = {name: getattr(base, name, None) for name in getattr(base, "sub_configs", ())}
-    wanted |= {name: small(type(part)) for name, part in inside.items() if part is not None}
-    return {name: wanted[name] for name in wanted if name in known}
+    if types and "layer_types" in fields:
+        sizes["layer_types"] = (list(dict.fromkeys(types)) * 2)[: max(2, len(set(types)))]
+    depth = len(sizes.get("layer_types", "12"))
+    sizes |= dict.fromkeys((*DEPTHS, "decoder_layers"), depth)
+    if "attention_types" in fields:
+        sizes["attention_types"] = [[["global", "local"], 1]]
+    parts = {name: getattr(base, name, None) for name in getattr(base, "sub_configs", ())}
+    sizes |= {name: small(type(part)) for name, part in parts.items() if part is not None}
+    return {name: sizes[name] for name in sizes if name in fields}
 
 
 def write_page(rows: list[tuple[str, str, str, str]]) -> None:
-    """Writes the table, what works first."""
-    counts = {state: sum(row[2] == state for row in rows) for state in (WORKS, REFUSED, UNTRIED)}
+    """Writes the table."""
+    counts = {state: sum(row[2] == state for row in rows) for state in (WORKS, REJECTED, UNTRIED)}
+    version = transformers.__version__
     page = ["# Which causal language models can be pruned", ""]
-    page += [f"Made by `python eval/families.py` with transformers {transformers.__version__}: of"]
-    page += [f"{len(rows)} classes of `AutoModelForCausalLM`, each as a tiny random model,"]
-    page += [f"{counts[WORKS]} work, {counts[REFUSED]} are refused by a message, and of"]
-    page += [f"{counts[UNTRIED]} transformers made no tiny model from plain settings.", ""]
-    page += ["- **works**: streamed block by block the model has its own loss to 1e-5 a token, and"]
-    page += ["  SparseGPT prunes the linear layers of its blocks to 50%.", ""]
-    for state in (WRONG, WORKS, REFUSED, UNTRIED):
+    page += [
+        f"Generated by `python eval/families.py` with transformers {version}, from a tiny random"
+    ]
+    page += [f"model of each of the {len(rows)} classes of `AutoModelForCausalLM`: {counts[WORKS]}"]
+    page += [f"work, {counts[REJECTED]} are rejected with a message, and for {counts[UNTRIED]}"]
+    page += ["transformers builds no tiny model from default settings.", ""]
+    page += ["- **works**: streamed block by block, the model has its own loss to 1e-5 per token,"]
+    page += ["  and SparseGPT prunes the linear layers of its blocks to 50%.", ""]
+    for state in (WRONG, WORKS, REJECTED, UNTRIED):
         lines = [[row[0], row[1], row[3].replace("|", "/")] for row in rows if row[2] == state]
         if lines:
             page += [f"## {state} ({len(lines)})", ""]
@@ -177,7 +184,7 @@ def write_page(rows: list[tuple[str, str, str, str]]) -> None:
 
 
 def _too_long(number, frame) -> None:
-    raise TimeoutError(f"more than {SECONDS} s")
+    raise TimeoutError(f"more than {MAX_SECONDS} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes `docs/reference/options.md` from the definitions of the settings.
+"""Writes `docs/reference/options.md` from the config classes.
 
     python eval/option_table.py
 
@@ -30,7 +30,7 @@ prints the same.
 An option is `--section.field VALUE` on the command line and `field: VALUE` under `section:` in a
 YAML file. `--config` takes a YAML file or a [recipe's](recipes.md) name, and options after it
 override it. On the command line an inner section may be left out if the name is unique:
-`--recover.lr` is `--recover.optimizer.lr`. A value outside the type or range of its option is
+`--recover.optimizer.lr` is `--recover.optimizer.lr`. A value outside the type or range of its option is
 refused before any work starts.
 
 Three options are not settings: `--help`, `--dry-run` (check everything, predict memory, disk and
@@ -58,7 +58,7 @@ def option_page() -> str:
 
 
 def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """A section and those inside it, with the prefix of their options."""
+    """A section and its subsections, each with the prefix of its options."""
     yield prefix, cls
     for name, kind in fields(cls):
         if dataclasses.is_dataclass(kind):

@@ -1,9 +1,9 @@
-"""SparseGPT by others, timed: the published algorithm written plainly, or `llmcompressor`.
+"""SparseGPT by others, timed: a plain version of the published algorithm, or `llmcompressor`.
 
     python eval/peers.py plain|llmcompressor job.json         (`bench_oneshot.py` calls it)
 
-Imports nothing of cap_llm, so it also runs in the peer's own environment. The job names the model
-directory, the file of calibration ids, and where the pruned model and the measurements go.
+It does not import cap_llm, so it also runs in the peer's own environment. The job names the
+files of the model, the calibration ids, the pruned model and the measurements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.models.llama import modeling_llama  # noqa: F401 (else loaded while timed)
+from transformers.models.llama import modeling_llama  # noqa: F401 (else it is loaded during the timing)
 
 SPARSITY, DAMPING, BLOCK_SIZE = 0.5, 0.01, 128
 
@@ -45,7 +45,7 @@ def main(contender: str, job: dict) -> None:
 
 
 def peer(model, ids: torch.Tensor) -> None:
-    """SparseGPT by llmcompressor, as its manual shows."""
+    """SparseGPT by llmcompressor, as in its documentation."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier
 
@@ -124,10 +124,10 @@ def plain_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor
         kept, errors = torch.zeros_like(block), torch.zeros_like(block)
         score = block.square() / u.diagonal().square()
         threshold = score.flatten().sort()[0][int(score.numel() * SPARSITY)]
-        gone = score <= threshold
+        removed = score <= threshold
         for j in range(end - start):
             column = block[:, j]
-            kept[:, j] = torch.where(gone[:, j], 0, column)
+            kept[:, j] = torch.where(removed[:, j], 0, column)
             error = (column - kept[:, j]) / u[j, j]
             block[:, j:] -= error[:, None] @ u[j, j:][None]
             errors[:, j] = error
@@ -137,12 +137,12 @@ def plain_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor
 
 
 def first_inputs(model, layers, ids: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """What the first layer reads for ids [N, T], one sequence at a time, and its other inputs."""
-    states, frames = [], []
+    """The first layer's states for ids [N, T], one sequence at a time, and its other arguments."""
+    states, other_args = [], []
 
     def catch(module, args, kwargs):
         states.append(args[0] if args else kwargs["hidden_states"])
-        frames.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        other_args.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
         raise _Caught
 
     handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -150,7 +150,7 @@ def first_inputs(model, layers, ids: torch.Tensor) -> tuple[torch.Tensor, dict]:
         with contextlib.suppress(_Caught):
             model(input_ids=row)
     handle.remove()
-    return torch.cat(states), frames[0]
+    return torch.cat(states), other_args[0]
 
 
 def plain_forward(layer, states: torch.Tensor, kwargs: dict) -> torch.Tensor:
@@ -160,11 +160,11 @@ def plain_forward(layer, states: torch.Tensor, kwargs: dict) -> torch.Tensor:
 
 
 class _Caught(Exception):
-    """The first layer's input is known; the rest of the forward is not needed."""
+    """Ends a forward once the first layer's input is recorded."""
 
 
 def peak_memory() -> int:
-    """Most bytes of main memory that this process has held at once."""
+    """Peak main memory of this process in bytes."""
     with open("/proc/self/status", encoding="utf-8") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 

@@ -1,9 +1,9 @@
-"""Writes the tables of `docs/results/` from the recorded figures of `eval/results/`.
+"""Writes the tables of `docs/results/` from the recorded results in `eval/results/`.
 
     python eval/results_pages.py
 
-The prose of the pages is written by hand. What stands between `<!-- table: NAME -->` and
-`<!-- end -->` is generated; a test fails if it is stale.
+Only the text between `<!-- table: NAME -->` and `<!-- end -->` is generated; a test fails if it is
+stale.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(page: str) -> str:
-    """A page with its generated parts made anew."""
+    """The page with its generated parts updated."""
     return MARKED.sub(lambda m: f"{m[1]}\n{generated(m[2])}\n\n{m[3]}", page)
 
 
 def generated(name: str) -> str:
-    """What a mark stands for."""
+    """The generated part NAME."""
     if name == "solvers":
         lines = study_solvers.summary()
     elif name in study_solvers.PATTERNS:
@@ -48,21 +48,21 @@ def generated(name: str) -> str:
 
 
 def screen() -> study_recovery.Study:
-    """The study of recovery at its defaults, whose rows the page shows."""
+    """The recovery study with default arguments, whose rows the page shows."""
     defaults = {"work": Path("runs"), "tokens": 8 * study_recovery.UNIT}
     args = argparse.Namespace(**defaults, whole=False, model=None)
     return study_recovery.Study(args, Path("model"), {})
 
 
 def family_tables() -> list[str]:
-    """The page of `families.py` below its title, one heading lower, without the equal columns."""
+    """The page of `families.py` without its title and the parts that are equal in all rows."""
     lines = families.PAGE.read_text(encoding="utf-8").splitlines()[2:]
     works = re.compile(r"(\| \S+ \| .+) \| (\d+ matrices of \d+ blocks), [\d.]+ ?% zeros, .* \|")
     return [works.sub(r"\1 | \2 |", line) for line in lines]
 
 
 def main() -> int:
-    """Rewrites the pages and copies the pictures; the exit code."""
+    """Updates the pages and copies the pictures; returns the exit code."""
     for page in (DOCS / name for name in PAGES):
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     for source, copy in PICTURES.items():

@@ -22,7 +22,7 @@ BELOW = Path(tempfile.gettempdir()) / "cap_llm_bench"
 
 
 def random_model(name: str, blocks: int | None = None, below: Path = BELOW) -> Path:
-    """A model directory of a shape, in fp16, written once; `blocks` cuts it short."""
+    """A model directory of a shape in fp16, written once; `blocks` limits its depth."""
     from transformers import OPTConfig
 
     width, heads, all_blocks = SHAPES[name]
@@ -65,7 +65,7 @@ def _write_text(folder: Path, n_words: int) -> None:
 
 
 def _write(folder: Path, empty: Path) -> None:
-    """Random weights for the configuration in `empty`, a block in memory at a time."""
+    """Writes random weights for the config in `empty`, with one block in memory at a time."""
     from cap_llm.models.checkpoint import ShardWriter
     from cap_llm.models.directory import ModelDirectory
     from cap_llm.models.skeleton import find_blocks

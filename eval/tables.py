@@ -1,6 +1,6 @@
-"""What the scripts of eval/ share: recorded results, tables, arguments.
+"""Recorded results, tables and arguments, shared by the scripts of eval/.
 
-A script imports this module before the package, which need not be installed then.
+Scripts import this module before cap_llm, which then need not be installed.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ RESULTS = ROOT / "eval" / "results"
 
 
 def read_results(path: Path) -> dict[str, dict]:
-    """The recorded figures by row; names written as `50 %` by earlier versions read `50%`."""
+    """The recorded results by row; `50 %` in names of earlier versions becomes `50%`."""
     recorded = read_json(path) if path.exists() else {}
     return {name.replace(" %", "%"): figures for name, figures in recorded.items()}
 
 
 def record(path: Path, name: str, figures: dict) -> None:
-    """Adds a row's figures to a file of results, or replaces them."""
+    """Adds or replaces a row of a results file."""
     path.parent.mkdir(exist_ok=True)
     write_json(path, read_results(path) | {name: figures})
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table."""
+    """The lines of a Markdown table."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def mean_and_spread(values: Iterable[float], form: str = ".2f") -> str:
-    """Mean ± standard deviation; without the deviation for one value, empty for none."""
+    """Mean ± standard deviation; only the mean for one value, empty for none."""
     values = list(values)
     more = f" ± {statistics.stdev(values):{form.strip('+')}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{more}" if values else ""

@@ -1,8 +1,9 @@
-"""A solver of one's own on cap_llm's walk, block by block.
+"""Prune with your own solver, block by block.
 
     python examples/custom_solver.py
 
-Weights are scored by relative importance (RIA, Zhang et al. 2024), given the pruned blocks' inputs.
+Weights are scored by relative importance (RIA, Zhang et al. 2024). Each block is calibrated on the
+output of the pruned blocks before it.
 """
 
 import tempfile
@@ -22,14 +23,15 @@ from cap_llm.sparsity.pattern import Pattern
 
 
 def ria(weight: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
-    """Scores [R, C] of a weight [R, C] from mean squares of its inputs [C]."""
-    size = weight.abs()
-    return (size / size.sum(0) + size / size.sum(1, keepdim=True)) * mean_square.sqrt().sqrt()
+    """Scores [R, C] of a weight [R, C], given the mean squares [C] of its inputs."""
+    magnitude = weight.abs()
+    relative = magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1, keepdim=True)
+    return relative * mean_square.sqrt().sqrt()
 
 
 @torch.no_grad()
 def prune_by_ria(model, ids: torch.Tensor, pattern: Pattern) -> None:
-    """Prunes the linears of all blocks of a model in memory with ids [N, T]."""
+    """Prunes all linears in the blocks of a model in memory, calibrated on ids [N, T]."""
     blocks = BlockModel(model, model.device)
     with tempfile.TemporaryDirectory() as scratch:
         walk = Walk(blocks, ids, Memory.plan(model.device), Path(scratch))
@@ -42,7 +44,7 @@ def prune_by_ria(model, ids: torch.Tensor, pattern: Pattern) -> None:
                     moments.add(x)
                 mean_square = moments.finish(group.names[0]).diagonal
                 for name in group.names:
-                    weight = matrix(linears[name])  # [R, C], also of a Conv1D
+                    weight = matrix(linears[name])  # [R, C], also for Conv1D
                     weight.mul_(choose(ria(weight, mean_square), pattern, 0.5))
 
             with blocks.block(i) as block:

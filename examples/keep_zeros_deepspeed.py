@@ -1,9 +1,9 @@
 """Keep zeros at zero in your own DeepSpeed training loop, under ZeRO-2.
 
-    python examples/keep_zeros_deepspeed.py              # one rank on a CPU, in seconds
-    deepspeed examples/keep_zeros_deepspeed.py           # the same on all GPUs of a node
+    python examples/keep_zeros_deepspeed.py              # one rank on a CPU, within seconds
+    deepspeed examples/keep_zeros_deepspeed.py           # all GPUs of a node
 
-Two calls do it: `masks_of_zeros` before `deepspeed.initialize`, `keep_zeros` after it.
+It takes two calls: `masks_of_zeros` before `deepspeed.initialize`, and `keep_zeros` after it.
 """
 
 import os
@@ -29,17 +29,17 @@ CONFIG = {
 
 def main() -> None:
     """Trains a pruned network for ten steps and counts its zeros."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (alone | {"MASTER_PORT": "0"}).items():
-        os.environ.setdefault(name, value)  # a launcher sets them itself
-    if not ON_GPU:  # only inference uses it, and it would compile for a minute
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (defaults | {"MASTER_PORT": "0"}).items():
+        os.environ.setdefault(name, value)  # a launcher sets its own values
+    if not ON_GPU:  # an inference kernel that takes a minute to compile
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if ON_GPU else "gloo", auto_mpi_discovery=False)
 
     torch.manual_seed(0)
     first = nn.Linear(32, 64)
     with torch.no_grad():
-        first.weight[:, ::2] = 0  # 50% zeros, as a pruned model has them
+        first.weight[:, ::2] = 0  # 50% zeros, as in a pruned model
     model = nn.Sequential(first, nn.ReLU(), nn.Linear(64, 32))
     masks = masks_of_zeros(model)
 
@@ -51,7 +51,7 @@ def main() -> None:
         loss = (engine(x) - x).square().mean()
         engine.backward(loss)
         engine.step()
-    keeper.check()  # all ranks take part; one regrown weight is an error
+    keeper.check()  # collective; raises if any masked weight is nonzero
     print(f"loss {loss.item():.3f}, {keeper.n_masked} weights are still exactly zero")
 
 

@@ -1,9 +1,9 @@
-"""Prune a transformers model in memory: no run directory, no files.
+"""Prune a transformers model in memory, without a run directory or files.
 
     python examples/prune_in_memory.py
 
-The model is tiny and random, so that this runs on a CPU in seconds. Replace it with
-`AutoModelForCausalLM.from_pretrained(...)`, and the random ids with the ids of real text.
+The model is tiny and random, so this runs on a CPU within seconds. In practice, use
+`AutoModelForCausalLM.from_pretrained(...)` and the token ids of real text.
 """
 
 import torch
@@ -27,13 +27,13 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 def main() -> None:
-    """Prunes by three methods and prints what each does to the model's own text."""
+    """Prunes with three methods and prints the perplexity after each."""
     ids = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(1))  # [N, T]
     print(f"dense: ppl {perplexity(tiny_model(), ids):.2f}")
     for method in ("magnitude", "sparsegpt", "alps"):
         model = tiny_model()
         masks = prune(model, ids, OneshotConfig(method=method, pattern="2:4"))
-        name, mask = next(iter(masks.items()))  # [R, C], true where a weight stays
+        name, mask = next(iter(masks.items()))  # [R, C], True for weights that remain
         weight = model.get_parameter(name)
         assert not weight[~mask].any()
         zeros = sum(int((~m).sum()) for m in masks.values())

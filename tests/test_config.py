@@ -334,7 +334,9 @@ def test_an_unknown_pattern_is_refused_in_python_too(values):
 
 
 def test_an_inner_section_may_be_left_out_of_an_option():
-    config, *_ = read_config(["--recover.lr", "0.01", "--recover.deepspeed=zero3", *HERE])
+    config, *_ = read_config(
+        ["--recover.optimizer.lr", "0.01", "--recover.engine.deepspeed=zero3", *HERE]
+    )
     assert config.recover.optimizer.lr == 0.01 and config.recover.engine.deepspeed == "zero3"
 
 

@@ -165,7 +165,7 @@ def test_a_corpus_that_is_too_short_is_refused(lengths):
     """Room for four held-out sequences of ten tokens and one to train on is needed."""
     with pytest.raises(UserError) as refused:
         pack(Letters(), corpus(lengths), 8, 4, 10, 0)
-    for part in ("these documents", "too few", "4 held-out"):
+    for part in ("these documents", "4 are held out", "--recover.held_out"):
         assert part in str(refused.value)
 
 

@@ -544,7 +544,7 @@ def test_every_format_gives_the_dense_product(columns):
 def test_the_benchmark_runs_and_says_what_is_slower(real, tmp_path):
     result = script("bench", real / "oneshot", "--repeats", 1, "--out", tmp_path / "b")
     assert result.returncode == 0, result.stderr
-    assert "2:4: not measured, the zeros do not follow that pattern" in result.stdout
+    assert "2:4: not measured" in result.stdout
     assert re.search(r"(slower|faster|the same)", result.stdout)
     found = json.loads((tmp_path / "b").read_text())
     assert {line["batch"] for line in found["steps"]} == {1, 64}
@@ -560,7 +560,7 @@ def test_the_benchmark_refuses_what_is_not_pruned_in_one_line(tiny, tmp_path):
     bare.mkdir()
     shutil.copyfile(whole / "config.json", bare / "config.json")
     for args, words in (
-        ([tmp_path], "no model directory"),
+        ([tmp_path], "config.json"),
         ([whole], "is not pruned"),
         ([bare], "bare/model.safetensors does not exist"),
         ([whole, "--out", tmp_path / "missing" / "file"], "--out"),

@@ -1,4 +1,4 @@
-"""The recovery text: documents packed into sequences, and the order that training reads them in."""
+"""The recovery text: documents packed into sequences, and their order in training."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class PackedText:
         return self.ids.flatten().bincount().argsort(descending=True, stable=True)[:n]
 
     def draws(self, start: int, end: int, seed: int) -> torch.Tensor:
-        """Ids [end - start] of the sequences that training reads from its `start`-th to `end`-th.
+        """Ids [end - start] of the sequences at positions `start` to `end` of the whole training.
 
-        Each epoch is a seeded permutation. A batch may span the end of one and the start of the
-        next.
+        Each epoch is a seeded permutation. A batch may span the end of one epoch and the start of
+        the next.
         """
         n, parts = len(self.ids), [np.empty(0, dtype=np.int64)]
         for epoch in range(start // n, -(-end // n)):
@@ -61,7 +61,7 @@ class PackedText:
         return torch.from_numpy(np.concatenate(parts))
 
 
-@functools.lru_cache(2)  # a batch spans at most two epochs, usually
+@functools.lru_cache(2)  # a batch usually spans at most two epochs
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -127,7 +127,7 @@ def _tokenized(
 def _checked(train, documents, held_out, n_held_out: int, corpus: Corpus) -> PackedText:
     if len(held_out) < n_held_out or not len(train):
         raise UserError(
-            f"{corpus.origin} fills only {len(held_out) + len(train)} sequences, but "
+            f"{corpus.origin} fills {len(held_out) + len(train)} sequences, but "
             f"{n_held_out} are held out and one must remain for training. Lower "
             "--recover.held_out or --recover.length, or use more text."
         )

@@ -106,7 +106,7 @@ REFUSED = {
     ),
     "changed weights": (
         lambda a: {"model.path": changed_model(a)},
-        [DOWN_0, "has 1 weights that are not zero where its mask says so", "prune again"],
+        [DOWN_0, "has 1 nonzero weights", "prune again"],
     ),
     "schedule down": (
         lambda a: {"recover.masks.schedule": "0.7, 0.6"},
