@@ -4,22 +4,22 @@
                                   [--micro-batch 2] [--rounds 4] [--passes 2] [--dtype bfloat16]
                                   [--gradient-checkpointing] [--peak-tflops 989] [--out FILE.json]
 
-A group is a number of ranks and a ZeRO stage. Its processes run the training's own step on real
-text and full banks. Its arms are: cross-entropy; + KL from the teacher; + SquareHead; the contrasts
-PrC, FiC and SnC; and the pass that fills the bank of FiC or of a snapshot, once per training or
-rung. The arms take turns on one engine, one step each per round, and the groups take turns too, so
-a machine whose speed drifts slows all of them alike. A rank has the same number of cores in every
-group. A ratio is the median over rounds of two adjacent steps, with the range over all rounds. The
-last lines compare the memory of the head's losses with one set of logits. The machine should be
-idle.
+A group is a number of ranks and a ZeRO stage: processes of their own that run the training's own
+step on real text and full banks. Its arms (cross-entropy; + KL from the teacher; + SquareHead;
+the contrasts PrC, FiC, SnC; the pass that fills the bank of FiC or of a snapshot, which is made
+once a training or rung) take turns on one engine, a step each a round, and the groups take turns
+too, so that a machine whose speed drifts slows all of them alike. A rank has as many cores in every
+group. A ratio is the median over the rounds of the two steps next to each other, with the range of
+all rounds. The last lines hold the memory of the head's losses against one set of logits. Leave the
+machine alone meanwhile.
 
-A random shape has random weights and random words. A group that does not fit in memory is skipped
-with a warning, so larger and larger shapes show the largest that fits with its teacher. On a GPU a
-further group offloads parameters, moments and teacher to main memory.
+A random shape has random weights and random words. A group that does not fit in memory is named and
+left out, so trying one shape after the other finds the largest that fits with its teacher. On a GPU
+another group offloads parameters, moments and teacher to main memory.
 
-With --peak-tflops, each line also shows the share of the GPU's peak that the model's operations
-use: per token of a sequence of length T, 6 N + 12 L H T for N weights in matrix products, and
-2 N + 4 L H T more for the teacher. Recomputation by gradient checkpointing does not count.
+Given the peak of a GPU, each line also says which share of it the model's operations make up:
+6 N + 12 L H T a token of length T for N weights that are multiplied with, 2 N + 4 L H T more where
+the teacher runs; what gradient checkpointing computes again does not count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cap_llm.runtime.console import Console, format_bytes
 
 KL = {"ce": 0.2, "kl": 0.8}
 CONTRASTS = {"prc": 0.1, "fic": 0.1, "snc": 0.1}
-# by increasing memory, which is measured in their first step
+# in the order in which they need more memory, which is measured in their first step
 ARMS = {
     "cross-entropy": {"ce": 1.0},
     "+ KL": KL,
@@ -50,15 +50,15 @@ ARMS = {
     "KL + contrasts": KL | CONTRASTS,
     "+ contrasts": KL | {"feature": 1.0} | CONTRASTS,
 }
-COSTS = {  # addition -> (arm with it, arm without)
+COSTS = {  # what is added -> (arm with it, arm without)
     "teacher and KL, on cross-entropy": ("+ KL", "cross-entropy"),
     "SquareHead, on KL": ("+ SquareHead", "+ KL"),
     "contrasts, on KL": ("KL + contrasts", "+ KL"),
     "contrasts, on KL and SquareHead": ("+ contrasts", "+ SquareHead"),
 }
-PASS = "a pass for FiC or a snapshot"  # the teacher's forward, not a training step
+PASS = "a pass for FiC or a snapshot"  # the teacher's forward and its rows: no step of training
 HEAD_TOKENS = (512, 2048)
-LATE = 1000  # number of the first step, so that all rows of PrC's bank are filled
+LATE = 1000  # the first step that is made: all rows of PrC's bank count as seen
 
 
 def main() -> int:
@@ -83,7 +83,7 @@ def main() -> int:
     n = args.ranks
     if torch.cuda.is_available() and torch.cuda.device_count() < n:
         n = torch.cuda.device_count()
-        console.say(f"using {n} ranks, one per GPU")
+        console.say(f"{n} ranks at most: a rank needs a GPU of its own")
     common["threads"] = max(1, len(os.sched_getaffinity(0)) // n)
     groups = {(1, "zero2"): list(ARMS)}
     groups |= {(n, f"zero{stage}"): list(ARMS) for stage in range(4)}
@@ -91,7 +91,7 @@ def main() -> int:
         groups[n, "zero3_offload"] = ["+ KL"]
     seconds: dict[tuple, list[float]] = {}  # by ranks, stage and arm
     peaks: dict[tuple, int] = {}
-    too_large: set[str] = set()
+    no_room: set[str] = set()
     with console.bar("measuring", args.passes * len(groups), "groups") as bar:
         for _ in range(args.passes):
             for (ranks, zero), arms in groups.items():
@@ -99,7 +99,7 @@ def main() -> int:
                 work = common | {"ranks": ranks, "deepspeed": zero, "arms": arms}
                 measured = launch(work)
                 if measured is None:
-                    too_large.add(f"{ranks} rank{'s' * (ranks > 1)}, {zero}")
+                    no_room.add(f"{ranks} rank{'s' * (ranks > 1)}, {zero}")
                 for arm, line in (measured or {}).items():
                     key = (ranks, zero, arm)
                     seconds[key] = seconds.get(key, []) + line["seconds"]
@@ -110,12 +110,12 @@ def main() -> int:
         return key[0] * args.micro_batch * args.length / statistics.median(seconds[key])
 
     def used(key: tuple) -> list[str]:
-        """The share of the GPUs' peak, if --peak-tflops is given."""
+        """The share of the GPUs' peak, if that is known."""
         if not args.peak_tflops:
             return []
-        student, teacher = flops_per_token(Path(model), args.length)
-        flops = teacher if key[2] == PASS else student + teacher * (key[2] != "cross-entropy")
-        return [f"{100 * flops * speed(key) / (key[0] * args.peak_tflops * 1e12):.1f}%"]
+        trained, taught = flops_a_token(Path(model), args.length)
+        made = taught if key[2] == PASS else trained + taught * (key[2] != "cross-entropy")
+        return [f"{100 * made * speed(key) / (key[0] * args.peak_tflops * 1e12):.1f}%"]
 
     def cost(ranks: int, zero: str, arms: tuple[str, str]) -> str:
         more, less = (seconds.get((ranks, zero, arm), []) for arm in arms)
@@ -124,12 +124,12 @@ def main() -> int:
         shares = [100 * (a / b - 1) for a, b in zip(more, less, strict=True)]
         return f"{statistics.median(shares):+.1f}% ({min(shares):+.1f} to {max(shares):+.1f})"
 
-    for group in sorted(too_large):
-        console.say(f"skipped {group}: out of memory", style="yellow")
+    for group in sorted(no_room):
+        console.say(f"no room for {group}", style="yellow")
     console.table(
-        "training step",
+        "a step",
         ["ranks", "ZeRO", "objective", "tokens/s", "peak memory per rank"]
-        + ["% of the GPU's peak"] * bool(args.peak_tflops),
+        + ["of the GPU's peak"] * bool(args.peak_tflops),
         [
             [
                 str(key[0]),
@@ -145,19 +145,19 @@ def main() -> int:
     rounds = args.passes * args.rounds
     whole = [group for group, arms in groups.items() if len(arms) > 1]
     console.table(
-        f"added time per step and term: median and range of {rounds} rounds",
+        f"what a term adds to the time of a step: median and range of {rounds} rounds",
         ["term", *(f"{r} rank{'s' * (r > 1)}, {zero}" for r, zero in whole)],
         [[term, *(cost(*group, arms) for group in whole)] for term, arms in COSTS.items()],
     )
     for r in (r for r in sorted({1, n}) if (r, "zero2", PASS) in seconds):
         share = speed((r, "zero2", "+ KL")) / speed((r, "zero2", PASS))
         console.say(
-            f"{PASS} takes {share:.2f} x the time per token of a step of + KL on {r} rank"
-            f"{'s' * (r > 1)} (ZeRO-2). FiC needs one per training, SnC one per rung."
+            f"{PASS} takes {share:.2f} of the time of a step of + KL, a token, on {r} rank"
+            f"{'s' * (r > 1)} (ZeRO-2); a training makes one for FiC, a rung one for its snapshot"
         )
     if n > 1 and {(1, "zero2", "+ KL"), (n, "zero2", "+ KL")} <= seconds.keys():
         gain = speed((n, "zero2", "+ KL")) / speed((1, "zero2", "+ KL"))
-        console.say(f"{n} ranks have {gain:.2f} x the throughput of one (ZeRO-2, + KL)")
+        console.say(f"{n} ranks pass {gain:.2f} times the tokens of one (ZeRO-2, + KL)")
     heads = [launch(common | {"ranks": 1, "head_tokens": t}) for t in HEAD_TOKENS]
     for head in filter(None, heads):
         console.say(
@@ -184,16 +184,16 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="model directory; default: SmolLM2-135M from its package")
     add("--random-shape", choices=SHAPES, help="random weights and random words instead")
-    add("--blocks", type=int, help="number of the shape's blocks; default: all")
+    add("--blocks", type=int, help="how many of the shape's; default: all")
     add("--length", type=int, default=512, help="tokens per sequence")
-    add("--micro-batch", type=int, default=2, help="sequences per rank and forward")
-    add("--rounds", type=int, default=4, help="timed steps per arm and pass")
-    add("--passes", type=int, default=2, help="starts per group")
-    add("--ranks", type=int, default=2, help="ranks of the groups with several ranks")
+    add("--micro-batch", type=int, default=2, help="sequences at once, per rank")
+    add("--rounds", type=int, default=4, help="timed steps of an arm, per pass")
+    add("--passes", type=int, default=2, help="times that every group is started")
+    add("--ranks", type=int, default=2, help="of the groups with several ranks")
     add("--gradient-checkpointing", action="store_true")
-    add("--peak-tflops", type=float, help="dense peak of one GPU in --dtype")
+    add("--peak-tflops", type=float, help="of one GPU, in --dtype, without sparsity")
     add("--dtype", default="float32", help="float32 or bfloat16")
-    add("--out", help="JSON file for all numbers")
+    add("--out", help="JSON file for all figures")
     add("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.blocks and not args.random_shape:
@@ -202,20 +202,20 @@ def parse() -> argparse.Namespace:
 
 
 def launch(work: dict) -> dict | None:
-    """Runs one group in its own processes; None if it runs out of memory."""
+    """Runs one group in processes of its own; None where memory, or a card's, is too small."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(work["ranks"]), __file__]
         command += ["--work", json.dumps(work | {"out": str(out), "folder": folder})]
         environment = os.environ | {"OMP_NUM_THREADS": str(work["threads"])}
-        if "head_tokens" in work:  # return freed memory at once
+        if "head_tokens" in work:  # what is freed goes back at once: memory is what stands
             environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if re.search(r"OutOfMemoryError|exitcode\s*: -9", run.stderr):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if re.search(r"OutOfMemoryError|exitcode\s*: -9", done.stderr):
             return None
-        if run.returncode:
-            raise SystemExit(f"{work} failed:\n{run.stderr[-3000:]}")
+        if done.returncode:
+            raise SystemExit(f"{work} failed:\n{done.stderr[-3000:]}")
         return json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -233,7 +233,7 @@ def measure(work: dict) -> int:
 
 
 def steps(work: dict, world) -> dict[str, dict]:
-    """Per arm, the seconds of each timed step of the training's own code, and its peak memory."""
+    """Seconds of each timed step of the training's own code, and the peak memory of one, by arm."""
     import torch
 
     from cap_llm.config import EngineConfig, ObjectiveConfig, OptimizerConfig, RecoverConfig
@@ -299,11 +299,11 @@ def steps(work: dict, world) -> dict[str, dict]:
     def states(ids):
         return first.states(teacher, ids)
 
-    def timed(arm: str, step: int, call, *args) -> None:
+    def timed(arm: str, step: int, work, *given) -> None:
         reset_peak_memory()
         world.barrier()
         start = time.perf_counter()
-        call(*args)
+        work(*given)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         line = lines.setdefault(arm, {"seconds": []})
@@ -314,15 +314,15 @@ def steps(work: dict, world) -> dict[str, dict]:
             line["peak_bytes"] = most.get("peak_cuda_bytes", most["peak_memory_bytes"])
 
     for step in range(work["rounds"] + 1):
-        # alternating order: under ZeRO-3 a step's time also depends on the step before it
+        # back and forth: under ZeRO-3 a step's time also depends on its place in the row
         for arm, config in list(configs.items())[:: -1 if step % 2 else 1]:
             o = config.objective
-            if step == 0:  # load what an arm needs just before its first step
+            if step == 0:  # what an arm needs comes just before its first step
                 if o.kl and teacher is None:
                     teacher = engines.load_teacher(model, teacher_ds, config, world, first.teacher)
                 contrasts = NoContrast()
                 if config.contrasts:
-                    contrasts = full_contrasts(config, text, model, folder / arm, world)
+                    contrasts = filled(config, text, model, folder / arm, world)
                 used = teacher if o.kl else None
                 jobs[arm] = training.Job(
                     model, tasks[arm], Fixed(()), used, contrasts, folder, {}, "bench", "bench"
@@ -353,7 +353,7 @@ def filled(config, text, model, folder: Path, world):
 
 
 def random_bank(units, folder: Path, world, empty: bool = False):
-    """A bank of random rows, or an empty one."""
+    """A bank of random rows, or of none yet."""
     import torch
 
     from cap_llm.contrast.bank import Bank
@@ -381,7 +381,7 @@ def flops_a_token(model: Path, length: int) -> tuple[float, float]:
 
 
 def head_memory(work: dict) -> dict:
-    """Memory of the head's losses in addition to their inputs and the head's gradient."""
+    """Memory that the head's losses take above their inputs and the head's own gradient."""
     import torch
 
     from cap_llm.models.directory import ModelDirectory

@@ -30,8 +30,8 @@ prints the same.
 An option is `--section.field VALUE` on the command line and `field: VALUE` under `section:` in a
 YAML file. `--config` takes a YAML file or a [recipe's](recipes.md) name, and options after it
 override it. On the command line an inner section may be left out if the name is unique:
-`--recover.optimizer.lr` is `--recover.optimizer.lr`. A value outside the type or range of its option is
-refused before any work starts.
+`--recover.lr` is `--recover.optimizer.lr`. A value outside the type or range of its option is
+rejected before any work starts.
 
 Three options are not settings: `--help`, `--dry-run` (check everything, predict memory, disk and
 hours, write nothing), and `--print_config` (print the resolved settings as YAML).

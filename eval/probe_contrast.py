@@ -1,17 +1,17 @@
-"""The gradient of a contrast at a pruned model's final states, compared with distillation's.
+"""Where a contrast pulls: its gradient at a pruned model's final states, beside distillation's.
 
     python eval/probe_contrast.py PRUNED --dense DENSE --corpus FILE [--sequences 8] [--length 512]
 
-Uses one batch and no training (two minutes for SmolLM2-135M on two cores). PrC is tried as in
-`recover` and with other units, temperatures and candidates. Each gradient with respect to the final
-states [B, T, H] is compared with that of the KL, both with weight 1, and with the direction from
-these states to the dense model's:
+Of one batch, without any training (two minutes for SmolLM2-135M on two cores): PrC as `recover`
+has it and with other units, temperatures and candidates. For each the gradient with respect to the
+final states [B, T, H] is held against that of the KL, of weight 1, and against the way from these
+states to the dense model's:
 
-- norm: relative to the KL's norm over the same positions (a contrast reads a sample of them)
-- with KL: the cosine of the two descent directions; above 0 they help each other
-- to dense: the cosine of the descent direction with the direction to the dense model's states
-- at dense: the gradient's norm at the dense model's states, relative to the pruned model's. It is 0
-  for a loss whose only target is the teacher's states.
+- norm: as a share of the KL's norm over the same positions (a contrast reads a sample of them)
+- with KL: the cosine of the two descents; above 0 they help each other
+- to dense: the cosine of the descent with the way to the dense model's states
+- at dense: the norm that is left where the student is the dense model, as a share of that at the
+  pruned one. A loss that only asks for the teacher's states has none.
 """
 
 from __future__ import annotations
@@ -51,12 +51,11 @@ EXTRA = ContrastConfig().extra_negatives
 
 
 def main() -> int:
-    """Prints the table; returns the exit code."""
     parser = arguments(__doc__)
     parser.add_argument("pruned", type=Path, help="directory of the pruned model")
-    parser.add_argument("--dense", type=Path, required=True, help="directory of the dense model")
+    parser.add_argument("--dense", type=Path, required=True, help="directory of the dense one")
     parser.add_argument("--corpus", required=True, help="text, as in recover.corpus")
-    parser.add_argument("--sequences", type=int, default=8, help="sequences per batch")
+    parser.add_argument("--sequences", type=int, default=8, help="of the batch")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     args = parser.parse_args()
     console = Console()
@@ -76,28 +75,27 @@ def show(args: argparse.Namespace, console: Console) -> None:
     text = pack(tokenizer, corpus, n + EXTRA, 1, args.length, 0)
     dense, head = states_and_head(args.dense, text.ids, world.device)
     pruned, _ = states_and_head(args.pruned, text.ids[:n], world.device)
-    to_dense = dense[:n] - pruned
+    way = dense[:n] - pruned
 
     def kl(states: torch.Tensor) -> torch.Tensor:
         flat, target = states[:, :-1].flatten(0, 1), text.ids[:n, 1:].flatten().to(states.device)
         teacher = (dense[:n, :-1].flatten(0, 1), head, None)
         return head_loss(flat, head, None, target, teacher, 0.0, 1.0, 1.0)[0]
 
-    kl_gradient = gradient(kl, pruned)
-    rows = [["KL", "1.00", "", f"{cosine(-kl_gradient, to_dense):+.2f}"]]
-    rows[0].append(f"{ratio(kl, dense[:n], kl_gradient):.2f}")
+    of_kl = gradient(kl, pruned)
+    rows = [["KL", "1.00", "", f"{cosine(-of_kl, way):+.2f}", f"{ratio(kl, dense[:n], of_kl):.2f}"]]
     with tempfile.TemporaryDirectory() as scratch, console.bar("probing", len(ARMS), "arms") as bar:
         for k, (title, changes) in enumerate(ARMS.items()):
             loss = contrast(text, dense, n, changes, Path(scratch) / str(k), world)
-            own = gradient(loss, pruned)
-            read = own.abs().sum(-1, keepdim=True) > 0  # the positions that the loss reads
+            found = gradient(loss, pruned)
+            read = found.abs().sum(-1, keepdim=True) > 0  # the positions that it reads
             rows.append(
                 [
                     title,
-                    f"{(own.norm() / (kl_gradient * read).norm()).item():.2f}",
-                    f"{cosine(own, kl_gradient * read):+.2f}",
-                    f"{cosine(-own, to_dense * read):+.2f}",
-                    f"{ratio(loss, dense[:n], own):.2f}",
+                    f"{(found.norm() / (of_kl * read).norm()).item():.2f}",
+                    f"{cosine(found, of_kl * read):+.2f}",
+                    f"{cosine(-found, way * read):+.2f}",
+                    f"{ratio(loss, dense[:n], found):.2f}",
                 ]
             )
             bar.advance()
@@ -120,16 +118,17 @@ def states_and_head(
 
 
 def contrast(text, dense: torch.Tensor, n: int, changes: dict, folder: Path, world: World):
-    """PrC on the first n sequences, with the rows of the others as extra negatives."""
+    """PrC on the first n sequences, with the others' rows as further candidates."""
     settings = ContrastConfig(**changes)
     units = TextUnits(text, settings, dense.shape[-1], RecoverConfig.SKIP, 0, world.device)
     bank = Bank(folder, {}, (len(text.ids), units.n_units, units.dim), world)
     others = torch.arange(n, len(text.ids))
     contrasts = ContrastiveObjective(units, settings.extra_negatives, n, world, others)
-    ids = torch.arange(len(text.ids))
-    contrasts.fill(bank, lambda rows: dense[rows], ids, 4, "banking", Console(enabled=False))
+    everyone = torch.arange(len(text.ids))
+    contrasts.fill(bank, lambda ids: dense[ids], everyone, 4, "banking", Console(enabled=False))
     contrasts.terms.append(ContrastTerm("prc", 1.0, [bank]))
-    return lambda states: contrasts.losses(states, None, ids[:n], ids[:n], 0, 0)["prc"]
+    mine = everyone[:n]
+    return lambda states: contrasts.losses(states, None, mine, mine, 0, 0)["prc"]
 
 
 def gradient(loss, states: torch.Tensor) -> torch.Tensor:
@@ -142,9 +141,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a * b).sum() / (a.norm() * b.norm())).item()
 
 
-def ratio(loss, states: torch.Tensor, other: torch.Tensor) -> float:
-    """The norm of the gradient at `states`, relative to the norm of the gradient `other`."""
-    return (gradient(loss, states).norm() / other.norm()).item()
+def ratio(loss, there: torch.Tensor, found: torch.Tensor) -> float:
+    """The gradient's norm at the states `there`, as a share of another one's."""
+    return (gradient(loss, there).norm() / found.norm()).item()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def read_config(argv: list[str]) -> tuple[Config, str, bool]:
 
 
 def _full_name(argument: str, parser: jsonargparse.ArgumentParser) -> str:
-    """Completes an option without its inner section: `--recover.optimizer.lr` to `--recover.optimizer.lr`."""
+    """Completes an option without its inner section: `--recover.lr` to `--recover.optimizer.lr`."""
     option, equals, value = argument.partition("=")
     section, _, name = option.removeprefix("--").partition(".")
     options = _options(parser)
