@@ -49,6 +49,7 @@ from tables import arguments, markdown, mean_and_spread
 from cap_llm.cli import assets
 from cap_llm.cli.matrix import DENSE, Matrix, Row
 from cap_llm.config import ObjectiveConfig
+from cap_llm.evaluation.scores import FILE, read_scores
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.files import atomic, read_json
 
@@ -315,23 +316,24 @@ class Study:
     def figures(self, cell: Cell, row: Row) -> dict:
         """What a finished run measured, with what a reader needs to compare it."""
         folder = self.runs.model_of(row)
-        scores = read_json(folder / "perplexity.json")["corpora"]
+        scores = {score.name: score for score in read_scores(folder / FILE).scores}
         most = "" if self.args.whole else f" first {FIRST}"
         keys = {
             "c4": f"c4.jsonl@{LENGTH} first {C4_HELD_OUT}",
             "wikitext2": f"wikitext2@2048{most}",
         }
-        kept = ("ppl_token", "window", "windows", "tokens", "bos")
         result: dict = {"arm": cell.arm, "seed": cell.seed, "settings": list(cell.settings)}
         result["objective"] = ARMS[cell.arm].objective
-        result |= {corpus: {k: scores[key][k] for k in kept} for corpus, key in keys.items()}
+        for corpus, score in ((corpus, scores[name]) for corpus, name in keys.items()):
+            facts = {name: score.facts[name] for name in ("window", "windows", "bos")}
+            result[corpus] = {"ppl_token": score.value, "tokens": score.n} | facts
         if cell.arm != DENSE:
             done = read_json(folder / "done.json")
             result |= {k: done[k] for k in ("seconds", "peak_memory_bytes")}
             counts = read_json(folder / "sparsity.json")
             result["sparsity"] = counts["pruned_matrices"]["sparsity"]
         if row.stage == "recover":
-            rungs = done["rungs"]
+            rungs = done["levels"]
             result |= {"tokens": done["tokens"], "rungs": rungs}
             rate = statistics.harmonic_mean(r["tokens_per_second"] for r in rungs)
             result["tokens_per_second"] = round(rate, 1)

@@ -38,6 +38,7 @@ from tables import arguments, markdown, mean_and_spread
 
 from cap_llm.cli import assets
 from cap_llm.cli.matrix import DENSE, Matrix, Row
+from cap_llm.evaluation.scores import FILE, read_scores
 from cap_llm.models import mask_file as masks
 from cap_llm.models.files import remove_weights
 from cap_llm.runtime.console import Console
@@ -102,7 +103,7 @@ PATTERNS = {
 SEVERAL = ("2:4", "50%")  # three seeds, and the whole test set for the first
 FIRST = 32  # windows
 COMMON = {"calibration.length": 512, "evaluate.window": 2048, "evaluate.dense": False}
-SCORES = {  # what is scored together: its keys in the results, options
+SCORES = {  # what is scored together: its keys in the results with the scores' names, options
     "first": (
         {"wikitext2": f"wikitext2@2048 first {FIRST}", "c4": f"c4@2048 first {FIRST}"},
         {"evaluate.corpora": ["wikitext2", "c4"], "evaluate.max_windows": FIRST},
@@ -220,8 +221,8 @@ def results() -> dict:
 def measured(cell: Cell, runs: Matrix, keys: dict[str, str]) -> dict:
     """What a finished cell measured, with what a reader needs to compare it."""
     last = runs.model_of(row_of(cell))
-    corpora = read_json(last / "perplexity.json")["corpora"]
-    result = {name: corpora[key]["ppl_token"] for name, key in keys.items()}
+    scores = {score.name: score.value for score in read_scores(last / FILE).scores}
+    result = {key: scores[name] for key, name in keys.items()}
     if cell[0] != DENSE:
         made = dict.fromkeys((runs.model_of(row_of(base_of(cell))), last))
         done = [read_json(stage / "done.json") for stage in made]

@@ -76,7 +76,7 @@ def main(argv: list[str], console: Console) -> None:
     selected = rows(args.full, ranks=1 if torch.cuda.is_available() else 2)
     scores = {"evaluate.corpora": [held_out]}
     code = matrix.run_all(selected, lambda row: matrix.run(row, scores), console)
-    finished = [row for row in selected if (matrix.model_of(row) / "perplexity.json").exists()]
+    finished = [row for row in selected if (matrix.model_of(row) / "scores.json").exists()]
     if finished:
         results = [collect(matrix.folder(row))[-1] for row in finished]
         title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"

@@ -147,14 +147,19 @@ def _evaluate(folder: Path, config: dict, metrics: list[dict]) -> tuple[bool, st
     bound = [s for s in ("dense", "given", *MODELS) if (folder / s / "recipe.json").exists()]
     wanted = [s for s in ("dense", "given", *MODELS) if s in config.get("stages", []) or s in bound]
     asked = config["evaluate"]
-    part = f" first {asked['max_windows']}" if asked.get("max_windows") else ""
-    keys = {f"{Path(name).name}@{asked.get('window')}{part}" for name in asked["corpora"]}
-    files = [folder / stage / "perplexity.json" for stage in wanted]
-    scores = sum(len(keys & {*read_json(path)["corpora"]}) for path in files if path.exists())
-    text = f"{scores} of {len(keys) * len(wanted)} perplexities" if scores else ""
+    files = [path for stage in wanted if (path := folder / stage / "scores.json").exists()]
+    scores = [read_json(path)["scores"] for path in files]
+    corpora = {Path(name).name for name in asked["corpora"]}
+    extent = {"window": asked.get("window"), "limit": asked.get("max_windows")}
+    n = sum(
+        s["data"] in corpora and extent.items() <= s["facts"].items()
+        for part in scores
+        for s in part
+    )
+    text = f"{n} of {len(corpora) * len(wanted)} perplexities" if n else ""
     if asked.get("tasks"):
-        zeroshot = [stage for stage in wanted if (folder / stage / "zeroshot.json").exists()]
-        text += f", tasks of {len(zeroshot)} of {len(wanted)} models"
+        n = sum(any(s["measure"] != "ppl_token" for s in part) for part in scores)
+        text += f", tasks of {n} of {len(wanted)} models"
     # The last stage has no folder of its own: it is done where the job that had it ended well.
     ended = folder / ENDED
     done = ended.exists() and '"code": 0' in _text(ended)

@@ -1,9 +1,7 @@
 """The stage `evaluate`: perplexity and zero-shot scores of the dense model and of each stage's.
 
-The results lie beside the model they score: `<run>/<stage>/perplexity.json` and `zeroshot.json`,
-for the dense model in `<run>/dense/`, for one that came pruned in `<run>/given/`. What is scored
-already, on the same windows or rows, is not scored again; what was scored of other weights, a model
-that has changed since, does not count.
+The scores are in `scores.json` beside each model; those of the dense model in `<run>/dense/`, those
+of a model that came pruned in `<run>/given/`. What is scored already is not scored again.
 """
 
 from __future__ import annotations
@@ -17,24 +15,20 @@ import torch
 
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import Config
-from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.lm_eval_tasks import Task
-from cap_llm.evaluation.results import earlier, facts_of, job
+from cap_llm.evaluation.scores import FILE, Score, ScoreFile
+from cap_llm.evaluation.zeroshot import score_tasks
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.directory import Row, write_sparsity
 from cap_llm.models.files import fingerprint
 from cap_llm.models.hub import found_here, further_model
 from cap_llm.models.masks import count_zeros
 from cap_llm.models.skeleton import skeleton
-from cap_llm.runtime.console import Console, format_duration
+from cap_llm.runtime.console import format_duration
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import write_json
 from cap_llm.runtime.memory import Memory
 from cap_llm.runtime.rundir import Run
-from cap_llm.runtime.world import World
 from cap_llm.text.reading import ScoredText, Texts
-
-FILE = "perplexity.json"
 
 
 def outside_models(source: Path, config: Config, run: Run) -> dict[str, Path]:
@@ -100,7 +94,7 @@ def evaluate(
     """Scores model directories.
 
     Args:
-        models: by the name of the folder of the run that takes the result (`dense`, `given`,
+        models: by the name of the folder of the run that takes the scores (`dense`, `given`,
             `oneshot`).
         texts: the windows to score.
         tasks: the zero-shot tasks to score.
@@ -113,111 +107,77 @@ def evaluate(
     for stage, folder in models.items():
         place, _ = run.stage(stage, config.recipe(stage))
         run.bind(place, config.recipe(stage))
-        facts = facts_of(folder, config, run.world) | {"stage": stage}
-        if stage == "dense" and "given" in models:
-            facts["model"] = str(folder)
-        if texts.scored:
-            path = place / FILE
-            corpora = score_corpora(
-                folder, texts.scored, config, facts, path, run.path, run.world, run.console
-            )
-            for key, entry in corpora.items():
-                run.metric("evaluate", 0, {f"{stage} {key}": entry["ppl_token"]})
+        file = ScoreFile(folder, place / FILE, stage, run.world, run.console)
+        scores = score_corpora(file, texts.scored, config.runtime.activation_gib, run.path)
         if tasks:
-            path = place / zeroshot.FILE
-            results = zeroshot.score_tasks(
-                folder,
-                tasks,
-                config.evaluate,
-                facts,
-                path,
-                run.world,
-                run.console,
-                config.model.tokenizer,
-            )
-            for key, entry in results["tasks"].items():
-                run.metric(
-                    "evaluate", 0, {f"{stage} {key}": entry["acc"]} if "acc" in entry else {}
-                )
+            scores += score_tasks(file, tasks, config.evaluate, config.model.tokenizer)
+        for score in scores:
+            if score.measure in ("ppl_token", "acc"):
+                run.metric("evaluate", 0, {f"{stage} {score.name}": score.value})
         run.world.barrier()
 
 
 def score_corpora(
-    folder: Path,
-    scored: list[ScoredText],
-    config: Config,
-    facts: dict,
-    path: Path | None,
-    scratch: Path | None,
-    world: World,
-    console: Console,
-) -> dict[str, dict]:
-    """Perplexity of a model directory on each text.
+    file: ScoreFile,
+    texts: list[ScoredText],
+    activation_gib: float | None = None,
+    scratch: Path | None = None,
+) -> list[Score]:
+    """Measures the perplexity of a model on each text, unless its file has it.
 
     Args:
-        folder: the model.
-        scored: the windows.
-        config: the run's settings.
-        facts: what the file says of the model besides, and of the job; see `results.facts_of`.
-        path: the file that is written after each text, and read for what it holds already.
-        scratch: where activations go that do not fit in memory; None: a temporary folder.
-        world: the ranks.
-        console: where progress goes.
-
-    Returns:
-        The asked texts' entries, by corpus and window.
+        file: the model and its scores; written after each text.
+        texts: the windows.
+        activation_gib: memory for activations per rank.
+        scratch: folder to spill activations to; None: a temporary folder.
 
     Raises:
         UserError: the model has no perplexity or overflows.
     """
-    stage = facts.get("stage", folder.name)
-    results = earlier(path, ("corpora",), facts, world, console)["corpora"]
-    for text in scored:
-        known = results.get(text.key)
-        if not known or known.get("text_sha256") != text.digest:
-            title = f"{stage} on {text.name}"
-            known = _score(folder, title, text, config, scratch, world, console)
-            results[text.key] = known = known | job(facts)
-            if world.is_main and path:
-                write_json(path, facts | {"corpora": results})
-        console.say(
-            f"{stage}: ppl_token@{known['window']} {known['ppl_token']:.4f} on {text.name} "
-            f"({known['windows']} windows, BOS {known['bos']}, {format_duration(known['seconds'])})"
+    scores = []
+    for text in texts:
+        data, (n, window) = Path(text.name).name, text.windows.shape
+        facts = {"window": window, "limit": text.limit, "text_sha256": text.digest}
+        if not (known := file.find(data, **facts)):
+            known = [_score(file, data, facts, text, activation_gib, scratch)]
+            file.add(known)
+        (score,) = known
+        file.console.say(
+            f"{file.title}: ppl_token@{window} {score.value:.4f} on {text.name} ({n} windows, BOS "
+            f"{score.facts['bos']}, {format_duration(score.details['seconds'])})"
         )
-    return {text.key: results[text.key] for text in scored}
+        scores.append(score)
+    return scores
 
 
 def _score(
-    folder: Path,
-    title: str,
+    file: ScoreFile,
+    data: str,
+    facts: dict,
     text: ScoredText,
-    config: Config,
+    activation_gib: float | None,
     scratch: Path | None,
-    world: World,
-    console: Console,
-) -> dict:
-    start = time.monotonic()
+) -> Score:
+    start, world = time.monotonic(), file.world
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".scratch-") as place:
-        model = BlockModel.open(folder, world.device)
-        with console.bar(title, len(model), "blocks") as bar:
-            memory = Memory.plan(world.device, config.runtime.activation_gib)
+        model = BlockModel.open(file.folder, world.device)
+        with file.console.bar(f"{file.title} on {text.name}", len(model), "blocks") as bar:
+            memory = Memory.plan(world.device, activation_gib)
             nll = streamed_nll(model, text.windows, world, memory, Path(place), bar.advance)
     if not math.isfinite(nll):
         raise UserError(
-            f"the perplexity of {folder} is not finite: the model overflows; "
-            "check its weights, or use one stored in bfloat16 or float32"
+            f"{file.folder}: the perplexity is not finite because the model overflows. Check its "
+            "weights, or use weights stored in bfloat16 or float32."
         )
     n_windows, window = text.windows.shape
-    scored = n_windows * (window - 1)
-    return {
-        "ppl_token": math.exp(nll / scored),
-        "window": window,
+    tokens = n_windows * (window - 1)
+    facts = facts | {
         "windows": n_windows,
-        "tokens": scored,
-        "nll": nll / scored,
         "bos": text.bos,
-        "origin": text.origin,
-        "text_sha256": text.digest,
         "computed_in": str(model.dtype).removeprefix("torch."),
-        "seconds": round(time.monotonic() - start, 2),
+        "torch": file.versions["torch"],
+        "transformers": file.versions["transformers"],
     }
+    seconds = round(time.monotonic() - start, 2)
+    details = {"nll": nll / tokens, "origin": text.origin, "seconds": seconds}
+    return Score("ppl_token", data, math.exp(nll / tokens), tokens, None, facts, details)

@@ -53,8 +53,8 @@ def check_recovery(
     student = ds_config.student_settings(settings, world)
     ds_config.teacher_settings(settings, world, student)
     for package in ("tensorboard", "wandb"):
-        if getattr(settings, package):
-            require(package, f"recover.{package}")
+        if getattr(settings.log, package):
+            require(package, f"recover.log.{package}")
     if not (Path(config.output_dir) / "recover" / "recipe.json").exists():
         checkpoints.named(settings)  # later on it may be needed no more
     dtype = engines.compute_dtype(settings, world)
