@@ -155,7 +155,7 @@ def describe(kind: Any) -> str:
     if origin is list:
         return f"a list such as [a, b] of {describe(inner[0])}"
     if origin is dict:
-        return 'a mapping from names to numbers, such as {"*.down_proj": 0.4}'
+        return 'a mapping from unique names to numbers, such as {"*.down_proj": 0.4}'
     if origin in (types.UnionType, Union):
         return " or ".join(map(describe, inner))
     if dataclasses.is_dataclass(kind):

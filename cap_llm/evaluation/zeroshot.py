@@ -1,7 +1,7 @@
 """Zero-shot scores of a model directory by lm-eval: all of its metrics, with standard errors.
 
 A task whose scores are in the model's `scores.json`, of the same rows, prompts and version of
-lm-eval, is skipped. Each rank holds the whole model and takes its share of the requests.
+lm-eval, is skipped. Each rank holds the whole model and computes its share of the requests.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from cap_llm.config import EvaluateConfig
-from cap_llm.evaluation.lm_eval_tasks import (
-    SETS,
-    Task,
-    members,
-    prompts_digest,
-)
+from cap_llm.evaluation.lm_eval_tasks import SETS, Task, members, prompts_digest
 from cap_llm.evaluation.scores import Score, ScoreFile
 from cap_llm.models.files import text_settings
 from cap_llm.models.hub import load_whole
@@ -37,15 +32,15 @@ def score_tasks(
 
     Args:
         file: the model and its scores; written after each task.
-        tasks: what to score, see `find_tasks`.
-        config: the limit, the batch size, and the sets whose means are printed.
-        tokenizer: directory or file, if the model has no tokenizer.
+        tasks: the tasks to score, from `find_tasks`.
+        config: the limit, the batch size and the sets to average.
+        tokenizer: directory or file, for a model without a tokenizer.
 
     Returns:
         The scores of all tasks, one per metric of lm-eval.
 
     Raises:
-        UserError: the model gives no next-token logits, is damaged, or does not fit.
+        UserError: the model is not a causal LM, is damaged, or does not fit in memory.
     """
     check_causal(file.folder)
     world, lm, result = file.world, None, {}
@@ -54,7 +49,8 @@ def score_tasks(
             built = task.build(Path(scratch))
             if len(set(world.gather(task.digest))) > 1:
                 raise UserError(
-                    f"task {task.name}: ranks read different rows. Give all nodes the same data."
+                    f"task {task.name}: the ranks read different rows. Use the same data on all "
+                    "nodes."
                 )
             facts = {
                 "limit": config.limit,
@@ -63,7 +59,7 @@ def score_tasks(
                 "tokenizer": tokenizer and str(Path(tokenizer).resolve()),
                 "lm_eval": file.versions["lm_eval"],
             }
-            scores, when = file.find(task.name, **facts), "scored before"
+            scores, when = file.find(task.name, **facts), "already scored"
             if not scores:
                 lm = lm or _open(file, tokenizer, config.batch_size)
                 lm.title = f"{file.title}: {task.name}"
@@ -96,47 +92,46 @@ def describe(scores: list[Score]) -> str:
         for s in scores
     ]
     if truncated := scores[0].details["truncated"]:
-        texts.append(f"{truncated} requests cut to the model's positions")
+        texts.append(f"{truncated} requests truncated to the model's positions")
     return ", ".join([*texts, f"{scores[0].n} items"])
 
 
 def check_causal(folder: Path) -> None:
-    """Checks that a directory's model is a causal language model.
+    """Checks that a directory holds a causal language model.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not.
     """
     kind = model_class(folder)
     if kind not in AutoModelForCausalLM._model_mapping.values():
         raise UserError(
-            f"{folder} is a {kind.__name__}, which gives no next-token logits. Choose a causal "
-            "language model."
+            f"{folder} is a {kind.__name__}, not a causal language model, so it has no zero-shot "
+            "scores"
         )
 
 
-def _open(file: ScoreFile, tokenizer: str | None, batch_size: int):
-    """Loads the model as lm-eval calls it."""
-    from cap_llm.evaluation.lm_eval_model import SharedLM, quiet
+def _open(file: ScoreFile, path: str | None, batch_size: int):
+    """Loads the model for lm-eval."""
+    from cap_llm.evaluation.lm_eval_model import DistributedHFLM, quiet
 
     quiet()
     folder, world = file.folder, file.world
-    reader = load_tokenizer(tokenizer or str(folder), text_settings(folder).get("vocab_size"))
-    # tensor by tensor to the device: several copies would fill a node's main memory
+    tokenizer = load_tokenizer(path or str(folder), text_settings(folder).get("vocab_size"))
+    # directly onto the device: one copy per rank could fill a node's main memory
     dtype = "float32" if world.device.type == "cpu" else "auto"
     model = load_whole(folder, dtype=dtype, device_map={"": world.device})
-    return SharedLM(model.eval(), reader, batch_size, world, file.console)
+    return DistributedHFLM(model.eval(), tokenizer, batch_size, world, file.console)
 
 
 def _score(lm, task: Task, built, facts: dict, versions: dict) -> list[Score]:
     from cap_llm.evaluation.lm_eval_model import evaluate_task
 
-    start, cut = time.monotonic(), lm.truncated
-    found = evaluate_task(lm, task.name, built, members(built), facts["limit"])
-    results = found["results"].get(task.name, {})
-    counts = found["n-samples"].values()
+    start, n_truncated = time.monotonic(), lm.truncated
+    results = evaluate_task(lm, built, members(built), facts["limit"])
+    counts = results["n-samples"].values()
     facts = facts | {
-        "shots": found["n-shot"].get(task.name),
-        "version": found["versions"].get(task.name),
+        "shots": results["n-shot"].get(task.name),
+        "version": results["versions"].get(task.name),
         "computed_in": str(lm.model.dtype).removeprefix("torch."),
         "torch": versions["torch"],
         "transformers": versions["transformers"],
@@ -145,22 +140,23 @@ def _score(lm, task: Task, built, facts: dict, versions: dict) -> list[Score]:
         "of": sum(n["original"] for n in counts),
         "origin": task.origin,
         "positions": lm.max_length,
-        "truncated": lm.truncated - cut,
+        "truncated": lm.truncated - n_truncated,
         "batch_size": lm.batch_size,
         "seconds": round(time.monotonic() - start, 2),
     }
     n, scores = sum(n["effective"] for n in counts), []
-    for key, value in results.items():
-        metric, comma, filter_ = key.partition(",")  # as in `acc,none` and `acc_stderr,none`
+    metrics = results["results"].get(task.name, {})
+    for key, value in metrics.items():
+        metric, comma, filter_ = key.partition(",")  # `acc,none`, `acc_stderr,none`
         if not comma or metric.endswith("_stderr") or not _is_finite(value):
             continue
-        error = results.get(f"{metric}_stderr,{filter_}")
+        error = metrics.get(f"{metric}_stderr,{filter_}")
         error = error if _is_finite(error) else None
         measure = metric if filter_ == "none" else f"{metric}@{filter_}"
         scores.append(Score(measure, task.name, value, n, error, facts, details))
     if not scores:
-        parts = ", ".join(sorted(found["results"]))
-        raise UserError(f"lm-eval's group {task.name} has no score of its own; name tasks: {parts}")
+        parts = ", ".join(sorted(results["results"]))
+        raise UserError(f"lm-eval's group {task.name} has no score. Name its tasks: {parts}.")
     return scores
 
 

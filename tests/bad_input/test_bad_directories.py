@@ -87,7 +87,7 @@ def test_one_model_and_text_by_other_paths_is_the_same_run(
     given = ["--model.path", "model", "--output_dir", "run", "--calibration.corpus", "text.txt"]
     assert "done already" in accept(*given)
     (place / "text.txt").write_text("other words " * 400)
-    assert "calibration.corpus was" in refuse(*given, started=True)
+    assert "calibration.corpus" in refuse(*given, started=True)
 
 
 def test_a_model_in_the_working_directory_has_a_name(accept, llama, out, monkeypatch):
@@ -122,7 +122,6 @@ def test_a_directory_in_use_is_refused(refuse, accept, out):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         message = refuse(started=True)
     assert f"output_dir {out}" in message
-    assert "wait" in message
     assert "done already" in accept()  # the lock goes with its holder
 
 

@@ -48,13 +48,13 @@ OPTIONS = {
         ["--oneshot.pattern", "2:4", "--oneshot.allocation", "owl"],
         ["oneshot.allocation owl", "2:4"],
     ),
-    "block of none": (["--oneshot.block_size", "0"], ["oneshot.block_size is 0", "at least 1"]),
+    "block of none": (["--oneshot.block_size", "0"], ["oneshot.block_size is 0", ">= 1"]),
     "damping 0": (["--oneshot.damping", "0"], ["oneshot.damping is 0", "(0, 1)"]),
     "OWL too strong": (
         ["--oneshot.owl.strength", "0.7"],
         ["oneshot.owl.strength is 0.7", "(0, 0.5)"],
     ),
-    "OWL threshold": (["--oneshot.owl.threshold", "1"], ["oneshot.owl.threshold is 1", "above 1"]),
+    "OWL threshold": (["--oneshot.owl.threshold", "1"], ["oneshot.owl.threshold is 1", "> 1"]),
     "layer of 1.3": (
         ["--oneshot.layers", '{"*.q_proj": 1.3}'],
         ["oneshot.layers", "'*.q_proj'", "1.3", "[0, 1)"],
@@ -63,11 +63,11 @@ OPTIONS = {
         ["--oneshot.pattern", "2:4", "--oneshot.layers", '{"*.q_proj": 0.3}'],
         ["oneshot.layers", "'*.q_proj'", "0.3", "2:4 fixes it at 0.5"],
     ),
-    "no sequence": (["--calibration.sequences", "0"], ["calibration.sequences is 0", "at least 1"]),
-    "one token": (["--calibration.length", "1"], ["calibration.length is 1", "at least 2"]),
-    "window of one": (["--evaluate.window", "1"], ["evaluate.window is 1", "at least 2"]),
-    "no window": (["--evaluate.max_windows", "0"], ["evaluate.max_windows is 0", "at least 1"]),
-    "a layer twice": (["--oneshot.layers", '{"a": 0.4, "a": 0.5}'], ["oneshot.layers", "once"]),
+    "no sequence": (["--calibration.sequences", "0"], ["calibration.sequences is 0", ">= 1"]),
+    "one token": (["--calibration.length", "1"], ["calibration.length is 1", ">= 2"]),
+    "window of one": (["--evaluate.window", "1"], ["evaluate.window is 1", ">= 2"]),
+    "no window": (["--evaluate.max_windows", "0"], ["evaluate.max_windows is 0", ">= 1"]),
+    "a layer twice": (["--oneshot.layers", '{"a": 0.4, "a": 0.5}'], ["oneshot.layers", "unique"]),
     "an alias": (["--oneshot.layers", "*a"], ["oneshot.layers", "'*a'"]),
     "no model": (["--model.path", ""], ["model.path"]),
     "no directory": (["--output_dir", ""], ["output_dir"]),
@@ -182,7 +182,7 @@ def test_a_broken_file_of_settings_is_named(refuse, tmp_path):
 
 def test_an_unquoted_pattern_in_a_file_is_told_to_be_quoted(refuse, tmp_path):
     (tmp_path / "mine.yaml").write_text("oneshot:\n  pattern: 2:4\n")
-    assert "quote" in refuse("--config", tmp_path / "mine.yaml")
+    assert "Quote" in refuse("--config", tmp_path / "mine.yaml")
 
 
 def test_a_file_of_settings_that_is_no_text_is_refused(refuse, tmp_path):

@@ -275,7 +275,7 @@ def test_a_stage_added_before_a_finished_one_is_refused(tiny, entry, capsys):
     model = tiny("llama")
     assert entry(model, "--stages", "[oneshot, reconstruct]")[1] == 0
     assert entry(model, "--stages", "[sds, reconstruct]")[1] == 2
-    assert "start was 'oneshot' there and is 'sds' now" in capsys.readouterr().err
+    assert "start: 'oneshot', now 'sds'" in capsys.readouterr().err
 
 
 def test_sds_with_its_adjustment_is_as_good_on_two_ranks(tiny, text_file, tmp_path):

@@ -283,7 +283,7 @@ REFUSED = {
     ),
     "a negative share": (
         lambda a: {"recover.contrast.token_weight": -1},
-        ["recover.contrast.token_weight is -1", "at least 0"],
+        ["recover.contrast.token_weight is -1", ">= 0"],
     ),
     "too many segments": (
         lambda a: {"recover.contrast.segments": 20},
