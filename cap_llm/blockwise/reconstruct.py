@@ -35,10 +35,11 @@ from cap_llm.blockwise.cache import ActivationCache
 from cap_llm.blockwise.prune import PrunedBlock, record_unchanged
 from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
-from cap_llm.config import Config
+from cap_llm.config import Config, ReconstructConfig
 from cap_llm.models.blocks import BlockModel, Call, stored_dtype
 from cap_llm.models.directory import patterns
 from cap_llm.models.masks import Masks
+from cap_llm.models.result import Result
 from cap_llm.models.skeleton import states_of
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
@@ -123,7 +124,13 @@ def reconstruct(pruned: Path, dense: Path, texts: Texts, config: Config, run: Ru
                 work.report(j, all_results[j])
             bar.advance(round_[-1] + 1 - passed)
             passed = round_[-1] + 1
-    return work.finish()
+    return work.finish(label(config.reconstruct, work.before))
+
+
+def label(settings: ReconstructConfig, before: Result) -> tuple[str, str]:
+    """Method and amount of a result, for reports; papers use dense inputs."""
+    inputs = " (dense inputs)" * (settings.inputs == "dense")
+    return f"{before.method} + reconstruction{inputs}", before.amount
 
 
 class _Trainer:

@@ -33,10 +33,11 @@ from cap_llm.blockwise.prune import (
 )
 from cap_llm.blockwise.stage import BlockStage, masks_of_block, start_masks
 from cap_llm.blockwise.walk import Walk
-from cap_llm.config import Config
+from cap_llm.config import Config, SdsConfig
 from cap_llm.models.blocks import BlockModel, Group, matrix
 from cap_llm.models.directory import recorded, removed
 from cap_llm.models.masks import Masks
+from cap_llm.models.result import Result
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
 from cap_llm.runtime.memory import Memory
@@ -98,7 +99,15 @@ def sds(pruned: Path, dense: Path, texts: Texts, config: Config, run: Run) -> Pa
                     run.world.barrier()
                     work.report(i, result)
             bar.advance()
-    return work.finish()
+    return work.finish(label(config.sds, work.before))
+
+
+def label(settings: SdsConfig, before: Result) -> tuple[str, str]:
+    """Method and amount of a result, for reports; only mode `paper` is SDS as published."""
+    name = "SDS" if settings.mode == "paper" else "SDS (gram)"
+    name += " without adjustment" * (not settings.adjust)
+    name = name if settings.redensify else "adjustment"
+    return f"{before.method} + {name}", before.amount
 
 
 def plan_second_prune(masks: Masks, dense: BlockModel, config: Config) -> dict[str, float]:

@@ -27,6 +27,13 @@ from cap_llm.models.checkpoint import ShardWriter
 from cap_llm.models.directory import Row, kind, verify, write_sparsity
 from cap_llm.models.files import fingerprint, weights_and_masks
 from cap_llm.models.masks import PRUNED, Masks
+from cap_llm.models.result import (
+    Result,
+    dense_name,
+    finish_result,
+    outside_result,
+    read_result,
+)
 from cap_llm.runtime.console import format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import digests, read_json, write_json
@@ -51,6 +58,7 @@ class BlockStage:
     Attributes:
         folder: where the result lies.
         done: whether it is finished.
+        before: the result of the pruned model that it starts from.
         model: the model whose blocks are rewritten, once `begin` was called.
 
     Raises:
@@ -69,6 +77,7 @@ class BlockStage:
         self.folder, done = run.stage(name, recipe)
         self.done = done is not None
         self.parts = self.folder / "blocks"
+        self.before = run.world.decide(lambda: self._read_before(dense))
         self._inputs = {}
         for field, model in (("model", source), ("dense", dense)):
             self._inputs[field] = fingerprint(model) if model and run.world.is_main else None
@@ -77,6 +86,13 @@ class BlockStage:
             if run.world.is_main:
                 shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
             run.console.say(f"{self.name}: done already, in {self.folder}")
+
+    def _read_before(self, dense: Path | None) -> Result | None:
+        """The result of the model that the stage starts from; None if it is dense."""
+        before = read_result(self._source)
+        if before is None and dense:
+            before = outside_result(self._source, "given", dense_name(self.recipe["model"]))
+        return before
 
     def begin(self, texts: Texts, config: Config, dtype: torch.dtype | None = None) -> None:
         """Opens the model and looks for what is finished.
@@ -187,8 +203,12 @@ class BlockStage:
         self.run.console.say(text)
         self.run.metric(self.name, i + 1, values)
 
-    def finish(self, **facts) -> Path:
-        """Joins and verifies the model, writes `done.json` with `facts` and returns the folder.
+    def finish(self, label: tuple[str, str], **facts) -> Path:
+        """Joins and verifies the model, writes `result.json` and `done.json`; the folder.
+
+        Args:
+            label: method and amount, for reports.
+            facts: further entries of `done.json`.
 
         Raises:
             UserError: what lies on disk is not what was written.
@@ -206,6 +226,13 @@ class BlockStage:
             "calibration": self._texts.origin,
             **facts,
         }
+        if world.is_main:
+            reads = "calibration" in self.recipe
+            finish_result(
+                *(run, self.folder, self.name, label, self.recipe, self.before, summary),
+                calibration=self._texts.origin if reads else None,
+                ids_sha256=self._inputs["ids_sha256"] if reads else None,
+            )
         files = weights_and_masks(self.folder) if world.is_main else ()
         run.finish_stage(self.folder, summary, files)
         if world.is_main:

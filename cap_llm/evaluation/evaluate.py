@@ -6,6 +6,7 @@ of a model that came pruned in `<run>/given/`. What is scored already is not sco
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import time
@@ -23,6 +24,7 @@ from cap_llm.models.directory import Row, write_sparsity
 from cap_llm.models.files import fingerprint
 from cap_llm.models.hub import found_here, further_model
 from cap_llm.models.masks import count_zeros
+from cap_llm.models.result import dense_name, outside_result, read_result, write_result
 from cap_llm.models.skeleton import skeleton
 from cap_llm.runtime.console import format_duration
 from cap_llm.runtime.errors import UserError
@@ -47,12 +49,13 @@ def outside_models(source: Path, config: Config, run: Run) -> dict[str, Path]:
     """
     world = run.world
     counts = {"dense": count_zeros(source, world)}
-    models = {"dense": source}
+    models, settings = {"dense": source}, dataclasses.asdict(config.model)
     dense = _known_dense(source, counts["dense"][-1], config, run)
     if dense or counts["dense"][-1]:
         models, counts = {"given": source}, {"given": counts["dense"]}
     if dense:
         models["dense"], counts["dense"] = dense, count_zeros(dense, world)
+        settings["dense"] = settings["dense"] or config.recover.teacher
     for name, folder in models.items():
         place, _ = run.stage(name, config.recipe(name))
         run.bind(place, config.recipe(name))
@@ -63,6 +66,8 @@ def outside_models(source: Path, config: Config, run: Run) -> dict[str, Path]:
                 for n, (shape, zeros) in found.items()
             ]
             write_sparsity(place, folder.resolve().name, rows, whole)
+            result = outside_result(folder, name, dense_name(settings))
+            write_result(place, read_result(folder) or result, folder)
     return models
 
 

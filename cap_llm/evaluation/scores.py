@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from cap_llm.models.files import fingerprint, weights_digest
 from cap_llm.runtime.console import Console
-from cap_llm.runtime.environment import environment
+from cap_llm.runtime.environment import Environment, environment
 from cap_llm.runtime.files import matching, read_json, write_json
 from cap_llm.runtime.world import World
 
@@ -43,7 +43,7 @@ class Score:
     stderr: float | None = None
     facts: dict[str, str | int | float | None] = field(default_factory=dict)
     details: dict = field(default_factory=dict)
-    job: dict = field(default_factory=dict)
+    job: Environment | None = None
 
     @property
     def name(self) -> str:

@@ -30,6 +30,7 @@ _NOT_COPIED = {
     "recipe.json",
     "done.json",
     "scores.json",
+    "result.json",
     "owl.json",
     "calibration.json",
     "level.json",

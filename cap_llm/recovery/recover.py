@@ -35,6 +35,13 @@ from cap_llm.models.blocks import BlockModel
 from cap_llm.models.files import fingerprint, remove_weights, weights_and_masks
 from cap_llm.models.hub import further_model
 from cap_llm.models.masks import Masks
+from cap_llm.models.result import (
+    Result,
+    dense_name,
+    finish_result,
+    outside_result,
+    read_result,
+)
 from cap_llm.recovery.banks import Banks
 from cap_llm.recovery.check import (
     check_first_level,
@@ -124,6 +131,24 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     }
     if world.is_main:
         write_json(folder / "recovery.json", summary)
+        pruned = read_result(folder / "levels" / str(len(levels)) / "pruned") or work.before
+        per_step = settings.optimizer.batch * settings.length
+        curve = [
+            [
+                ((n * settings.steps + int(step)) * per_step, ppl)
+                for step, ppl in record["held_out_ppl"].items()
+            ]
+            for n, record in enumerate(work.records)
+        ]
+        finish_result(
+            *(run, folder, STAGE, label(settings, pruned), recipe, work.before, summary),
+            calibration=texts.origin if levels else None,
+            ids_sha256=texts.calibration_digest if levels else None,
+            training=f"{text.origin} in sequences of {settings.length} tokens",
+            tokens=summary["tokens"],
+            curve=curve,
+            dense_ppl=work.records[-1]["dense_held_out_ppl"],
+        )
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if not config.runtime.keep_intermediate:
             for path in (*folder.glob("levels/*/*"), folder / "finetuned"):
@@ -132,6 +157,17 @@ def recover(student: Path, dense: Path, texts: Texts, config: Config, run: Run) 
     run.finish_stage(folder, summary, weights_and_masks(folder) if world.is_main else ())
     run.console.say(f"recover: done in {format_duration(seconds)}, in {folder}")
     return folder
+
+
+def label(settings: RecoverConfig, before: Result | None) -> tuple[str, str]:
+    """Method and amount of a result, for reports.
+
+    Args:
+        settings: of the recovery.
+        before: the pruned model that was trained last; None if it was dense.
+    """
+    method, amount = (before.method, before.amount) if before else ("dense", "")
+    return f"{method} + recovery" + " on a schedule" * bool(settings.levels), amount
 
 
 class _Recovery:
@@ -171,6 +207,11 @@ class _Recovery:
         models = self._models.items() if self.world.is_main else ()
         prints = {name: fingerprint(path) for name, path in models}
         self._inputs = self.world.gather({"text": text.digest} | prints)[0]
+        self.before = self.world.decide(lambda: read_result(start))
+        if self.before is None and self.masks:
+            model = dataclasses.asdict(config.model)
+            model |= {"dense": s.teacher} if self._taught_by_dense else {}
+            self.before = outside_result(start, "given", dense_name(model))
 
     def check(self) -> None:
         """Raises:

@@ -44,6 +44,7 @@ class Run:
     Attributes:
         contents: checksums of the models and texts, by the option that names them; a model is
             identified by its checksum, not by its path.
+        name: what the user calls the run.
 
     Raises:
         UserError: the directory is not usable, or another job has locked it.
@@ -52,6 +53,7 @@ class Run:
     def __init__(self, path: str, world: World, console: Console):
         self.path, self.world, self.console = Path(path), world, console
         self.contents: dict[str, str] = {}
+        self.name = ""
         self._metrics = self._lock = None
         self._verified: set[Path] = set()
         self._trackers: list = []
@@ -74,7 +76,8 @@ class Run:
             raise disk_error(self.path, name, error) from None
 
     def describe(self, name: str, config_yaml: str) -> None:
-        """Writes `config.yaml` and `environment.json`."""
+        """Names the run, and writes `config.yaml` and `environment.json`."""
+        self.name = name
         if self.world.is_main:
             with atomic(self.path / "config.yaml") as temporary:
                 temporary.write_text(config_yaml, encoding="utf-8")
