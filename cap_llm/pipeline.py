@@ -55,7 +55,7 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
     from cap_llm.models.files import has_weights
     from cap_llm.models.hub import contents, locate, prepare
     from cap_llm.report.card import write_cards
-    from cap_llm.report.runs import collect
+    from cap_llm.report.runs import read_runs
     from cap_llm.report.write import write_report
     from cap_llm.runtime.rundir import Run, check_run_dir
     from cap_llm.runtime.world import World
@@ -106,9 +106,9 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         world.barrier()
         if world.is_main:
             write_cards(run.path)  # again, with the scores
-            results = collect(run.path)
-            title = config.name or results[-1].name
-            page = write_report(results, run.path, title, console)
+            models, problems = read_runs([run.path])
+            title = config.name or (models[-1].name if models else run.path.name)
+            page = write_report(models, problems, run.path, title, console)
             console.say(f"report: {page}", loud=True)
     except BaseException as error:
         error = as_user_error(error)

@@ -19,7 +19,7 @@ from pathlib import Path
 from tables import arguments
 
 from cap_llm.cli.matrix import DENSE, Matrix, Row
-from cap_llm.report.runs import Result, collect
+from cap_llm.report.runs import Model, read_runs
 from cap_llm.report.write import write_report
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
@@ -72,13 +72,14 @@ def main() -> int:
     matrix = Matrix(args.out, args.model, {"config": "opt-125m-acceptance"})
     if code := matrix.run_all(ROWS, lambda row: matrix.run(row, {}), console):
         return code
-    results = {row.name: collect(matrix.folder(row))[-1] for row in ROWS}
+    models, problems = read_runs([matrix.folder(row) for row in ROWS])
+    by_row = {row.name: [m for m in models if m.run == matrix.folder(row)][-1] for row in ROWS}
     try:
-        page = write_report(list(results.values()), args.out, "OPT-125m: acceptance", console)
+        page = write_report(models, problems, args.out, "OPT-125m: acceptance", console)
     except UserError as error:
         print(f"acceptance.py: error: {error}", file=sys.stderr)
         return 2
-    rows, n_outside = verdicts(results)
+    rows, n_outside = verdicts(by_row)
     columns = ["run", "corpus", "measured", "published", "difference", "range", ""]
     console.table("Acceptance", columns, rows)
     n = len(TARGETS) + len(BELOW)
@@ -86,12 +87,12 @@ def main() -> int:
     return 1 if n_outside else 0
 
 
-def verdicts(results: dict[str, Result]) -> tuple[list[list[str]], int]:
+def verdicts(models: dict[str, Model]) -> tuple[list[list[str]], int]:
     """A row for each target and control, and how many targets are missed or not measured."""
 
     def measured(name: str, corpus: str) -> float | None:
-        figures = results[name].figures_of("ppl")
-        return next((f.value for f in figures if f.name == corpus), None)
+        scores = (s for s in models[name].scores if s.measure == "ppl_token")
+        return next((score.value for score in scores if score.data == corpus), None)
 
     goals = {  # (run, corpus): published, range in words, lowest, highest
         key: (published, f"{low:g} to {high:g}" if low else f"at most {high:g}", low, high)
