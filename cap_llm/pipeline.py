@@ -13,7 +13,7 @@ from cap_llm.models.files import has_weights, remove_weights
 from cap_llm.models.hub import contents, further_model, hub_config, locate, prepare
 from cap_llm.preflight import check_corpora, preflight
 from cap_llm.report.card import write_cards
-from cap_llm.report.runs import collect
+from cap_llm.report.runs import read_runs
 from cap_llm.report.write import write_report
 from cap_llm.runtime.console import SILENT, Console
 from cap_llm.runtime.errors import UserError, as_user_error
@@ -72,8 +72,9 @@ def pipeline(config: Config, config_yaml: str, console: Console) -> None:
         world.barrier()
         if world.is_main:
             write_cards(run.path)
-            results = collect(run.path)
-            page = write_report(results, run.path, config.name or results[-1].name, console)
+            models, problems = read_runs([run.path])
+            title = config.name or (models[-1].name if models else run.path.name)
+            page = write_report(models, problems, run.path, title, console)
             console.say(f"report: {page}", loud=True)
     except BaseException as error:
         error = as_user_error(error)

@@ -7,7 +7,7 @@ and PTB come from the Hugging Face hub (or from `--model DIRECTORY` and CAP_LLM_
 are skipped and an interrupted row resumes. The last table gives the measured and the published
 perplexity, their difference, and whether it is within the range; the exit code is 0 if all are,
 else 1. The controls of SDS, from the same first prune, have no range. The paper's perplexity of the
-re-densified model alone (27.94 from 2:4) is not checked, because the stage saves no such model.
+re-densified model alone (27.94 from 2:4) is not checked: the stage keeps no such model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from tables import arguments
 
 from cap_llm.cli.matrix import DENSE, Matrix, Row
-from cap_llm.report.runs import Result, collect
+from cap_llm.report.runs import Model, read_runs
 from cap_llm.report.write import write_report
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.errors import UserError
@@ -45,9 +45,9 @@ ROWS = [
     Row("SparseGPT + adjustment 2:4", SDS | {"sds.redensify": False}, "sds"),
 ]
 CONTROLS = ("SparseGPT + refit 2:4", "SparseGPT + adjustment 2:4")  # of SDS
-BELOW = {"ALPS 50%": "SparseGPT 50%"}  # run -> run to beat, for a run without a published value
-# (run, corpus): published value, lowest and highest accepted value. If papers disagree or used
-# another calibration sample, the range covers their values. Lowest 0: no lower bound.
+BELOW = {"ALPS 50%": "SparseGPT 50%"}  # run -> the run that it must beat; no paper has its figure
+# (run, corpus): published, lowest and highest that is accepted. Where papers disagree, or drew
+# another calibration sample, the range spans what they print. 0: only the highest counts.
 TARGETS = {
     ("dense", "wikitext2"): ("27.66", 27.64, 27.68),
     ("dense", "ptb"): ("38.99", 38.97, 39.01),
@@ -72,13 +72,14 @@ def main() -> int:
     matrix = Matrix(args.out, args.model, {"config": "opt-125m-acceptance"})
     if code := matrix.run_all(ROWS, lambda row: matrix.run(row, {}), console):
         return code
-    results = {row.name: collect(matrix.folder(row))[-1] for row in ROWS}
+    models, problems = read_runs([matrix.folder(row) for row in ROWS])
+    by_row = {row.name: [m for m in models if m.run == matrix.folder(row)][-1] for row in ROWS}
     try:
-        page = write_report(list(results.values()), args.out, "OPT-125m: acceptance", console)
+        page = write_report(models, problems, args.out, "OPT-125m: acceptance", console)
     except UserError as error:
         print(f"acceptance.py: error: {error}", file=sys.stderr)
         return 2
-    rows, n_outside = verdicts(results)
+    rows, n_outside = verdicts(by_row)
     columns = ["run", "corpus", "measured", "published", "difference", "range", ""]
     console.table("Acceptance", columns, rows)
     n = len(TARGETS) + len(BELOW)
@@ -86,23 +87,23 @@ def main() -> int:
     return 1 if n_outside else 0
 
 
-def verdicts(results: dict[str, Result]) -> tuple[list[list[str]], int]:
-    """One row per target and control, and how many targets are missed or not measured."""
+def verdicts(models: dict[str, Model]) -> tuple[list[list[str]], int]:
+    """A row for each target and control, and how many targets are missed or not measured."""
 
     def measured(name: str, corpus: str) -> float | None:
-        figures = results[name].figures_of("ppl")
-        return next((f.value for f in figures if f.name == corpus), None)
+        scores = (s for s in models[name].scores if s.measure == "ppl_token")
+        return next((score.value for score in scores if score.data == corpus), None)
 
-    targets = {  # (run, corpus): published, range as text, lowest, highest
+    goals = {  # (run, corpus): published, range in words, lowest, highest
         key: (published, f"{low:g} to {high:g}" if low else f"at most {high:g}", low, high)
         for key, (published, low, high) in TARGETS.items()
     }
     for name, other in BELOW.items():
         limit = measured(other, "wikitext2") or 0.0
-        targets[name, "wikitext2"] = (None, f"below {other}", 0.0, limit)
-    targets |= {(name, "wikitext2"): (None, "-", 0.0, math.inf) for name in CONTROLS}
+        goals[name, "wikitext2"] = (None, f"below {other}", 0.0, limit)
+    goals |= {(name, "wikitext2"): (None, "-", 0.0, math.inf) for name in CONTROLS}
     rows, n_outside = [], 0
-    for (name, corpus), (published, accepted, low, high) in targets.items():
+    for (name, corpus), (published, accepted, low, high) in goals.items():
         ppl = measured(name, corpus)
         within = ppl is not None and low <= ppl <= high
         row = [name, corpus, "-" if ppl is None else f"{ppl:.2f}", published or "-"]

@@ -1,31 +1,33 @@
-"""The study of recovery: what each term of the objective is worth, on SmolLM2-135M.
+"""The README's recovery table: what each term of the objective is worth, on SmolLM2-135M.
 
     CAP_LLM_DATA=... python eval/study_recovery.py [WORK_DIR] [--arms "KL,KL + PrC"] [--seeds 0,1]
                      [--tokens 98304] [--whole] [--model DIR] [--set recover.optimizer.lr=1e-4 ...]
 
-All arms of a seed start from one pruned model (SparseGPT + refit), see the same tokens in the same
-order, and differ only in their objective. The seed determines calibration, text, order and units.
-Arms with a ladder start from the dense model and split the same text evenly over their rungs, so
-compare them only with each other. "dense + cross-entropy" is the dense model trained on these
-tokens, which shows what the text alone is worth. It is also FiC's fine-tuned model; its training is
-not counted. Calibration, training and held-out C4 are three files of different documents. Scores
-are on held-out C4 and on WikiText-2, its first 32 windows or, with --whole, all of it.
+The arms of a seed start from one pruned model (SparseGPT + refit), see the same tokens in the same
+order, and differ only in their objective; the seed draws calibration, text, order and units. Arms
+with a ladder start from the dense model and see the same text, split evenly over their rungs, so
+compare them with each other. "dense + cross-entropy" is the dense model trained on these tokens: it
+shows what the text alone is worth. It is also FiC's fine-tuned model; its training is not counted.
+Text is split by document: calibration, training and held-out C4 are three files. Scored on held-out
+C4 and on WikiText-2, its first 32 windows or, with --whole, all of it.
 
-The value of a term is the difference to KL alone with the same seed, so what a seed does to both is
-not part of the spread. The arms that test whether PrC and FiC add to distillation run first, with
-all their seeds: three, and two for the others, unless --seeds is given. --set applies a setting to
-every training of the arms, but not to the models they start from. Such rows are listed separately,
-and should be judged on the run's own held-out text, whose documents are not scored.
+What a term adds is the difference to KL alone of the same seed, so what a seed does to both does
+not count as spread. The arms that show whether PrC and FiC add to distillation come first, with all
+their seeds before any other arm: three seeds, two for the others, unless --seeds is given. With
+--set a setting is tried in every training of the arms (never in what they start from); such rows
+are listed separately, and should be judged on the run's own held-out text, whose documents are not
+those of the scores.
 
-Results are recorded in `eval/results/study_recovery.json`, finished runs are skipped, and the
-tables are written beside it. An interrupted run resumes from its checkpoint in WORK_DIR; failed
-runs are listed at the end. WORK_DIR keeps each run's model, 0.3 to 0.5 GB for SmolLM2. The training
-text has 888,509 tokens of SmolLM2's, of which 879,616 are not held out. A larger budget repeats
-some of it, and each such run says so.
+Finished runs are kept in `eval/results/study_recovery.json` and not repeated, and the tables are
+written beside it. An interrupted run resumes from its checkpoint in WORK_DIR; a failed run is named
+at the end. WORK_DIR keeps each run's model, 0.3 to 0.5 GB of SmolLM2. The training text holds
+888,509 tokens of SmolLM2's, 879,616 of them beside each run's own held-out part: a larger budget
+repeats some of it, and each run says so.
 
-The defaults suit two cores. At 158 tokens/s an arm trains for 10 minutes; with pruning, banks and
-scores it takes about 15, with a ladder 25 to 40. All arms take 12 hours, the first arms 3.5 (70
-minutes per seed). With a GPU use --tokens 1007616 --whole, or 860160 to read the text only once.
+The defaults are the screen for two cores. At 158 tokens/s an arm trains for 10 minutes; with
+pruning, banks and scores it takes about 15, with a ladder 25 to 40, and all of them 12 hours: 3.5
+for the first arms, an hour and ten minutes per seed. With a GPU use --tokens 1007616 --whole, or
+860160 for text that is seen only once.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from tables import arguments, markdown, mean_and_spread
 from cap_llm.cli import assets
 from cap_llm.cli.matrix import DENSE, Matrix, Row
 from cap_llm.config import ObjectiveConfig
+from cap_llm.evaluation.scores import FILE, read_scores
 from cap_llm.runtime.console import Console
 from cap_llm.runtime.files import atomic, read_json
 
@@ -61,13 +64,13 @@ ON_GPU = torch.cuda.is_available()
 
 @dataclass(frozen=True)
 class Arm:
-    """A training of the study; without an objective, only one-shot pruning.
+    """What is trained, from what; without an objective, one-shot alone.
 
     Attributes:
         objective: weights of its terms, the others 0.
         ladder: its rungs; it starts from the dense model.
         start: the arm whose model it starts from.
-        teacher: the arm whose model is the teacher.
+        teacher: the arm whose model teaches.
         base: the arm that it is compared with.
     """
 
@@ -105,8 +108,8 @@ ARMS = {
 }
 FIRST_ARMS = (PRUNED, "KL", "KL + PrC", "KL + FiC")
 LENGTH, BATCH, FIRST = 512, 4, 32
-C4_HELD_OUT = 64  # windows of 512 tokens, from documents that are used for nothing else
-UNIT = 6 * BATCH * LENGTH  # tokens that divide evenly by 1, 2 and 3 rungs
+C4_HELD_OUT = 64  # windows of 512 tokens of documents that nothing else reads
+UNIT = 6 * BATCH * LENGTH  # tokens that 1, 2 and 3 rungs share evenly
 COMMON = {
     "runtime.keep_intermediate": False,
     "calibration.length": LENGTH,
@@ -128,7 +131,7 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm, a seed and further settings `section.field=value` of its training."""
+    """One arm, seed and, in what it trains, settings of its own: `section.field=value`."""
 
     arm: str
     seed: int
@@ -136,7 +139,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The name in tables, without the seed."""
+        """Its name in a table, without the seed."""
         return f"{self.arm} ({', '.join(self.settings)})" if self.settings else self.arm
 
     @property
@@ -149,7 +152,7 @@ class Cell:
 
 
 def main() -> int:
-    """Runs the missing cells and prints the tables; returns the exit code."""
+    """Runs what is missing and prints the tables; returns the exit code."""
     args = parse()
     console = Console()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -179,16 +182,11 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("work", nargs="?", type=Path, default=Path("runs/study-recovery"))
     add("--arms", default=",".join(list(ARMS)[1:]), help="separated by commas")
-    add("--seeds", help="e.g. 0,1; default: three for the first arms, two for the others")
-    add(
-        "--tokens",
-        type=int,
-        default=8 * UNIT,
-        help=f"per arm, over all rungs; a multiple of {UNIT}",
-    )
+    add("--seeds", help="such as 0,1; without it three for the first arms, two for the others")
+    add("--tokens", type=int, default=8 * UNIT, help=f"per arm, over all its rungs; n x {UNIT}")
     add("--whole", action="store_true", help="score all of WikiText-2")
-    add("--model", type=Path, help="model directory; default: SmolLM2-135M from its package")
-    setting = "setting for every training of the arms; repeatable"
+    add("--model", type=Path, help="model directory; without it SmolLM2-135M from its package")
+    setting = "a setting of every training of the arms; may be repeated"
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=setting)
     args = parser.parse_args()
     args.arms = [arm.strip() for arm in args.arms.split(",")]
@@ -198,13 +196,13 @@ def parse() -> argparse.Namespace:
     if wrong := [s for s in args.set if not s.startswith("recover.") or "=" not in s]:
         parser.error(f"--set {wrong[0]} is not of the form recover.FIELD=VALUE")
     if args.tokens < UNIT or args.tokens % UNIT:
-        # else a ladder would train on fewer tokens than the arms that it is compared with
+        # or a ladder would train on fewer tokens than the arms that it is compared with
         parser.error(f"--tokens {args.tokens} is not a multiple of {UNIT}")
     return args
 
 
 def plan(args: argparse.Namespace) -> list[Cell]:
-    """The cells to run, in order: first arms, then others, each after the cells it needs."""
+    """What is to be done, in order: the first arms' seeds, then the others'; needs before."""
     first = [arm for arm in args.arms if arm in FIRST_ARMS]
     others = [arm for arm in args.arms if arm not in FIRST_ARMS]
     todo = [Cell(DENSE, 0)]
@@ -218,15 +216,13 @@ def plan(args: argparse.Namespace) -> list[Cell]:
 
 
 def split(work: Path) -> dict[str, Path]:
-    """Splits C4's local samples into three files of different documents."""
+    """C4's local samples as three files of different documents."""
     root = Path(os.environ.get("CAP_LLM_DATA", ""))
     documents = []
     for name in ("c4.sample-2000.jsonl.gz", "c4.sample-1480.jsonl.gz"):
         path = root / "c4" / name
         if not path.is_file():
-            raise SystemExit(
-                f"{path} does not exist. Set CAP_LLM_DATA to the folder of local data."
-            )
+            raise SystemExit(f"{path} does not exist: set CAP_LLM_DATA to the folder of local data")
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             documents.append([json.loads(line)["text"] for line in lines])
     long, short = documents
@@ -241,7 +237,7 @@ def split(work: Path) -> dict[str, Path]:
 
 
 class Study:
-    """Runs on one model with one token budget, and their results."""
+    """Runs on one model with one budget of tokens, and their figures."""
 
     def __init__(self, args: argparse.Namespace, model: Path, texts: dict[str, Path]):
         self.args, self.texts = args, texts
@@ -255,23 +251,23 @@ class Study:
         return f"{cell.title}{tokens}{model}, seed {cell.seed}"
 
     def key(self, cell: Cell) -> str:
-        """The name of a run's results, which also depend on the scored text."""
+        """The name of its figures: they also depend on how much is scored."""
         return f"{self.name_of(cell)}, {'whole' if self.args.whole else f'first {FIRST}'}"
 
     def has(self, cell: Cell) -> bool:
-        """Whether the results of a run are recorded.
+        """Whether a run is in the results.
 
         Raises:
-            SystemExit: they are of another objective than the arm has now.
+            SystemExit: it is, but with another objective than the arm has now.
         """
         key = self.key(cell)
         if key not in results():
             return False
-        recorded, objective = results()[key]["objective"], ARMS[cell.arm].objective
-        if recorded != objective:
+        was, now = results()[key]["objective"], ARMS[cell.arm].objective
+        if was != now:
             raise SystemExit(
-                f"{RESULTS}: {key!r} has the objective {recorded}, but the arm has {objective}. "
-                f"Rename the arm, or delete that row and {self.runs.folder(self.row(cell))}."
+                f"{RESULTS}: {key!r} has the objective {was}, and the arm now has {now}. Rename "
+                f"the arm, or delete that row and {self.runs.folder(self.row(cell))}."
             )
         return True
 
@@ -291,7 +287,7 @@ class Study:
             "recover.teacher": needs.get(arm.teacher, self.runs.model),
             "recover.optimizer.seed": cell.seed,
             "recover.corpus": self.texts.get("training"),
-            # The text of all rungs, so that a ladder has as many distinct tokens as other arms.
+            # A ladder has the text of all its rungs: as many distinct tokens as the other arms.
             "recover.sequences": tokens // LENGTH,
             "recover.optimizer.tokens": tokens // n_rungs,
             "recover.masks.schedule": arm.ladder,
@@ -304,7 +300,7 @@ class Study:
         return Row(name, options, "recover", 1 if ON_GPU else 2)
 
     def measure(self, row: Row) -> int:
-        """Trains a row's model and measures its perplexities; returns the exit code."""
+        """Makes a row's model and measures its perplexities; the exit code."""
         if not self.runs.has_model(row) and (code := self.runs.run(row)):
             return code
         for corpus, window, first in (
@@ -318,25 +314,26 @@ class Study:
         return 0
 
     def figures(self, cell: Cell, row: Row) -> dict:
-        """The results of a finished run, with the facts needed to compare them."""
+        """What a finished run measured, with what a reader needs to compare it."""
         folder = self.runs.model_of(row)
-        scores = read_json(folder / "perplexity.json")["corpora"]
-        limit = "" if self.args.whole else f" first {FIRST}"
+        scores = {score.name: score for score in read_scores(folder / FILE).scores}
+        most = "" if self.args.whole else f" first {FIRST}"
         keys = {
             "c4": f"c4.jsonl@{LENGTH} first {C4_HELD_OUT}",
-            "wikitext2": f"wikitext2@2048{limit}",
+            "wikitext2": f"wikitext2@2048{most}",
         }
-        fields = ("ppl_token", "window", "windows", "tokens", "bos")
         result: dict = {"arm": cell.arm, "seed": cell.seed, "settings": list(cell.settings)}
         result["objective"] = ARMS[cell.arm].objective
-        result |= {corpus: {k: scores[key][k] for k in fields} for corpus, key in keys.items()}
+        for corpus, score in ((corpus, scores[name]) for corpus, name in keys.items()):
+            facts = {name: score.facts[name] for name in ("window", "windows", "bos")}
+            result[corpus] = {"ppl_token": score.value, "tokens": score.n} | facts
         if cell.arm != DENSE:
             done = read_json(folder / "done.json")
             result |= {k: done[k] for k in ("seconds", "peak_memory_bytes")}
             counts = read_json(folder / "sparsity.json")
             result["sparsity"] = counts["pruned_matrices"]["sparsity"]
         if row.stage == "recover":
-            rungs = done["rungs"]
+            rungs = done["levels"]
             result |= {"tokens": done["tokens"], "rungs": rungs}
             rate = statistics.harmonic_mean(r["tokens_per_second"] for r in rungs)
             result["tokens_per_second"] = round(rate, 1)
@@ -349,52 +346,52 @@ class Study:
         return self.runs.model.name if self.args.model else assets.MODEL_NAME
 
     def rows(self) -> dict[str, dict[int, dict]]:
-        """The results of this model, budget and scope, by title in table order and by seed."""
-        rows: dict[str, dict[int, dict]] = {}
+        """The results of this model, budget and scope: by title in the tables' order, by seed."""
+        found: dict[str, dict[int, dict]] = {}
         for key, result in results().items():
             cell = Cell(result["arm"], result["seed"], tuple(result["settings"]))
             if cell.arm in ARMS and key == self.key(cell):
-                rows.setdefault(cell.title, {})[cell.seed] = result
+                found.setdefault(cell.title, {})[cell.seed] = result
         order = list(ARMS)
-        titles = sorted(rows, key=lambda t: (order.index(_any(rows[t])["arm"]), t))
-        return {title: rows[title] for title in titles}
+        titles = sorted(found, key=lambda t: (order.index(_any(found[t])["arm"]), t))
+        return {title: found[title] for title in titles}
 
 
 def results() -> dict:
-    """The recorded results by key."""
+    """The figures that are measured already, by key."""
     return tables.read_results(RESULTS)
 
 
 def quality(study: Study) -> list[str]:
-    """The table of scores: mean and spread over the seeds."""
+    """The scores: mean and spread over the seeds, as Markdown lines."""
     rows, lines = study.rows(), []
     scope = "" if study.args.whole else f", first {FIRST} windows"
-    head = ["arm", f"held-out C4, ppl_token@{LENGTH}", "minus KL", "gap closed"]
-    head += [f"WikiText-2, ppl_token@2048{scope}", "minus KL", "gap closed", "seeds"]
+    head = ["arm", f"held-out C4, ppl_token@{LENGTH}", "less KL", "gap closed"]
+    head += [f"WikiText-2, ppl_token@2048{scope}", "less KL", "gap closed", "seeds"]
     for title, seeds in rows.items():
         cells = [title]
         for corpus in ("c4", "wikitext2"):
-            scores = _scores(rows, title, corpus)
-            cells += [mean_and_spread(scores.values(), ".2f"), _minus_base(rows, title, corpus)]
+            mine = _scores(rows, title, corpus)
+            cells += [mean_and_spread(mine.values(), ".2f"), _less_base(rows, title, corpus)]
             start = PRUNED_2_4 if "2:4" in title else PRUNED
             dense, start = _scores(rows, DENSE, corpus).get(0), _scores(rows, start, corpus)
-            both = [s for s in scores if s in start and dense and title not in (DENSE, PRUNED)]
-            gap = [100 * (start[s] - scores[s]) / (start[s] - dense) for s in both]
+            both = [s for s in mine if s in start and dense and title not in (DENSE, PRUNED)]
+            gap = [100 * (start[s] - mine[s]) / (start[s] - dense) for s in both]
             cells.append(f"{mean_and_spread(gap, '.0f')}%" if gap else "")
         lines.append([*cells, str(len(seeds))])
     return markdown(head, lines)
 
 
 def costs(study: Study) -> list[str]:
-    """The table of held-out perplexity, time and memory: mean over the seeds."""
+    """Own held-out text, time and memory: mean over the seeds, as Markdown lines."""
     rows, lines = study.rows(), []
-    head = ["arm", "own held-out ppl", "minus KL", "minutes", "tokens/s", "GiB per rank"]
+    head = ["arm", "own held-out ppl", "less KL", "minutes", "tokens/s", "GiB per rank"]
     for title, seeds in rows.items():
         if title == DENSE:
             continue
 
         own = _scores(rows, title, "held_out_ppl")
-        cells = [mean_and_spread(own.values(), ".2f"), _minus_base(rows, title, "held_out_ppl")]
+        cells = [mean_and_spread(own.values(), ".2f"), _less_base(rows, title, "held_out_ppl")]
         for key, unit, form in (
             ("seconds", 60, ".1f"),
             ("tokens_per_second", 1, ".0f"),
@@ -407,17 +404,18 @@ def costs(study: Study) -> list[str]:
 
 
 NOTE = f"""\
-- **arms**: cross-entropy, KL and SquareHead have weight 1, or 0.5 each if the first two are
-  combined; a contrast has 0.1. All terms are
-  {", ".join(f"{name} {weight:g}" for name, weight in ALL.items())}.
-- **minus KL**: the difference to KL alone (for a ladder: on the same ladder) with the same seed on
-  the same type of CPU, because CPU types accumulate bf16 differently. Below 0 the arm is better. A
-  row with further settings is compared with KL with these settings if that exists, else with KL.
-- **gap closed**: share of the gap between the one-shot model (same seed and pattern) and the dense
-  model. `{TUNED}` was never pruned: its value above 100% is what the text alone is worth.
-- Training is in bfloat16 at a learning rate of 2e-4; scores are in float32.
-- **own held-out**: 16 sequences of other documents of the training corpus, drawn by the seed, for
-  choosing settings. Minutes include pruning and training; other work may have run beside it.
+- **arms**: cross-entropy, KL and SquareHead have weight 1, the first two a half each if combined,
+  a contrast 0.1; all terms are {", ".join(f"{name} {weight:g}" for name, weight in ALL.items())}.
+- **less KL**: the difference to KL alone (for a ladder: on the same ladder) of the same seed on the
+  same kind of processor, because kinds accumulate 16-bit sums differently. Below 0 the arm is
+  better. A row with settings of its own is compared with KL with these settings if there is such a
+  row, else with KL.
+- **gap closed**: of the gap between the one-shot model of the same seed and pattern and the dense
+  model. Above 100% for `{TUNED}` is what the text alone is worth: it was never pruned.
+- Training is in bfloat16 at a rate of 2e-4, scores are in float32.
+- **own held-out**: 16 sequences of other documents of the training corpus, drawn by the seed; the
+  text to choose settings by. Minutes cover a run's pruning and training; other work may have run at
+  the same time.
 """.split("\n")
 
 
@@ -425,9 +423,7 @@ def write_page(study: Study) -> None:
     """Writes the tables to `study_recovery.md`."""
     whole = " --whole" if study.args.whole else ""
     page = ["# What the terms of recovery are worth", ""]
-    page += [
-        f"Generated by `python eval/study_recovery.py --tokens {study.args.tokens}{whole}` for"
-    ]
+    page += [f"Made by `python eval/study_recovery.py --tokens {study.args.tokens}{whole}` of"]
     page += [f"{study.name}: mean ± standard deviation over seeds.", ""]
     page += NOTE
     page += [*quality(study), "", *costs(study)]
@@ -441,8 +437,8 @@ def _scores(rows: dict, title: str, name: str) -> dict[int, float]:
     return {seed: r["ppl_token"] if isinstance(r, dict) else r for seed, r in runs.items()}
 
 
-def _minus_base(rows: dict, title: str, name: str) -> str:
-    """Differences to the arm that this one is compared with, paired by seed."""
+def _less_base(rows: dict, title: str, name: str) -> str:
+    """Differences to the arm that this one is compared with, seed by seed."""
     run = _any(rows[title])
     base = ARMS[run["arm"]].base
     if run["settings"]:
@@ -451,10 +447,10 @@ def _minus_base(rows: dict, title: str, name: str) -> str:
         base = with_settings if with_settings in rows and with_settings != title else base
     if base is None:
         return ""
-    own, other = _scores(rows, title, name), _scores(rows, base, name)
+    mine, other = _scores(rows, title, name), _scores(rows, base, name)
     machines = [{s: run.get("processor") for s, run in rows[t].items()} for t in (title, base)]
-    both = [s for s in own if s in other and machines[0][s] == machines[1][s]]
-    return mean_and_spread([own[s] - other[s] for s in both], "+.2f")
+    both = [s for s in mine if s in other and machines[0][s] == machines[1][s]]
+    return mean_and_spread([mine[s] - other[s] for s in both], "+.2f")
 
 
 def _any(seeds: dict[int, dict]) -> dict:

@@ -2,27 +2,27 @@
 
     CAP_LLM_DATA=... python eval/study_solvers.py [WORK_DIR] [--arms ALPS ...] [--patterns 2:4 ...]
 
-Each cell is a run of `cap-llm` on SmolLM2-135M, calibrated on 128 x 512 tokens of C4 and scored on
-the first 32 windows (2048 tokens) of WikiText-2 and of held-out C4. 50% and 2:4 have three seeds of
-the calibration text, and their first seed is also scored on all of WikiText-2. The most informative
-cells run first: the main arms at 2:4 and 50%, first seed.
+Each cell is a run of the real entry on SmolLM2-135M, calibrated on 128 x 512 tokens of C4 and
+scored on the first 32 windows (2048 tokens) of WikiText-2 and of held-out C4. At 50% and 2:4 there
+are three seeds of the calibration text, and the first seed is scored on the whole of WikiText-2 as
+well. The most informative cells come first: the main arms at 2:4 and 50%, first seed.
 
 There are 110 cells. By their operation counts at 200 Gflop/s, the rate of two cores, they take
 about 33 hours on an otherwise idle machine: 12 of scoring, 18 of pruning, and 3 for SDS in mode
-`paper`, which runs last. `make study` stops after the one-shot arms of the first seed.
+`paper`, which comes last. `make study` stops at the one-shot arms of the first seed.
 
-Results are recorded in `eval/results/study_solvers.json`, and finished cells are skipped; an
-interrupted cell resumes from its run in WORK_DIR. Failed cells are listed at the end (exit code 1).
-Weights are deleted once they are fully scored and no other cell of this call starts from them, so
-WORK_DIR holds at most seven models (4 GB), or more if `--scores first` postpones the whole test
-set. The tables are written beside the results.
+Finished scores are kept in `eval/results/study_solvers.json` and not repeated; an interrupted cell
+resumes from its run in WORK_DIR. A cell that fails is named at the end (exit code 1). Weights are
+deleted when they are fully scored and no other cell of this call starts from them, so WORK_DIR
+holds at most seven models (4 GB), or more if `--scores first` postpones the whole test set. The
+tables are written beside the results.
 
-Sparse-Dense-Sparse (SDS) has three controls. C1 ("+ refit") refits each matrix right after it is
-pruned, so later ones are pruned on refitted inputs: the same method with different masks. C2 is
-only the adjustment, from SDS' own first prune, without the dense step. C3 is the dense step without
-regularizers and without adjustment; it must give that prune again, up to rounding errors in a whole
-model. Reconstruction starts from ALPS and, as its control, from SparseGPT, because its gain may not
-depend on the solver.
+The controls of Sparse-Dense-Sparse (SDS): C1 is "+ refit", which refits each matrix as soon as it
+is pruned, so later ones are pruned on refitted inputs: the same method, but different masks. C2 is
+the adjustment alone, from SDS' own first prune, without the dense step. C3 is the dense step
+without regularizers and without adjustment; it gives that prune again except for rounding errors
+in a whole model. Reconstruction starts from ALPS and, as its control, from SparseGPT, because its
+gain may not be the solver's merit.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from tables import arguments, markdown, mean_and_spread
 
 from cap_llm.cli import assets
 from cap_llm.cli.matrix import DENSE, Matrix, Row
+from cap_llm.evaluation.scores import FILE, read_scores
 from cap_llm.models import mask_file as masks
 from cap_llm.models.files import remove_weights
 from cap_llm.runtime.console import Console
@@ -48,7 +49,7 @@ SEEDS = range(3)
 Cell = tuple[str, str, int]  # arm, pattern, seed
 
 WANDA, REFIT = {"oneshot.method": "wanda"}, {"oneshot.refit": True}
-# bfloat16 is the default on a GPU, five epochs are in the recipes
+# bfloat16 is what a GPU takes by default, five epochs are what the recipes have
 RECONSTRUCT = {"reconstruct.dtype": "bfloat16", "reconstruct.epochs": 5}
 TWO = RECONSTRUCT | {"reconstruct.epochs": 2}
 ONLY = {"sds.redensify": False}  # the adjustment
@@ -87,7 +88,7 @@ MAIN = (  # arms that come first
     *("SparseGPT", "SparseGPT + refit", "ALPS", "ALPS + reconstruction"),
     *("SDS on SparseGPT", "C2 on SparseGPT", "Wanda", "SDS on Wanda"),
 )
-# Only at 2:4 with one seed: controls, other settings of reconstruction, and what takes hours.
+# At 2:4 with one seed alone: controls, other settings of reconstruction, and what takes hours.
 ONCE = (
     *("C3 on SparseGPT", "SparseGPT + reconstruction", "ALPS + reconstruction, 2 epochs"),
     *("ALPS + reconstruction, dense inputs, 2 epochs", "SDS (paper) on SparseGPT"),
@@ -102,7 +103,7 @@ PATTERNS = {
 SEVERAL = ("2:4", "50%")  # three seeds, and the whole test set for the first
 FIRST = 32  # windows
 COMMON = {"calibration.length": 512, "evaluate.window": 2048, "evaluate.dense": False}
-SCORES = {  # corpora scored together: their keys in the results, options
+SCORES = {  # what is scored together: its keys in the results with the scores' names, options
     "first": (
         {"wikitext2": f"wikitext2@2048 first {FIRST}", "c4": f"c4@2048 first {FIRST}"},
         {"evaluate.corpora": ["wikitext2", "c4"], "evaluate.max_windows": FIRST},
@@ -138,8 +139,8 @@ def main() -> int:
         clear(list(cells.values()), runs)
         return 0
 
-    todo = [c for c in cells.values() if set(missing(c)) & set(args.scores)]
-    code = runs.run_all([row_of(cell) for cell in todo], work, console)
+    wanted = [c for c in cells.values() if set(missing(c)) & set(args.scores)]
+    code = runs.run_all([row_of(cell) for cell in wanted], work, console)
     write_tables()
     console.say("\n".join(summary()))
     return code
@@ -151,29 +152,29 @@ def main() -> int:
 def plan(arms: list[str], patterns: list[str], seeds: list[int]) -> list[Cell]:
     """The cells of these arms, patterns and seeds, in the order in which they are run."""
 
-    def exists(arm: str, pattern: str, seed: int) -> bool:
+    def wanted(arm: str, pattern: str, seed: int) -> bool:
         if arm in ONCE:
             return (pattern, seed) == ("2:4", 0)
-        return seed == 0 or (pattern in SEVERAL and arm != "magnitude")  # it uses no text
+        return seed == 0 or (pattern in SEVERAL and arm != "magnitude")  # it reads no text
 
-    def rank(cell: Cell) -> tuple:
+    def place(cell: Cell) -> tuple:
         arm, pattern, seed = cell
         if arm in MAIN and pattern in SEVERAL and seed == 0:
             return 0, SEVERAL.index(pattern), MAIN.index(arm)
         return (2,) if arm == ONCE[-1] else (1, seed)
 
-    every = ((a, p, s) for s in SEEDS for p in PATTERNS for a in ARMS if exists(a, p, s))
+    every = ((a, p, s) for s in SEEDS for p in PATTERNS for a in ARMS if wanted(a, p, s))
     chosen = [(a, p, s) for a, p, s in every if a in arms and p in patterns and s in seeds]
-    return [("dense", "", 0), *sorted(chosen, key=rank)]
+    return [("dense", "", 0), *sorted(chosen, key=place)]
 
 
 def missing(cell: Cell) -> list[str]:
-    """The entries of SCORES that a cell still lacks."""
+    """What of SCORES is still to be measured of a cell."""
     arm, pattern, seed = cell
-    recorded = results().get(name_of(cell), {})
+    known = results().get(name_of(cell), {})
     whole = seed == 0 and (arm == DENSE or pattern in SEVERAL)
-    needed = ["first", "whole"] if whole else ["first"]
-    return [scores for scores in needed if not recorded.keys() >= SCORES[scores][0].keys()]
+    asked = ["first", "whole"] if whole else ["first"]
+    return [scores for scores in asked if not known.keys() >= SCORES[scores][0].keys()]
 
 
 def name_of(cell: Cell) -> str:
@@ -213,18 +214,18 @@ def clear(cells: list[Cell], runs: Matrix) -> None:
 
 
 def results() -> dict:
-    """The recorded results by cell."""
+    """The figures that are measured already, by cell."""
     return tables.read_results(RESULTS)
 
 
 def measured(cell: Cell, runs: Matrix, keys: dict[str, str]) -> dict:
-    """The results of a finished cell, with the facts needed to compare them."""
+    """What a finished cell measured, with what a reader needs to compare it."""
     last = runs.model_of(row_of(cell))
-    corpora = read_json(last / "perplexity.json")["corpora"]
-    result = {name: corpora[key]["ppl_token"] for name, key in keys.items()}
+    scores = {score.name: score.value for score in read_scores(last / FILE).scores}
+    result = {key: scores[name] for key, name in keys.items()}
     if cell[0] != DENSE:
-        stages = dict.fromkeys((runs.model_of(row_of(base_of(cell))), last))
-        done = [read_json(stage / "done.json") for stage in stages]
+        made = dict.fromkeys((runs.model_of(row_of(base_of(cell))), last))
+        done = [read_json(stage / "done.json") for stage in made]
         result["seconds"] = round(sum(d["seconds"] for d in done), 1)
         result["peak_memory_bytes"] = max(d["peak_memory_bytes"] for d in done)
         result["calibration"] = done[-1]["calibration"]
@@ -242,36 +243,36 @@ def measured(cell: Cell, runs: Matrix, keys: dict[str, str]) -> dict:
 
 
 def by_seed(pattern: str, key: str, *arms: str) -> list[tuple[float, ...]]:
-    """A score of some arms: one tuple per seed that all of them have; `dense` has all seeds."""
-    recorded = results()
-    cells = ([recorded.get(name_of((a, pattern, s)), {}) for a in arms] for s in SEEDS)
+    """A score of some arms, a tuple for each seed that all of them have; `dense` has every one."""
+    known = results()
+    cells = ([known.get(name_of((a, pattern, s)), {}) for a in arms] for s in SEEDS)
     return [tuple(c[key] for c in row) for row in cells if all(key in c for c in row)]
 
 
 def score(pattern: str, key: str, arm: str) -> str:
-    """An arm's score over its seeds for a table; `dense` has one."""
+    """An arm's score over its seeds, as a table shows it; `dense` has one."""
     values = [value for (value,) in by_seed(pattern, key, arm)]
     return mean_and_spread(values[:1] if arm == DENSE else values)
 
 
 def percent(pattern: str, formula: Callable[..., float], *arms: str, form: str = ".1f") -> str:
-    """A ratio of WikiText-2 perplexities (first windows) of some arms, paired by seed."""
+    """A share of the WikiText-2 perplexities (first windows) of some arms, paired by seed."""
     shares = [100 * formula(*ppls) for ppls in by_seed(pattern, "wikitext2", *arms)]
     return f"{mean_and_spread(shares, form)}%" if shares else ""
 
 
 def relative_to(pattern: str, arm: str, other: str) -> str:
-    """An arm's perplexity relative to another arm's."""
+    """How far an arm's perplexity lies from another one's."""
     return percent(pattern, lambda a, b: a / b - 1, arm, other, form="+.1f")
 
 
 def gap_closed(pattern: str, arm: str, base: str) -> str:
-    """The share that an arm closes of the gap between its start and the dense model."""
+    """How much of the gap between an arm's start and the dense model it closes."""
     return percent(pattern, lambda a, b, d: (b - a) / (b - d), arm, base, "dense")
 
 
 def against_controls(pattern: str, key: str, sds: str) -> str:
-    """SDS minus the better one of its controls C1 and C2, paired by seed, with a verdict."""
+    """What SDS gives less the better one of its controls C1 and C2, paired by seed; a verdict."""
     rows = by_seed(pattern, key, sds, *CONTROLS[sds])
     if not rows:
         return ""
@@ -293,7 +294,7 @@ def against_controls(pattern: str, key: str, sds: str) -> str:
 
 
 def summary() -> list[str]:
-    """A table of arms by patterns: WikiText-2, its first windows and the whole test set."""
+    """One table, arms by patterns: WikiText-2, its first windows and the whole test set."""
     keys = [(p, "wikitext2") for p in PATTERNS] + [(p, "whole") for p in SEVERAL]
     head = [pattern if key != "whole" else f"{pattern}, whole" for pattern, key in keys]
 
@@ -303,7 +304,7 @@ def summary() -> list[str]:
 
 
 def details(pattern: str) -> list[str]:
-    """A pattern's table and notes about its stages; empty before there is a score."""
+    """A pattern's table, and what its stages kept; no lines before there is a score."""
     keys = {"wikitext2": f"WikiText-2, first {FIRST}", "c4": f"C4, first {FIRST}"}
     keys |= {"whole": "WikiText-2, whole"} if pattern in SEVERAL else {}
     others = ["to SparseGPT", "gap closed", "layer error", "seconds", "GiB"]
@@ -317,18 +318,18 @@ def details(pattern: str) -> list[str]:
         beside = [relative_to(pattern, arm, "SparseGPT"), closed]
         first = results().get(name_of((arm, pattern, 0)), {})
         rows.append([arm, *scores, *beside, *_costs(first)])
-        notes += _notes(arm, pattern, first)
+        notes += _kept(arm, pattern, first)
         if arm in CONTROLS:
             differences = [against_controls(pattern, key, arm) for key in keys]
             if any(differences):
-                rows.append(["– minus its best control", *differences, *empty])
+                rows.append(["– less its best control", *differences, *empty])
     if not rows:
         return []
     rows.insert(0, ["dense", *(score(pattern, key, "dense") for key in keys), *empty])
     alone = relative_to(pattern, "ALPS", "SparseGPT")
     both = relative_to(pattern, "ALPS + reconstruction", "SparseGPT + reconstruction")
     if alone and both:
-        notes.append(f"- ALPS to SparseGPT: {alone}; with reconstruction of both: {both}")
+        notes.append(f"- ALPS to SparseGPT: {alone}; the one reconstructed to the other: {both}")
     table = markdown([pattern, *keys.values(), *others], rows)
     return [f"## {pattern}", "", *table, "", *notes, *[""] * bool(notes)]
 
@@ -339,23 +340,23 @@ def _costs(cell: dict) -> list[str]:
     return [f"{cell[k] / unit:{form}}" if k in cell else "" for k, (unit, form) in forms.items()]
 
 
-def _notes(arm: str, pattern: str, cell: dict) -> list[str]:
-    """Which weights SDS kept, and the gain and best epochs of reconstruction."""
+def _kept(arm: str, pattern: str, cell: dict) -> list[str]:
+    """What a later stage kept, and what reconstruction is worth beside its own start."""
     if "kept" in cell:
         kept = ", ".join(f"{name} {n}" for name, n in cell["kept"].items())
-        return [f"- {arm}: weights kept, in matrices: {kept}"]
+        return [f"- {arm}: weights kept, by matrix: {kept}"]
     if "epochs" in cell:
         counts = sorted(collections.Counter(cell["epochs"]).items())
         epochs = ", ".join(f"{epoch} in {n} blocks" for epoch, n in counts)
         base = LATER[arm][0]
         closed = gap_closed(pattern, arm, base)
-        gain = f"closes {closed} of the gap that {base} leaves; " if closed else ""
-        return [f"- {arm}: {gain}best epoch: {epochs}"]
+        worth = f"closes {closed} of the gap that {base} leaves; " if closed else ""
+        return [f"- {arm}: {worth}epochs that paid: {epochs}"]
     return []
 
 
 def write_tables() -> None:
-    """Writes `study_solvers.md` and, if there are two sparsities, `study_solvers.png`."""
+    """Writes `study_solvers.md` and, where two sparsities can be joined, `study_solvers.png`."""
     page = ["# Training-free methods on SmolLM2-135M", "", *NOTE, "", *summary(), ""]
     for pattern in PATTERNS:
         page += details(pattern)
@@ -366,28 +367,27 @@ def write_tables() -> None:
 
 
 NOTE = f"""\
-Generated by `python eval/study_solvers.py` for {assets.MODEL_NAME}: calibration on
-128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard deviation if there are several
-seeds. SDS and reconstruction also see 16 held-out sequences, by which they choose their result; the
-one-shot methods do not. Reconstruction runs five epochs in bfloat16 on the pruned model's own
-activations, unless its name says otherwise.
+Made by `python eval/study_solvers.py` of {assets.MODEL_NAME}:
+calibration on 128 x 512 tokens of C4, ppl_token at windows of 2048, mean ± standard deviation
+where there are several seeds. SDS and reconstruction see 16 more sequences, of other documents, by
+which they judge what they made; the one-shot methods do not. Reconstruction is of five epochs on
+the pruned model's own activations and multiplies in bfloat16, unless its name says otherwise.
 
-"To SparseGPT" and "gap closed" (of the gap between SparseGPT and the dense model) use WikiText-2's
-first {FIRST} windows, paired by seed. The row below an SDS row is its difference to the better of
-its controls, paired by seed. C1 is the refit (of each matrix right after it is pruned, so its later
-masks are not SDS'). C2 is the adjustment of SDS' own first prune without the dense step. "Within
-the spread" means a mean that is not larger than its standard deviation. The layer error is the mean
-over matrices of the relative squared error that the last stage left on its calibration text (for
-Wanda, on its first 16 sequences). Layer error, seconds and memory are those of the first seed.
-Seconds and memory cover all its pruning on two cores; other work may have run beside it.""".split(
-    "\n"
-)
+"To SparseGPT" and "gap closed" (of the gap between SparseGPT and the dense model) are of
+WikiText-2's first {FIRST} windows, paired by seed. Under SDS stands what it gives less the better
+of its controls, also paired by seed: C1 is the refit (of each matrix as soon as it is pruned, so
+that its later masks are not SDS'), C2 the adjustment of SDS' own first prune without the dense
+step, and "within the spread" means a mean that is no larger than its standard deviation. The layer
+error is the mean, over matrices, of the relative squared error that the last stage left on its
+calibration text (of Wanda, on its first 16 sequences). It, seconds and memory are of the first
+seed; seconds and memory those of all its pruning on two cores; other work may have run beside
+it.""".split("\n")
 
 
 def figure(path: Path) -> bool:
-    """Draws perplexity over sparsity (unstructured, seed 0, first windows); returns whether it did.
+    """Draws perplexity over sparsity (unstructured, seed 0, first windows); whether it did.
 
-    Controls are left out, and magnitude, whose perplexities are in the thousands.
+    Magnitude, whose thousands would squeeze all others into one band, and controls are left out.
     """
     import matplotlib
 

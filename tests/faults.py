@@ -137,9 +137,9 @@ def result(folder: Path) -> dict:
         for name, tensor in sorted(load_file(path).items()):
             sha.update(name.encode() + tensor.tobytes())
         found[str(path.relative_to(folder))] = sha.hexdigest()
-    for path in sorted(folder.glob("*/perplexity.json")):
-        corpora = json.loads(path.read_text())["corpora"].values()
-        found[str(path.relative_to(folder))] = [c["nll"] for c in corpora]
+    for path in sorted(folder.glob("*/scores.json")):
+        scores = json.loads(path.read_text())["scores"]
+        found[str(path.relative_to(folder))] = [score["value"] for score in scores]
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):  # a line that a kill has cut
             m = json.loads(line)

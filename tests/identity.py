@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from support import ROOT, environment
 
+from cap_llm.evaluation.scores import read_scores
 from cap_llm.train import main
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "admm_grad", "alps")
@@ -46,12 +47,12 @@ def results(run: Path) -> dict:
         for row in json.loads(path.read_text())["rows"]:
             facts = [row["zeros"], row["masked"], row["error"], row["damping"]]
             found[f"{path.parent.relative_to(run)}: row {row['name']}"] = facts
-    for path in sorted(run.rglob("perplexity.json")):
-        for key, entry in json.loads(path.read_text())["corpora"].items():
-            found[f"{path.parent.relative_to(run)}: {key}"] = entry["ppl_token"]
-    for path in sorted(run.rglob("zeroshot.json")):
-        for key, entry in json.loads(path.read_text())["tasks"].items():
-            found[f"{path.parent.relative_to(run)}: {key}"] = [entry["acc"], entry.get("acc_norm")]
+    for path in sorted(run.rglob("scores.json")):
+        scores = {(s.name, s.measure): s.value for s in read_scores(path).scores}
+        for (name, measure), value in scores.items():
+            if measure in ("ppl_token", "acc"):
+                value = value if measure != "acc" else [value, scores.get((name, "acc_norm"))]
+                found[f"{path.parent.relative_to(run)}: {name}"] = value
     for line in (run / "metrics.jsonl").read_text().splitlines():
         metric = json.loads(line)
         if metric["name"] in LOSSES:

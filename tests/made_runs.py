@@ -1,77 +1,49 @@
-"""Changes of a run's files, for the tests of what is read from them, and its main table."""
+"""Models with results and scores, for the tests of what is compared, and the main table."""
 
-import json
 from pathlib import Path
 
-from cap_llm.report.comparison import compare
-from cap_llm.report.runs import collect
+from cap_llm.evaluation.scores import Score
+from cap_llm.models.result import Result
+from cap_llm.report.comparison import Table, compare
+from cap_llm.report.runs import Model
 
-STAGES = ("dense", "oneshot")
-PERPLEXITY = "oneshot/perplexity.json"
-
-
-def quality(*runs: Path) -> tuple[list[str], dict[str, list[str]], list[str]]:
-    """Labels, cells by row name, and notes of the first table over runs."""
-    table = compare([r for run in runs for r in collect(run)])[0].tables[0]
-    rows = {row[0].text: [c.text for c in row[1:]] for row in table.rows}
-    return [" ".join(c.split()) for c in table.columns[1:]], rows, table.notes
+FACTS = {"window": 2048, "windows": 40, "limit": None, "bos": "<s>", "text_sha256": "abc"}
+FACTS |= {"computed_in": "float32", "torch": "2.13.0"}
+C4 = "128 x 2048 tokens of allenai/c4 train"
 
 
-def named(name: str):
-    return {"environment.json": lambda c: c.update(run=name)}
+def ppl(value: float, data: str = "text", **facts) -> Score:
+    return Score("ppl_token", data, value, 2047 * 40, None, FACTS | facts)
 
 
-def scored(**values):
-    """Changes the one entry of a perplexity.json."""
-
-    def change(content):
-        (entry,) = content["corpora"].values()
-        entry.update(values)
-
-    return change
+def accuracy(value: float, task: str, stderr: float | None = 0.01, n: int = 100, **facts) -> Score:
+    facts = {"limit": None, "version": 1.0, "rows_sha256": task, "lm_eval": "0.4.13"} | facts
+    return Score("acc", task, value, n, stderr, facts)
 
 
-def zeroshot(versions=None, **accuracies):
-    """A zeroshot.json with these accuracies."""
-    entry = {"acc_stderr": 0.01, "items": 100, "limit": None, "version": 1.0, "rows_sha256": "abc"}
-    entry["versions"] = {"lm_eval": "0.4.13"} | (versions or {})
-    tasks = {task: entry | {"acc": acc} for task, acc in accuracies.items()}
-    return lambda _: {"model": "m", "stage": "s", "tasks": tasks}
+def model(name: str, *scores: Score, run: str = "", stage: str = "oneshot", **fields) -> Model:
+    """A model pruned to 50%; its name stands for its settings."""
+    fields = {"method": name, "amount": "50%", "dense": "some/model", "sparsity": 0.5} | fields
+    result = Result(stage, **({"identity": name, "weights": name, "calibration": "text"} | fields))
+    return Model(Path(run or name), Path(run or name) / stage, result, list(scores), name)
 
 
-def other(recipe):
-    """Another method than the real run's."""
-    recipe["oneshot"]["refit"] = True
+def dense(*scores: Score, **fields) -> Model:
+    fields = {"method": "dense", "amount": "", "sparsity": None, "calibration": None} | fields
+    return model("dense", *scores, stage="dense", **fields)
 
 
-def seeded(seed: int, ppl: float) -> dict:
-    def change(recipe):
-        recipe["calibration"]["seed"] = seed
+def quality(*models: Model) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """Headings, cells by row name, and notes of the first table."""
+    table = compare(list(models))[0].tables[0]
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    return [" ".join(column.split()) for column in table.columns[1:]], rows, table.notes
 
-    name = named(f"method, seed {seed}")
-    return name | {"oneshot/recipe.json": change, PERPLEXITY: scored(ppl_token=ppl)}
+
+def table(models: list[Model], title: str) -> Table:
+    return next(t for t in compare(models)[0].tables if t.title.startswith(title))
 
 
-def as_opt(run: Path, window: int = 2048, origin: str = "allenai/c4  train", **oneshot) -> Path:
-    """Rewrites a run as one of OPT-125m in the papers' protocol."""
-
-    def recipe(content):
-        content["model"]["path"] = "facebook/opt-125m"
-        if "oneshot" in content:
-            content["oneshot"].update(oneshot)
-            content["calibration"].update(corpus="c4", sequences=128, length=2048)
-
-    def done(content):
-        content["calibration"] = f"128 x 2048 tokens of {origin}, seed 0"
-
-    def score(content):
-        (entry,) = content["corpora"].values()
-        content["corpora"] = {f"wikitext2@{window}": entry | {"window": window}}
-
-    changes = [(f"{s}/recipe.json", recipe) for s in STAGES]
-    changes += [(f"{s}/perplexity.json", score) for s in STAGES] + [("oneshot/done.json", done)]
-    for name, change in changes:
-        content = json.loads((run / name).read_text())
-        change(content)
-        (run / name).write_text(json.dumps(content))
-    return run
+def best(table: Table, column: str) -> set[str]:
+    (at,) = [i for i, label in enumerate(table.columns) if column in label]
+    return {row[0].text for row in table.rows if row[at].best}

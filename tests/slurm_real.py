@@ -179,8 +179,8 @@ def test_a_pipeline_that_was_killed_half_way_completes_only_what_is_missing(clus
     assert found["stages"] == dict.fromkeys(STAGES, "done")
     assert cluster.run(*command).splitlines() == [f"{s}: done" for s in found["stages"]]
     scored = cluster.project / run
-    assert all((scored / s / "perplexity.json").exists() for s in ("dense", *STAGES[:-1]))
-    assert "sparsegpt 50 % + reconstruction + recovery" in (scored / "report.md").read_text()
+    assert all((scored / s / "scores.json").exists() for s in ("dense", *STAGES[:-1]))
+    assert "sparsegpt + reconstruction + recovery 50%" in (scored / "report.md").read_text()
 
 
 def test_two_nodes_train_as_one_does_though_one_of_them_goes_down(cluster, recipe):

@@ -186,8 +186,8 @@ def metadata(folder) -> dict:
 def test_a_finished_stage_has_a_card(real):
     text = (real / "oneshot" / FILE).read_text()
     assert "cap-llm" in metadata(real / "oneshot")["tags"]
-    (entry,) = json.loads((real / "oneshot" / "perplexity.json").read_text())["corpora"].values()
-    for part in ("SparseGPT", "50.00%", "8 x 64 tokens", f"{entry['ppl_token']:.4g}"):
+    (score,) = json.loads((real / "oneshot" / "scores.json").read_text())["scores"]
+    for part in ("SparseGPT", "50.00%", "8 x 64 tokens", f"{score['value']:.4g}"):
         assert part in text
     assert cap_llm.__version__ in text and "from_pretrained" in text
     assert str(real) not in text and "/tmp" not in text  # a card goes where the model goes
@@ -198,11 +198,7 @@ def test_a_finished_stage_has_a_card(real):
     ("path", "base"), [("facebook/opt-125m", "facebook/opt-125m"), ("/models/opt", None)]
 )
 def test_only_a_hub_name_is_the_base_model_of_the_metadata(copy, path, base):
-    run = copy("run")
-    for stage in ("dense", "oneshot"):
-        recipe = json.loads((run / stage / "recipe.json").read_text())
-        recipe["model"]["path"] = path
-        (run / stage / "recipe.json").write_text(json.dumps(recipe))
+    run = copy("run", {"oneshot/result.json": lambda content: content.update(dense=path)})
     write_cards(run)
     assert metadata(run / "oneshot").get("base_model") == base
     assert "/models" not in (run / "oneshot" / FILE).read_text()
@@ -255,7 +251,7 @@ def test_push_uploads_the_model_and_its_card_and_no_records(copy, call, hub):
     assert {FILE, "config.json", masks.FILE, "sparsity.json", "tokenizer.json"} <= files
     assert all((run / "oneshot" / name).is_file() for name in files)
     assert any(name.endswith(".safetensors") for name in files - {masks.FILE})
-    assert not files & {"done.json", "recipe.json", "perplexity.json", "calibration.json"}
+    assert not files & {"done.json", "recipe.json", "result.json", "scores.json"}
 
 
 def test_push_makes_a_public_repository_if_asked(copy, call, hub):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support import FAMILIES, ROOT, environment, weights
 
 from cap_llm.blockwise.perplexity import perplexity
+from cap_llm.evaluation.scores import read_scores
 from cap_llm.models.files import fingerprint
 from cap_llm.models.mask_file import FILE, MaskFile, save_masks
 from cap_llm.train import main
@@ -96,11 +97,11 @@ def test_streamed_perplexity_equals_the_whole_models(tiny, entry, tmp_path):
     text, origin = evaluation_text(str(tmp_path / "held-out.txt"))
     windows = evaluation_windows(load_tokenizer(str(source)), text, origin, 64, 9)
     for stage, model in (("dense", source), ("oneshot", folder / "oneshot")):
-        result = json.loads((folder / stage / "perplexity.json").read_text())
-        entry_ = result["corpora"]["held-out.txt@64 first 9"]
+        (score,) = read_scores(folder / stage / "scores.json").scores
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
-        assert entry_["ppl_token"] == pytest.approx(perplexity(loaded, windows), rel=1e-6)
-        assert (entry_["windows"], entry_["tokens"], entry_["bos"]) == (9, 9 * 63, "<s>")
+        assert score.value == pytest.approx(perplexity(loaded, windows), rel=1e-6)
+        assert (score.name, score.n) == ("held-out.txt@64 first 9", 9 * 63)
+        assert (score.facts["windows"], score.facts["bos"]) == (9, "<s>")
 
 
 def test_the_same_command_again_repeats_nothing(tiny, entry):
@@ -229,7 +230,7 @@ def test_models_between_stages_are_scored_and_dropped(tiny, entry):
         assert code == 0
         for stage in ("oneshot", "sds"):
             assert not (folder / stage / "model.safetensors.index.json").exists()
-            assert json.loads((folder / stage / "perplexity.json").read_text())["corpora"]
+            assert read_scores(folder / stage / "scores.json").scores
         transformers.AutoModelForCausalLM.from_pretrained(folder / "reconstruct")
         # a removal that was killed half-way: the index goes first
         shutil.copyfile(

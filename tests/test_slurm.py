@@ -513,8 +513,8 @@ def test_evaluate_as_a_job_of_its_own_scores_what_earlier_jobs_made(command, rec
     for stage in ("oneshot", "evaluate"):
         done = command("--config", recipe, "--output_dir", run, "--stages", f"[{stage}]")
         assert done.returncode == 0, done.stderr
-    assert (run / "oneshot" / "perplexity.json").exists()
-    assert "SparseGPT 50 %" in (run / "report.md").read_text()
+    assert (run / "oneshot" / "scores.json").exists()
+    assert "SparseGPT 50%" in (run / "report.md").read_text()
     found = status(run)
     assert found["stages"] == {"oneshot": "done", "evaluate": "done"}
     assert re.fullmatch(r"the last job ended .* ago: done", found["job"])

@@ -39,6 +39,7 @@ from cap_llm.stages import Cost, Inputs, Preview
 from cap_llm.text.reading import Calibration
 
 STAGE = "oneshot"
+_NAMES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm_grad": "ADMM-grad", "alps": "ALPS"}
 
 
 def check(preview: Preview, oneshot: OneshotConfig, **_) -> None:
@@ -132,7 +133,19 @@ def run(
             run.console.say(
                 f"oneshot: {format_bytes(walk.hidden.spilled)} of activations went to disk"
             )
-    return work.finish(allocation=budget)
+    return work.finish(label(settings), allocation=budget)
+
+
+def label(settings: OneshotConfig) -> tuple[str, str]:
+    """Method and amount of a result, for reports."""
+    method = _NAMES.get(settings.method, settings.method)
+    if settings.pattern == "row" and settings.method != "wanda":  # which always prunes by row
+        method += " by row"
+    method += " + refit" * settings.refit + " + OWL" * (settings.allocation == "owl")
+    if settings.layers:
+        return f"{method} by layer", ""
+    fixed = ":" in settings.pattern
+    return method, settings.pattern if fixed else f"{100 * settings.target_sparsity:g}%"
 
 
 def _left(

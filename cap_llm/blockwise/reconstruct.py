@@ -38,6 +38,7 @@ from cap_llm.blockwise.walk import Walk
 from cap_llm.config import CalibrationConfig, ReconstructConfig
 from cap_llm.models.blocks import BlockModel, Call, stored_dtype
 from cap_llm.models.masks import Masks
+from cap_llm.models.result import Result
 from cap_llm.models.skeleton import LINEARS, as_matrix, linears, states_of
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
@@ -140,7 +141,13 @@ def run(inputs: Inputs, calibration: Calibration, reconstruct: ReconstructConfig
                 work.report(j, all_results[j])
             bar.advance(round_[-1] + 1 - passed)
             passed = round_[-1] + 1
-    work.finish()
+    work.finish(label(reconstruct, work.before))
+
+
+def label(settings: ReconstructConfig, before: Result) -> tuple[str, str]:
+    """Method and amount of a result, for reports; papers use dense inputs."""
+    inputs = " (dense inputs)" * (settings.inputs == "dense")
+    return f"{before.method} + reconstruction{inputs}", before.amount
 
 
 class _Trainer:

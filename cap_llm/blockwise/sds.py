@@ -38,6 +38,7 @@ from cap_llm.config import CalibrationConfig, OneshotConfig, SdsConfig
 from cap_llm.models.blocks import BlockModel, Group
 from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.masks import Masks
+from cap_llm.models.result import Result
 from cap_llm.models.skeleton import matrix
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import atomic
@@ -121,7 +122,15 @@ def run(inputs: Inputs, oneshot: OneshotConfig, calibration: Calibration, sds: S
                     run.world.barrier()
                     work.report(i, result)
             bar.advance()
-    work.finish()
+    work.finish(label(sds, work.before))
+
+
+def label(settings: SdsConfig, before: Result) -> tuple[str, str]:
+    """Method and amount of a result, for reports; only mode `paper` is SDS as published."""
+    name = "SDS" if settings.mode == "paper" else "SDS (gram)"
+    name += " without adjustment" * (not settings.adjust)
+    name = name if settings.redensify else "adjustment"
+    return f"{before.method} + {name}", before.amount
 
 
 def plan_second_prune(

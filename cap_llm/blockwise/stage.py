@@ -26,6 +26,13 @@ from cap_llm.models.checkpoint import ShardWriter
 from cap_llm.models.directory import ModelDirectory, Row
 from cap_llm.models.files import weights_and_masks
 from cap_llm.models.masks import PRUNED, Masks
+from cap_llm.models.result import (
+    Result,
+    dense_name,
+    finish_result,
+    outside_result,
+    read_result,
+)
 from cap_llm.runtime.console import format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.files import digests, read_json, write_json
@@ -52,6 +59,7 @@ class BlockStage:
         folder: where the result lies.
         result: the result, once it is written.
         done: whether it is finished.
+        before: the result of the pruned model that it starts from.
         model: the model whose blocks are rewritten, once `begin` was called.
 
     Raises:
@@ -71,6 +79,7 @@ class BlockStage:
         self.result = ModelDirectory(self.folder)
         self.done = done is not None
         self.parts = self.folder / "blocks"
+        self.before = run.world.decide(lambda: self._read_before(dense))
         self._inputs = {}
         for field, model in (("model", source), ("dense", dense)):
             self._inputs[field] = model.fingerprint if model and run.world.is_main else None
@@ -79,6 +88,13 @@ class BlockStage:
             if run.world.is_main:
                 shutil.rmtree(self.parts, ignore_errors=True)  # if it was killed before it could
             run.console.say(f"{self.name}: done already, in {self.folder}")
+
+    def _read_before(self, dense: ModelDirectory | None) -> Result | None:
+        """The result of the model that the stage starts from; None if it is dense."""
+        before = read_result(self._source.path)
+        if before is None and dense:
+            before = outside_result(self._source.path, "given", dense_name(self.recipe["model"]))
+        return before
 
     def begin(self, calibration: Calibration | None, dtype: torch.dtype | None = None) -> None:
         """Opens the model and looks for what is finished.
@@ -189,8 +205,12 @@ class BlockStage:
         self.run.console.say(text)
         self.run.metric(self.name, i + 1, values)
 
-    def finish(self, **facts) -> ModelDirectory:
-        """Joins and verifies the model, writes `done.json` with `facts` and returns the result.
+    def finish(self, label: tuple[str, str], **facts) -> ModelDirectory:
+        """Joins and verifies the model, writes `result.json` and `done.json`.
+
+        Args:
+            label: method and amount, for reports.
+            facts: further entries of `done.json`.
 
         Raises:
             UserError: what lies on disk is not what was written.
@@ -208,6 +228,13 @@ class BlockStage:
             "calibration": self._calibration.origin if self._calibration else None,
             **facts,
         }
+        if world.is_main:
+            reads = "calibration" in self.recipe
+            finish_result(
+                *(run, self.folder, self.name, label, self.recipe, self.before, summary),
+                calibration=self._calibration.origin if reads else None,
+                ids_sha256=self._inputs["ids_sha256"] if reads else None,
+            )
         files = weights_and_masks(self.folder) if world.is_main else ()
         run.finish_stage(self.folder, summary, files)
         if world.is_main:

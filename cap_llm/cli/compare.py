@@ -23,9 +23,9 @@ def main(argv: list[str], console: Console) -> None:
     add_out(parser, "DIR", "default: comparison", default=Path("comparison"))
     parser.add_argument("--title", default="Comparison of runs", help="default: %(default)s")
     args = parse(parser, argv)
-    from cap_llm.report.runs import collect, run_directories
+    from cap_llm.report.runs import read_runs, run_directories
     from cap_llm.report.write import write_report
 
-    results = [r for run in run_directories(args.runs, console) for r in collect(run)]
-    page = write_report(results, args.out, args.title, console)
+    models, problems = read_runs(run_directories(args.runs, console))
+    page = write_report(models, problems, args.out, args.title, console)
     console.say(f"report: {page}")

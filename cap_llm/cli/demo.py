@@ -63,7 +63,7 @@ def main(argv: list[str], console: Console) -> None:
     import torch
 
     from cap_llm.cli import assets
-    from cap_llm.report.runs import collect
+    from cap_llm.report.runs import read_runs
     from cap_llm.report.write import write_report
 
     start = time.monotonic()
@@ -76,11 +76,11 @@ def main(argv: list[str], console: Console) -> None:
     selected = rows(args.full, ranks=1 if torch.cuda.is_available() else 2)
     scores = {"evaluate.corpora": [held_out]}
     code = matrix.run_all(selected, lambda row: matrix.run(row, scores), console)
-    finished = [row for row in selected if (matrix.model_of(row) / "perplexity.json").exists()]
+    finished = [row for row in selected if (matrix.model_of(row) / "scores.json").exists()]
     if finished:
-        results = [collect(matrix.folder(row))[-1] for row in finished]
+        models, problems = read_runs([matrix.folder(row) for row in finished])
         title = f"{assets.MODEL_NAME}, held-out Wikipedia articles"
-        page = write_report(results, args.out, title, console)
+        page = write_report(models, problems, args.out, title, console)
         console.say(f"total time {format_duration(time.monotonic() - start)}; report: {page}")
     if code:
         raise SystemExit(code)

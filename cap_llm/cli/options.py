@@ -72,17 +72,18 @@ def make_score_parser(
 
 @contextlib.contextmanager
 def scoring(
-    args: argparse.Namespace, model: ModelConfig, name: str, console: Console
+    args: argparse.Namespace, model: ModelConfig, console: Console
 ) -> Iterator[tuple[World, ModelDirectory, Path | None]]:
     """Starts the ranks and locates the model that the body scores.
 
     Yields:
-        The ranks, the model's directory, and the results file: `--out`, or `name` in a local model
+        The ranks, the model's directory, and the file of scores: `--out`, or that of a local model
         directory. Without either it is None.
 
     Raises:
         UserError: the model is not a directory, or the results file is not writable.
     """
+    from cap_llm.evaluation.scores import FILE
     from cap_llm.models.hub import locate
     from cap_llm.runtime.world import World
 
@@ -95,7 +96,7 @@ def scoring(
         )
     path = args.out and writable_file(args.out)
     if not path and Path(args.model).is_dir() and os.access(folder.path, os.W_OK):
-        path = folder.path / name
+        path = folder.path / FILE
     if not path:
         console.say("--out is not set; the results are printed but not saved")
     yield world, folder, path

@@ -14,7 +14,7 @@ _EXAMPLES = (
 )
 _MORE = """The result is ppl_token with non-overlapping windows. It is not comparable with lm-eval's
 word_perplexity (cap-llm zeroshot MODEL --tasks wikitext). The model is streamed block by block, so
-it may be larger than memory. The results are printed and written to perplexity.json in the model's
+it may be larger than memory. The scores are printed and written to scores.json in the model's
 directory, or to FILE. Corpora that are already in the file are skipped.
 On several GPUs: torchrun --nproc_per_node N -m cap_llm perplexity MODEL"""
 
@@ -36,8 +36,8 @@ def main(argv: list[str], console: Console) -> None:
     memory = parser.add_argument("--activation_gib", type=float)
     memory.help = "memory for activations, in GiB per rank"
     args = parse(parser, argv)
-    from cap_llm.evaluation.evaluate import FILE, score_corpora
-    from cap_llm.evaluation.results import facts_of
+    from cap_llm.evaluation.evaluate import score_corpora
+    from cap_llm.evaluation.scores import ScoreFile
     from cap_llm.preflight import preflight
     from cap_llm.text.reading import TextReader
 
@@ -49,7 +49,7 @@ def main(argv: list[str], console: Console) -> None:
         ),
         runtime=RuntimeConfig(device=args.device, activation_gib=args.activation_gib),
     )
-    with scoring(args, config.model, FILE, console) as (world, folder, path):
+    with scoring(args, config.model, console) as (world, folder, path):
         world.activation_gib = args.activation_gib
         preflight(folder, config, console, world)
         if not folder.has_safetensors:
@@ -58,5 +58,4 @@ def main(argv: list[str], console: Console) -> None:
                 f"--model.path {folder} --stages [evaluate] --output_dir DIRECTORY"
             )
         texts = TextReader(folder.path, args.tokenizer, console).scored(config.evaluate)
-        facts = facts_of(folder, args.model, world)
-        score_corpora(folder, texts, facts, path, None, world, console)
+        score_corpora(ScoreFile(folder, path, folder.path.name, world, console), texts)

@@ -12,7 +12,7 @@ _EXAMPLES = (
     "runs/opt/oneshot --tasks piqa boolq --limit 100",
     "facebook/opt-125m --tasks sds -o opt-125m.json",
 )
-_MORE = """The scores are printed and written to zeroshot.json in the model's directory, or to FILE.
+_MORE = """The scores are printed and written to scores.json in the model's directory, or to FILE.
 Tasks that are already in the file are skipped. Tasks with local data need no network.
 On several GPUs: torchrun --nproc_per_node N -m cap_llm zeroshot MODEL"""
 
@@ -33,8 +33,8 @@ def main(argv: list[str], console: Console) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="requests per batch; default: 8")
     args = parse(parser, argv)
     from cap_llm.evaluation.lm_eval_tasks import find_tasks
-    from cap_llm.evaluation.results import facts_of
-    from cap_llm.evaluation.zeroshot import FILE, check_causal, score_tasks
+    from cap_llm.evaluation.scores import ScoreFile
+    from cap_llm.evaluation.zeroshot import check_causal, score_tasks
 
     names = [name for text in args.tasks for name in text.split(",") if name]
     if not names:
@@ -43,8 +43,8 @@ def main(argv: list[str], console: Console) -> None:
         tasks=names, task_data=args.data, limit=args.limit, batch_size=args.batch_size
     )
     model = ModelConfig(path=args.model, tokenizer=args.tokenizer)
-    with scoring(args, model, FILE, console) as (world, folder, path):
+    with scoring(args, model, console) as (world, folder, path):
         check_causal(folder)
         tasks = find_tasks(settings, console)
-        facts = facts_of(folder, args.model, world)
-        score_tasks(folder, tasks, settings, facts, path, world, console, model.tokenizer)
+        file = ScoreFile(folder, path, folder.path.name, world, console)
+        score_tasks(file, tasks, settings, model.tokenizer)

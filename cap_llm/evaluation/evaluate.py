@@ -1,13 +1,12 @@
 """The stage `evaluate`: perplexity and zero-shot scores of the dense model and of each stage's.
 
-The results lie beside the model they score: `<run>/<stage>/perplexity.json` and `zeroshot.json`,
-for the dense model in `<run>/dense/`, for one that came pruned in `<run>/given/`. What is scored
-already, on the same windows or rows, is not scored again; what was scored of other weights, a model
-that has changed since, does not count.
+The scores are in `scores.json` beside each model; those of the dense model in `<run>/dense/`, those
+of a model that came pruned in `<run>/given/`. What is scored already is not scored again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import time
@@ -18,23 +17,21 @@ import torch
 from cap_llm.blockwise.estimate import streaming_cost
 from cap_llm.blockwise.perplexity import streamed_nll
 from cap_llm.config import EvaluateConfig
-from cap_llm.evaluation import zeroshot
 from cap_llm.evaluation.lm_eval_tasks import find_tasks
-from cap_llm.evaluation.results import earlier, facts_of, job
+from cap_llm.evaluation.scores import FILE, Score, ScoreFile
+from cap_llm.evaluation.zeroshot import score_tasks
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.directory import ModelDirectory, Row
 from cap_llm.models.files import has_weights
 from cap_llm.models.masks import count_zeros
-from cap_llm.runtime.console import SILENT, Console, format_bytes, format_duration
+from cap_llm.models.result import dense_name, outside_result, read_result, write_result
+from cap_llm.runtime.console import SILENT, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
-from cap_llm.runtime.files import write_json
 from cap_llm.runtime.memory import Memory
-from cap_llm.runtime.world import World
 from cap_llm.stages import Cost, Inputs, Preview
 from cap_llm.text.reading import ScoredText
 
 STAGE = "evaluate"
-FILE = "perplexity.json"
 WINDOWS = 160  # of a corpus, for the estimate; about as many as WikiText-2 has of 2048 tokens
 
 
@@ -106,8 +103,10 @@ def outside_models(inputs: Inputs, evaluate: EvaluateConfig) -> dict[str, ModelD
     dense = _known_dense(inputs, pruned) if evaluate.dense else None
     if dense or pruned:
         models, counts = {"given": source}, {"given": counts["dense"]}
+    settings = dataclasses.asdict(inputs.model)
     if dense:
         models["dense"], counts["dense"] = dense, count_zeros(dense, world)
+        settings["dense"] = settings["dense"] or str(dense)
     for name, folder in models.items():
         place, _ = run.stage(name, inputs.recipe)
         run.bind(place, inputs.recipe)
@@ -115,6 +114,8 @@ def outside_models(inputs: Inputs, evaluate: EvaluateConfig) -> dict[str, ModelD
             matrices, whole, _ = counts[name]
             rows = [Row(n, shape, "as found", z, z) for n, (shape, z) in matrices.items()]
             ModelDirectory(place).write_sparsity(folder.path.resolve().name, rows, whole)
+            result = outside_result(folder.path, name, dense_name(settings))
+            write_result(place, read_result(folder.path) or result, folder.path)
     return models
 
 
@@ -142,112 +143,82 @@ def score(
     evaluate: EvaluateConfig,
     text: list[ScoredText],
 ) -> None:
-    """Scores model directories, by the folder of the run that takes the result."""
-    run = inputs.run
-    tasks = find_tasks(evaluate, SILENT)
+    """Scores model directories, by the folder of the run that takes the scores."""
+    run, tasks = inputs.run, find_tasks(evaluate, SILENT)
     n_scores, total = 0, len(models) * (len(text) + len(tasks))
-    for stage, folder in models.items():
-        place = run.path / stage
-        facts = facts_of(folder, inputs.model.path, run.world) | {"stage": stage}
-        if stage == "dense" and "given" in models:
-            facts["model"] = str(folder)
-        scores = {}
-        if text:
-            corpora = score_corpora(
-                folder, text, facts, place / FILE, run.path, run.world, run.console
-            )
-            scores |= {key: entry["ppl_token"] for key, entry in corpora.items()}
+    for stage, model in models.items():
+        file = ScoreFile(model, run.path / stage / FILE, stage, run.world, run.console)
+        scores = score_corpora(file, text, run.path)
         if tasks:
-            results = zeroshot.score_tasks(
-                folder,
-                tasks,
-                evaluate,
-                facts,
-                place / zeroshot.FILE,
-                run.world,
-                run.console,
-                inputs.model.tokenizer,
-            )["tasks"]
-            scores |= {key: entry["acc"] for key, entry in results.items() if "acc" in entry}
+            scores += score_tasks(file, tasks, evaluate, inputs.model.tokenizer)
         n_scores += len(text) + len(tasks)
-        metrics = {f"{stage} {key}": value for key, value in scores.items()}
-        run.metric(STAGE, n_scores, metrics | {"scores": total})
+        values = {
+            f"{stage} {score.name}": score.value
+            for score in scores
+            if score.measure in ("ppl_token", "acc")
+        }
+        run.metric(STAGE, n_scores, values | {"scores": total})
         run.world.barrier()
 
 
 def score_corpora(
-    folder: ModelDirectory,
-    scored: list[ScoredText],
-    facts: dict,
-    path: Path | None,
-    scratch: Path | None,
-    world: World,
-    console: Console,
-) -> dict[str, dict]:
-    """Perplexity of a model directory on each text.
+    file: ScoreFile,
+    texts: list[ScoredText],
+    scratch: Path | None = None,
+) -> list[Score]:
+    """Measures the perplexity of a model on each text, unless its file has it.
 
     Args:
-        folder: the model.
-        scored: the windows.
-        facts: what the file says of the model besides, and of the job; see `results.facts_of`.
-        path: the file that is written after each text, and read for what it holds already.
-        scratch: where activations go that do not fit in memory; None: a temporary folder.
-        world: the ranks.
-        console: where progress goes.
-
-    Returns:
-        The asked texts' entries, by corpus and window.
+        file: the model and its scores; written after each text.
+        texts: the windows.
+        scratch: folder to spill activations to; None: a temporary folder.
 
     Raises:
         UserError: the model has no perplexity or overflows.
     """
-    stage = facts.get("stage", folder.path.name)
-    results = earlier(path, ("corpora",), facts, world, console)["corpora"]
-    for text in scored:
-        known = results.get(text.key)
-        if not known or known.get("text_sha256") != text.digest:
-            title = f"{stage} on {text.name}"
-            known = _score(folder, title, text, scratch, world, console)
-            results[text.key] = known = known | job(facts)
-            if world.is_main and path:
-                write_json(path, facts | {"corpora": results})
-        console.say(
-            f"{stage}: ppl_token@{known['window']} {known['ppl_token']:.4f} on {text.name} "
-            f"({known['windows']} windows, BOS {known['bos']}, {format_duration(known['seconds'])})"
+    scores = []
+    for text in texts:
+        data, (n, window) = Path(text.name).name, text.windows.shape
+        facts = {"window": window, "limit": text.limit, "text_sha256": text.digest}
+        if not (known := file.find(data, **facts)):
+            known = [_score(file, data, facts, text, scratch)]
+            file.add(known)
+        (score,) = known
+        file.console.say(
+            f"{file.title}: ppl_token@{window} {score.value:.4f} on {text.name} ({n} windows, BOS "
+            f"{score.facts['bos']}, {format_duration(score.details['seconds'])})"
         )
-    return {text.key: results[text.key] for text in scored}
+        scores.append(score)
+    return scores
 
 
 def _score(
-    folder: ModelDirectory,
-    title: str,
+    file: ScoreFile,
+    data: str,
+    facts: dict,
     text: ScoredText,
     scratch: Path | None,
-    world: World,
-    console: Console,
-) -> dict:
-    start = time.monotonic()
+) -> Score:
+    start, world = time.monotonic(), file.world
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".scratch-") as place:
-        model = BlockModel.open(folder, world.device)
-        with console.bar(title, len(model), "blocks") as bar:
+        model = BlockModel.open(file.model, world.device)
+        with file.console.bar(f"{file.title} on {text.name}", len(model), "blocks") as bar:
             memory = Memory.plan(world.device, world.activation_gib)
             nll = streamed_nll(model, text.windows, world, memory, Path(place), bar.advance)
     if not math.isfinite(nll):
         raise UserError(
-            f"the perplexity of {folder} is not finite: the model overflows; "
-            "check its weights, or use one stored in bfloat16 or float32"
+            f"{file.model}: the perplexity is not finite because the model overflows. Check its "
+            "weights, or use weights stored in bfloat16 or float32."
         )
     n_windows, window = text.windows.shape
-    scored = n_windows * (window - 1)
-    return {
-        "ppl_token": math.exp(nll / scored),
-        "window": window,
+    tokens = n_windows * (window - 1)
+    facts = facts | {
         "windows": n_windows,
-        "tokens": scored,
-        "nll": nll / scored,
         "bos": text.bos,
-        "origin": text.origin,
-        "text_sha256": text.digest,
         "computed_in": str(model.dtype).removeprefix("torch."),
-        "seconds": round(time.monotonic() - start, 2),
+        "torch": file.versions["torch"],
+        "transformers": file.versions["transformers"],
     }
+    seconds = round(time.monotonic() - start, 2)
+    details = {"nll": nll / tokens, "origin": text.origin, "seconds": seconds}
+    return Score("ppl_token", data, math.exp(nll / tokens), tokens, None, facts, details)

@@ -29,6 +29,13 @@ from cap_llm.contrast.terms import ContrastiveObjective, NoContrast
 from cap_llm.models.blocks import BlockModel
 from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.files import remove_weights, weights_and_masks
+from cap_llm.models.result import (
+    Result,
+    dense_name,
+    finish_result,
+    outside_result,
+    read_result,
+)
 from cap_llm.recovery.banks import Banks
 from cap_llm.recovery.check import check, cost, state_width
 from cap_llm.runtime.console import format_duration
@@ -94,7 +101,9 @@ def run(
     if settings.log.tensorboard and world.is_main:
         run.add_tracker(TensorBoard(run.path))
     if settings.log.wandb and world.is_main:
-        run.add_tracker(Wandb(run.path, settings.log.wandb, run.name, inputs.recipe))
+        run.add_tracker(
+            Wandb(run.path, settings.log.wandb, run.name or run.path.name, inputs.recipe)
+        )
     for n, level in enumerate(levels or [None], 1):
         last = n == max(1, len(levels))
         target = folder if last else folder / "levels" / str(n) / "trained"
@@ -112,6 +121,24 @@ def run(
     }
     if world.is_main:
         write_json(folder / "recovery.json", summary)
+        pruned = read_result(folder / "levels" / str(len(levels)) / "pruned") or work.before
+        per_step = settings.optimizer.batch * settings.length
+        curve = [
+            [
+                ((n * settings.steps + int(step)) * per_step, ppl)
+                for step, ppl in record["held_out_ppl"].items()
+            ]
+            for n, record in enumerate(work.records)
+        ]
+        finish_result(
+            *(run, folder, STAGE, label(settings, pruned), inputs.recipe, work.before, summary),
+            calibration=calibration.origin if calibration else None,
+            ids_sha256=calibration.digest if calibration else None,
+            training=f"{text.origin} in sequences of {settings.length} tokens",
+            tokens=summary["tokens"],
+            curve=curve,
+            dense_ppl=work.records[-1]["dense_held_out_ppl"],
+        )
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if not inputs.keep_intermediate:
             for path in (*folder.glob("levels/*/*"), folder / "finetuned"):
@@ -119,6 +146,17 @@ def run(
             shutil.rmtree(folder / "banks", ignore_errors=True)
     run.finish_stage(folder, summary, weights_and_masks(folder) if world.is_main else ())
     run.console.say(f"recover: done in {format_duration(seconds)}, in {folder}")
+
+
+def label(settings: RecoverConfig, before: Result | None) -> tuple[str, str]:
+    """Method and amount of a result, for reports.
+
+    Args:
+        settings: of the recovery.
+        before: the pruned model that was trained last; None if it was dense.
+    """
+    method, amount = (before.method, before.amount) if before else ("dense", "")
+    return f"{method} + recovery" + " on a schedule" * bool(settings.levels), amount
 
 
 class _Recovery:
@@ -163,6 +201,12 @@ class _Recovery:
         models = self._models.items() if self.world.is_main else ()
         prints = {name: model.fingerprint for name, model in models}
         self._inputs = self.world.gather({"text": text.digest} | prints)[0]
+        start = self.start.path
+        self.before = self.world.decide(lambda: read_result(start))
+        if self.before is None and self.masks:
+            model = dataclasses.asdict(inputs.model)
+            model |= {"dense": s.teacher} if self._taught_by_dense else {}
+            self.before = outside_result(start, "given", dense_name(model))
 
     def check(self) -> None:
         """Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 import cap_llm
-from cap_llm.report.runs import Result, collect
+from cap_llm.report.runs import Model, read_runs
 from cap_llm.runtime.files import atomic
 
 FILE = "README.md"
@@ -33,18 +33,18 @@ product is as fast, unless the runtime uses the zeros. `masks/masks.safetensors`
 
 
 def write_cards(run: Path) -> None:
-    """Writes the cards of a run's finished models, except those that a user has changed.
+    """Writes the cards of a run's models, except those that a user has changed.
 
     Raises:
-        UserError: `run` is not a run directory, or a card cannot be written.
+        UserError: a card is not writable.
     """
-    results = collect(run)
-    dense = next((result for result in results if result.stage == "dense"), None)
-    for result in results:
-        path = run / result.stage / FILE
-        if not (path.parent / "done.json").exists():
+    models, _ = read_runs([run])
+    dense = next((model for model in models if model.result.stage == "dense"), None)
+    for model in models:
+        path = model.folder / FILE
+        if not (model.folder / "done.json").exists():
             continue
-        old, new = "", card(result, dense)
+        old, new = "", card(model, dense)
         if path.exists():
             old = path.read_text(encoding="utf-8", errors="replace")
         if old != new and (not old or _MARK in old):
@@ -52,8 +52,9 @@ def write_cards(run: Path) -> None:
                 temporary.write_text(new, encoding="utf-8")
 
 
-def card(result: Result, dense: Result | None = None) -> str:
+def card(model: Model, dense: Model | None = None) -> str:
     """The text of a model's card, with the scores of the dense model beside its own."""
+    result = model.result
     base, _, revision = result.dense.partition("@")
     on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base) and not Path(base).exists()
     front = {"library_name": "transformers", "tags": ["pruned", "sparse", "cap-llm"]}
@@ -62,43 +63,36 @@ def card(result: Result, dense: Result | None = None) -> str:
     name = base if on_hub else Path(base).name
     rows = [["base model", name + f" ({revision})" * bool(revision)], ["method", result.method]]
     rows += [["pattern or sparsity", result.amount]] if result.amount else []
-    if result.sparsity:
-        pruned, whole = result.sparsity
-        rows.append(["zeros", f"{pruned:.2%} of the pruned matrices, {whole:.2%} of the model"])
+    if result.sparsity is not None:
+        zeros = f"{result.sparsity:.2%} of the pruned matrices, "
+        rows.append(["zeros", f"{zeros}{result.whole_sparsity:.2%} of the model"])
     for title, text in (("calibration", result.calibration), ("training", result.training)):
         rows += [[title, re.sub(r"(?<![\w.~-])~?/\S*/", "", text)]] if text else []
-    rows.append(["stored as", result.stored_as])
-    rows.append(["made with", result.environment.get("versions") or cap_llm.__version__])
+    rows.append(["stored as", result.dtype])
+    versions = result.job["versions"] if result.job else {}
+    rows.append(["made with", ", ".join(f"{k} {v}" for k, v in versions.items() if v)])
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", _MARK]
-    parts.append(f"# {Path(name).name}, {result.method} {result.amount}".rstrip())
+    parts.append(f"# {Path(name).name}, {result.name}")
     parts.append(f"Pruned with cap_llm {cap_llm.__version__}.")
     parts.append(_table(["", ""], rows))
-    if scores := _scores(result, dense):
+    if scores := _scores(model, dense):
         parts += ["## Results", _table(["measure", "this model", "dense model"], scores)]
     return "\n\n".join([*parts, _LOADING])
 
 
-def _scores(result: Result, dense: Result | None) -> list[list[str]]:
+def _scores(model: Model, dense: Model | None) -> list[list[str]]:
     """Perplexities and accuracies; the dense model's where it was measured on the same."""
-    of_dense = {_measure(f): f.value for f in (dense.figures if dense else [])}
+    of_dense = {(s.measure, s.data, s.n): s.value for s in (dense.scores if dense else [])}
     rows = []
-    for figure in result.figures_of("ppl", "task"):
-        measure, limit = _measure(figure), figure.facts.get("limit")
-        unit = f"ppl_token@{measure[2]}" if figure.kind == "ppl" else "accuracy"
-        name = f"{figure.name}, {unit}" + f", first {limit} only" * bool(limit)
-        other = of_dense.get(measure)
-        values = (figure.value, other)
-        shown = [
-            "-" if v is None else f"{v:.4g}" if figure.kind == "ppl" else f"{v:.1%}" for v in values
-        ]
-        rows.append([name, *shown])
+    for s in model.scores:
+        if s.measure in ("ppl_token", "acc"):
+            values = (s.value, of_dense.get((s.measure, s.data, s.n)))
+            form = ".4g" if s.measure == "ppl_token" else ".1%"
+            measure = "accuracy" if s.measure == "acc" else s.measure
+            rows.append(
+                [f"{s.name}, {measure}", *("-" if v is None else f"{v:{form}}" for v in values)]
+            )
     return rows
-
-
-def _measure(figure) -> tuple:
-    """What two figures must share to stand in one row."""
-    facts = figure.facts
-    return figure.kind, figure.name, facts.get("window"), facts.get("limit"), facts.get("text")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -9,9 +9,10 @@ from importlib.resources import files
 
 import yaml
 
+from cap_llm.evaluation.scores import Score
 from cap_llm.text.reading import C4_WINDOWS
 
-# Of C4's first training shard: from the hub, or the same file in CAP_LLM_DATA.
+# C4's first training shard, from the hub or from CAP_LLM_DATA
 CALIBRATIONS = tuple(
     f"128 x 2048 tokens of {origin}"
     for origin in ("allenai/c4 train", "c4-train.00000-of-01024.json.gz")
@@ -20,7 +21,7 @@ CALIBRATIONS = tuple(
 
 @dataclass(frozen=True)
 class Published:
-    """One figure of a paper. `window` in tokens; `amount` is empty for a dense model."""
+    """A perplexity in a paper; `window` in tokens, `amount` empty for a dense model."""
 
     model: str
     method: str
@@ -33,7 +34,7 @@ class Published:
 
 @functools.cache
 def published() -> tuple[Published, ...]:
-    """All figures that come with the package."""
+    """All perplexities of `published.yaml`."""
     content = yaml.safe_load(
         (files("cap_llm.report") / "published.yaml").read_text(encoding="utf-8")
     )
@@ -54,9 +55,11 @@ def short_name(model: str) -> str:
     return re.sub(r"-hf$", "", name.removeprefix("meta-"))
 
 
-def of_protocol(corpus: str, facts: dict) -> bool:
-    """Whether a perplexity of these facts follows the papers' protocol: the whole text (of C4 its
-    256 windows, which a local sample does not fill), and their calibration or none."""
-    if corpus == "c4" and facts.get("windows") != C4_WINDOWS:
+def of_protocol(score: Score, calibration: str | None) -> bool:
+    """Whether a perplexity is measured as in the papers: the whole text, and their calibration.
+
+    Of C4 that is 256 windows, which a local sample does not fill.
+    """
+    if score.data == "c4" and score.facts.get("windows") != C4_WINDOWS:
         return False
-    return facts.get("limit") is None and facts.get("calibration") in (None, *CALIBRATIONS)
+    return score.facts.get("limit") is None and calibration in (None, *CALIBRATIONS)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from typing_extensions import TypedDict
 
 import cap_llm
 from cap_llm.runtime.world import World
@@ -19,7 +20,30 @@ from cap_llm.runtime.world import World
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "safetensors", "numpy", "lm_eval")
 
 
-def environment(world: World) -> dict:
+class Hardware(TypedDict):
+    """One node, and how many nodes and ranks there are; `cuda` has the names of its GPUs."""
+
+    processor: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    cuda: list[str]
+    nodes: int
+    ranks: int
+
+
+class Environment(TypedDict):
+    """What a result depends on besides its settings."""
+
+    command: str
+    directory: str
+    versions: dict[str, str | None]
+    commit: str | None
+    hardware: Hardware
+    started: str
+
+
+def environment(world: World) -> Environment:
     """Versions, commit, hardware and command of this process."""
     versions = {"python": platform.python_version(), "cap_llm": cap_llm.__version__}
     versions |= {name: _version(name) for name in LIBRARIES}
@@ -37,7 +61,7 @@ def environment(world: World) -> dict:
         "commit": commit or None,
         "hardware": {
             "processor": _processor(),
-            "cores": os.cpu_count(),
+            "cores": os.cpu_count() or 1,
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "cuda": [torch.cuda.get_device_name(i) for i in gpus],
@@ -46,6 +70,14 @@ def environment(world: World) -> dict:
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def machine(hardware: Hardware) -> str:
+    """What times and memory depend on; ranks on CPUs share the cores of a node."""
+    nodes, gpus = hardware["nodes"], hardware["cuda"]
+    text = f"{nodes} nodes of " * (nodes > 1)
+    text += f"{hardware['cores']} cores of {hardware['processor']}"
+    return text + (f", {hardware['ranks']} x {gpus[0]}" if gpus else "")
 
 
 def _version(package: str) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import xxhash
+from pydantic import TypeAdapter, ValidationError
 
 from cap_llm.runtime.errors import UserError
 
@@ -170,6 +171,20 @@ def holding(**fields: type) -> Callable[[dict], dict]:
             if not isinstance(content[name], kind):
                 raise TypeError(name)
         return content
+
+    return parse
+
+
+def matching(kind: type) -> Callable:
+    """A parser for `read_json` that validates the content and returns a pydantic dataclass."""
+
+    def parse(content):
+        try:
+            return TypeAdapter(kind).validate_python(content)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise ValueError(f"{place}: {problem['msg']}") from None
 
     return parse
 

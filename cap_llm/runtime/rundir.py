@@ -44,7 +44,7 @@ class Run:
     Attributes:
         contents: checksums of the models and texts, by the option that names them; a model is
             identified by its checksum, not by its path.
-        name: `config.name`, by default that of the directory.
+        name: what the user calls the run.
 
     Raises:
         UserError: the directory is not usable, or another job has locked it.
@@ -53,7 +53,7 @@ class Run:
     def __init__(self, path: str, world: World, console: Console):
         self.path, self.world, self.console = Path(path), world, console
         self.contents: dict[str, str] = {}
-        self.name = self.path.name
+        self.name = ""
         self._metrics = self._lock = None
         self._verified: set[Path] = set()
         self._trackers: list = []
@@ -77,7 +77,7 @@ class Run:
 
     def describe(self, name: str, config_yaml: str) -> None:
         """Names the run, and writes `config.yaml` and `environment.json`."""
-        self.name = name or self.path.name
+        self.name = name
         if self.world.is_main:
             with atomic(self.path / "config.yaml") as temporary:
                 temporary.write_text(config_yaml, encoding="utf-8")

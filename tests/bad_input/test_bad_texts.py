@@ -118,8 +118,8 @@ def test_a_changed_text_of_the_same_name_is_scored_anew(accept, out, scored, tmp
     for text in (scored.read_text(), scored.read_text()[::-1]):
         path.write_text(text)
         accept("--stages", "[evaluate]", "--evaluate.corpora", f"[{path}]")
-        (entry,) = json.loads((out / "dense" / "perplexity.json").read_text())["corpora"].values()
-        figures.append(entry["ppl_token"])
+        (score,) = json.loads((out / "dense" / "scores.json").read_text())["scores"]
+        figures.append(score["value"])
     assert figures[0] != figures[1]
 
 

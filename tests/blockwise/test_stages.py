@@ -331,6 +331,6 @@ def test_scores_of_every_stage_are_those_of_its_model(tiny, entry, text_file, tm
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / stage)
         tokenizer = load_tokenizer(str(folder / stage))
         windows = evaluation_windows(tokenizer, held_out.read_text(), "text", 48, 5)
-        (score,) = read_json(folder / stage / "perplexity.json")["corpora"].values()
-        assert score["ppl_token"] == pytest.approx(perplexity(model, windows), rel=1e-4)
+        (score,) = read_json(folder / stage / "scores.json")["scores"]
+        assert score["value"] == pytest.approx(perplexity(model, windows), rel=1e-4)
         assert load_file(folder / stage / FILE)

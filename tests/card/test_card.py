@@ -139,8 +139,8 @@ def run(tiny, text_file, tmp_path_factory, env):
         for name in names:
             place = folder / device / name
             stages = found[name][1].split(", ")
-            scores = [read_json(place / stage / "perplexity.json") for stage in stages]
-            ppls = [x["ppl_token"] for score in scores for x in score["corpora"].values()]
+            files = [read_json(place / stage / "scores.json") for stage in stages]
+            ppls = [score["value"] for file in files for score in file["scores"]]
             rows = read_metrics(place)
             losses = {(r["stage"], r["step"]): r["value"] for r in rows if r["name"] == "loss"}
             norms = {(r["stage"], r["step"]) for r in rows if r["name"] == "grad_norm"}
