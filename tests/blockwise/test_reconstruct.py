@@ -75,7 +75,7 @@ def test_a_model_pruned_elsewhere_goes_on_beside_its_dense_one(tiny, entry, caps
     folder, code = entry(pruned, *more, out="second")
     assert code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "the zeros of 14 matrices are taken as theirs, 50.0 % of the weights" in said
+    assert "zeros of 14 matrices" in said
     rows = read_json(folder / "reconstruct" / "sparsity.json")["rows"]
     assert {r["pattern"] for r in rows} == {"as found"}
     before, after = weights(pruned), weights(folder / "reconstruct")
