@@ -89,7 +89,7 @@ def test_a_score_is_traced_to_the_job_that_measured_it(copy, report):
 
 def test_rows_lead_to_the_runs_behind_them(report):
     seeds = [model("x", ppl(30), identity="x", seeds=[n], run=f"/runs/s{n}") for n in (0, 1)]
-    page = (report(*seeds) / "report.html").read_text()
+    page = (report(*seeds, model("y", run="/runs/y")) / "report.html").read_text()
     assert '<a class="run" href="#run-1">1,</a><a class="run" href="#run-2">2</a>' in page
     assert '<li id="run-2"><code>s1</code>' in page
     assert page.count("<thead>") == page.count("<table>")  # which print repeats on a new page

@@ -57,7 +57,7 @@ class Row:
     Attributes:
         models: the models; more than one with the same seeds is the same model scored twice.
         name: the row's name.
-        runs: numbers of their runs, if there are several.
+        runs: numbers of their runs; empty if these are all runs.
         group: rows that prune to the same pattern or sparsity; in the order of tables.
         baseline: whether later rows build on it.
     """
@@ -190,7 +190,8 @@ def _rows(models: list[Model], runs: list[Path]) -> list[Row]:
         row.group = _group(row.result)
         row.name = _common_name([model.name for model in row.by_seeds.values()])
         row.name += f" ({len(row.by_seeds)} seeds)" * (len(row.by_seeds) > 1)
-        row.runs = sorted({runs.index(model.run) + 1 for model in row.models} if runs[1:] else ())
+        row.runs = sorted({runs.index(model.run) + 1 for model in row.models})
+        row.runs = row.runs if len(row.runs) < len(runs) else []
         row.baseline = row.result.stage == "dense" or (further and row.result.stage == "oneshot")
     names = [row.name for row in rows]
     for row in rows:
@@ -404,40 +405,36 @@ def _best(rows: list[Row], column: Column) -> set[str]:
     return best
 
 
+_COSTS: dict[str, Callable[[Result], str | int]] = {
+    "stored as": lambda r: r.dtype,
+    "on disk": lambda r: r.n_bytes and format_bytes(r.n_bytes),
+    "bit-packed": lambda r: r.packed_bytes and format_bytes(r.packed_bytes),
+    "zeros in\nthe model": lambda r: r.whole_sparsity and f"{r.whole_sparsity:.2%}",
+    "time": lambda r: r.seconds and format_duration(r.seconds),
+    "memory\nper rank": lambda r: r.peak_memory_bytes and format_bytes(r.peak_memory_bytes),
+    "GPU memory\nper rank": lambda r: r.peak_cuda_bytes and format_bytes(r.peak_cuda_bytes),
+    "tokens\ntrained": lambda r: r.tokens and f"{r.tokens:,}",
+    "machine": lambda r: r.machine,
+}
+
+
 def _costs(rows: list[Row]) -> Table:
-    """What the models of each row took and take, of the first seed."""
-    results = [row.result for row in rows]
-    dtypes = list(dict.fromkeys(r.dtype for r in results if r.dtype))
-    columns: dict[str, list[str]] = {
-        "stored as": [r.dtype for r in results] if len(dtypes) > 1 else [],
-        "on disk": [format_bytes(r.n_bytes) if r.n_bytes else "" for r in results],
-        "bit-packed": [format_bytes(r.packed_bytes) if r.packed_bytes else "" for r in results],
-        "zeros in\nthe model": [
-            "" if r.whole_sparsity is None else f"{r.whole_sparsity:.2%}" for r in results
-        ],
-        "time": [format_duration(r.seconds) if r.seconds else "" for r in results],
-        "memory\nper rank": [
-            format_bytes(r.peak_memory_bytes) if r.peak_memory_bytes else "" for r in results
-        ],
-        "GPU memory\nper rank": [
-            format_bytes(r.peak_cuda_bytes) if r.peak_cuda_bytes else "" for r in results
-        ],
-        "tokens\ntrained": [f"{r.tokens:,}" if r.tokens else "" for r in results],
-    }
-    machines = list(dict.fromkeys(r.machine for r in results if r.machine))
-    columns["machine"] = [r.machine for r in results] if len(machines) > 1 else []
+    """What the model of each row took and takes; of the first seed."""
+    columns = {label: [cost(row.result) or "" for row in rows] for label, cost in _COSTS.items()}
+    shared = []  # what all models have in common is below the table
+    for label in ("stored as", "on disk", "machine"):
+        if len(values := set(columns[label]) - {""}) == 1:
+            shared.append(f"{label} {values.pop()}")
+            del columns[label]
     columns = {label: texts for label, texts in columns.items() if any(texts)}
     table = Table(COST, ["model", *columns], [])
     for row, *texts in zip(rows, *columns.values(), strict=True):
         name = Cell(row.name, baseline=row.baseline, runs=row.runs)
         table.rows.append([name, *(Cell(text or NOTHING) for text in texts)])
+    table.notes += [f"All: {', '.join(shared)}."] * bool(shared)
     table.notes.append(
-        "Time and memory are of all stages up to the model"
-        + (f", on {machines[0]}." if len(machines) == 1 else ".")
-    )
-    table.notes.append(
-        f"Files store zeros{f' ({dtypes[0]})' if len(dtypes) == 1 else ''}; bit-packed, pruned "
-        "matrices would be their nonzero values and one bit per weight."
+        "Time and memory include all stages up to the model. Files store the zeros; bit-packed is "
+        "their size if pruned matrices were nonzero values and one bit per weight."
     )
     return table
 
