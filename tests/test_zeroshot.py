@@ -10,7 +10,6 @@ import socket
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -209,6 +208,19 @@ def prompts(member) -> list[tuple]:
     return [request.args for request in member.instances]
 
 
+def script(*args, ranks: int = 1) -> subprocess.CompletedProcess:
+    """Runs a subcommand in processes of its own: lm-eval's libraries do not survive a fork."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "cap_llm" / "train.py"), *map(str, args)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 # prompts and metrics are lm-eval's
 
 
@@ -321,7 +333,7 @@ def test_two_ranks_give_what_one_gives(llama, rows, tmp_path):
     names = ["arc_easy", "boolq", "lambada_openai", "wikitext", str(rows / "colours.yaml")]
     one = score(llama, rows, *names)
     args = ["zeroshot", llama, "--data", rows, "--out", tmp_path / "two.json", "--tasks", *names]
-    done = processes.run(args, ranks=2)
+    done = script(*args, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("arc_easy: acc ") == 1  # the second rank is silent
     assert "it/s" not in done.stderr
