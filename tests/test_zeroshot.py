@@ -7,12 +7,14 @@ import json
 import math
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import ROOT, environment
 
 pytest.importorskip("lm_eval")
 
@@ -605,7 +607,7 @@ def test_a_dry_run_names_what_is_missing(llama, rows, tmp_path, monkeypatch, cap
 
 def test_the_perplexity_script_gives_the_stages_figure(llama, text_file, tmp_path, monkeypatch):
     model = Path(shutil.copytree(llama, tmp_path / "model"))
-    done = processes.run(["perplexity", model, "--corpora", text_file, "--window", 64], ranks=2)
+    done = script("perplexity", model, "--corpora", text_file, "--window", 64, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ppl_token@64") == 1
     (ours,) = read_scores(model / "scores.json").scores
