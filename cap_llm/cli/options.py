@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cap_llm.config import ModelConfig
 from cap_llm.runtime.console import Console
@@ -40,7 +40,7 @@ def describe(prog: str, what: str, examples: Sequence[str]) -> str:
     return "\n".join(["examples:", *lines, "", what])
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str], others: bool = False):
+def parse(parser: argparse.ArgumentParser, argv: list[str], others: bool = False) -> Any:
     """Parses the arguments, or completes them if the shell asks for completions.
 
     Returns:

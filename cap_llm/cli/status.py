@@ -60,7 +60,8 @@ def status(folder: Path) -> dict:
     except (yaml.YAMLError, ValueError, RecursionError):
         config = None
     config = config if isinstance(config, dict) else {}
-    asked = config.get("stages") if isinstance(config.get("stages"), list) else []
+    asked = config.get("stages")
+    asked = asked if isinstance(asked, list) else []
     names = [s for s in STAGES if s in asked or (folder / s).is_dir()]
     metrics = read_metrics(folder)
     found = {}

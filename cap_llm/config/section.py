@@ -33,8 +33,11 @@ from typing_extensions import dataclass_transform
 from cap_llm.runtime.errors import UserError
 
 T = TypeVar("T")
-AtLeast0, AtLeast1, AtLeast2 = (Annotated[int, Ge(n)] for n in (0, 1, 2))
-Weight, Positive = Annotated[float, Ge(0)], Annotated[float, Gt(0)]
+AtLeast0 = Annotated[int, Ge(0)]
+AtLeast1 = Annotated[int, Ge(1)]
+AtLeast2 = Annotated[int, Ge(2)]
+Weight = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(gt=0, lt=1)]
 
 

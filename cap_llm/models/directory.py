@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -177,7 +178,7 @@ class ModelDirectory:
             raise self._unreadable(error) from None
 
     @property
-    def _named_class(self) -> type:
+    def _named_class(self) -> Any:
         for name in self.config.architectures or []:
             if hasattr(transformers, name):
                 return getattr(transformers, name)
@@ -284,7 +285,8 @@ class ModelDirectory:
             n_weights += tensor.numel()
             if not (row := row_of.get(key)):
                 continue
-            mask = as_matrix(self.linears[row.name], self.mask_file.read(row.name))
+            masks = self.mask_file or MaskFile(self.path / MASKS)
+            mask = as_matrix(self.linears[row.name], masks.read(row.name))
             if zeros != row.zeros or bool((tensor[~mask] != 0).any()):
                 raise UserError(
                     f"{row.name} in {self} has {zeros} zeros, but {row.zeros} were written (file "

@@ -111,11 +111,11 @@ def write_report(
 def _intro(sections: list[Section]) -> list[str]:
     now = time.strftime("%Y-%m-%d %H:%M")
     lines = [f"Written by cap_llm {cap_llm.__version__} on {now}."]
-    columns = [column for section in sections for column in section.perplexities]
-    if windows := sorted({column.score.facts.get("window") for column in columns}):
+    scores = [column.score for section in sections for column in section.perplexities]
+    if windows := sorted({str(score.facts["window"]) for score in scores if score}, key=int):
         lines.append(
             f"ppl_token is the perplexity per token on separate windows of "
-            f"{' or '.join(map(str, windows))} tokens; lower is better. Perplexities of different "
+            f"{' or '.join(windows)} tokens; lower is better. Perplexities of different "
             "windows, texts or tokenizers are not comparable."
         )
     return lines

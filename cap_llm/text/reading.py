@@ -113,7 +113,8 @@ class TextReader:
         )
         self._check(windows)
         origin = f"{s.sequences} x {s.length} tokens of {corpus.origin}, seed {s.seed}"
-        return Calibration(*windows.split([s.sequences, n_held_out]), origin)
+        ids, held_out = windows.split([s.sequences, n_held_out])
+        return Calibration(ids, held_out, origin)
 
     def packed(self, settings: RecoverConfig) -> PackedText:
         """The text to train on."""
