@@ -165,3 +165,10 @@ def test_masks_of_absurd_kinds_and_sizes_are_refused_by_path(tmp_path, packed, c
     save_file({"w": packed}, tmp_path / "masks", metadata={"w": columns})
     with pytest.raises(UserError, match=str(tmp_path / "masks")):
         MaskFile(tmp_path / "masks")
+
+
+def test_the_mask_file_of_version_0_1_is_read_if_there_is_no_other(tmp_path):
+    save_masks(MASKS, tmp_path / "masks.safetensors")
+    assert set(ModelDirectory(tmp_path).mask_file.columns) == set(MASKS)
+    save_masks({}, tmp_path / FILE)
+    assert not ModelDirectory(tmp_path).mask_file.columns

@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 from cap_llm.models import files
 from cap_llm.models.checkpoint import Checkpoint, prefix_of_bin
 from cap_llm.models.mask_file import FILE as MASKS
+from cap_llm.models.mask_file import OLD_FILE as OLD_MASKS
 from cap_llm.models.mask_file import MaskFile
 from cap_llm.models.masks import Masks
 from cap_llm.models.skeleton import (
@@ -236,8 +237,9 @@ class ModelDirectory:
     @cached_property
     def mask_file(self) -> MaskFile | None:
         """The mask file, if there is one."""
-        path = self.path / MASKS
-        return MaskFile(path) if path.exists() else None
+        paths = (self.path / name for name in (MASKS, OLD_MASKS))
+        path = next((path for path in paths if path.exists()), None)
+        return MaskFile(path) if path else None
 
     def masks(self, world: World) -> Masks:
         """The masks, from the mask file or from zeros. All ranks call it together."""

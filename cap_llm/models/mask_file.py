@@ -22,6 +22,7 @@ from cap_llm.runtime.files import atomic, regular
 from cap_llm.sparsity.bits import pack, unpack
 
 FILE = "masks/masks.safetensors"
+OLD_FILE = "masks.safetensors"  # where version 0.1 wrote it
 
 
 def save_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:

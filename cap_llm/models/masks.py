@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cap_llm.models.mask_file import FILE
 from cap_llm.models.skeleton import as_matrix, matrix
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -149,7 +148,7 @@ def count_zeros(
     zeros = {name: n for part in world.gather(shard) for name, n in part.items()}
     shares = {n: zeros[n] / sizes[n] for n in linears if n in zeros}
     # a mask file makes even few zeros a mask
-    threshold = NOTED if (directory.path / FILE).exists() else PRUNED
+    threshold = NOTED if directory.mask_file else PRUNED
     pruned = max(shares.values(), default=0.0) >= threshold
     threshold = threshold if pruned else NOTED
     counts = {

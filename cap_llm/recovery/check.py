@@ -13,7 +13,6 @@ from cap_llm.models.blocks import BlockModel
 from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.files import has_weights
 from cap_llm.models.hub import is_whole
-from cap_llm.models.mask_file import FILE
 from cap_llm.models.rehearsal import check_lengths
 from cap_llm.models.skeleton import NamesDiffer
 from cap_llm.runtime.errors import UserError
@@ -66,7 +65,7 @@ def check(
     if finetuned := preview.models.get("recover.finetuned"):
         _check_pair(student, finetuned, "recover.finetuned", length, same_width=True)
     start = preview.start
-    has_masks = settings.levels and world.decide((start.path / FILE).exists)
+    has_masks = settings.levels and world.decide(lambda: start.mask_file is not None)
     if has_masks and has_weights(start.path, world) and (masks := start.masks(world)):
         settings.check_first_level(start, masks.sparsity)
     for model in dict.fromkeys(m for m in (student, teacher, dense) if m):
