@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.mask_file import FILE, MaskFile, join, save_masks
 from cap_llm.runtime.errors import UserError
 from cap_llm.sparsity.bits import pack, unpack
