@@ -1,5 +1,6 @@
 """What holds for `sds` and `reconstruct` alike: files, chains, resuming, ranks, bad input."""
 
+import functools
 import itertools
 import json
 import os
@@ -179,7 +180,7 @@ def test_killed_and_started_again_gives_the_same_bits(tiny, text_file, tmp_path,
     more = ["--stages", f"[oneshot, {stage}]", *more]
     killed = options(model, text_file, tmp_path / "killed", *more)
     fourth = tmp_path / "killed" / stage / "blocks" / "00003.json"
-    done = processes.run(killed, before=lambda: kill_at(fourth))
+    done = processes.run(killed, before=functools.partial(kill_at, fourth))
     assert done.returncode == -signal.SIGKILL, done.stderr
     third = fourth.with_name("00002.json")
     assert third.exists() and not fourth.exists()
