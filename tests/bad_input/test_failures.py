@@ -82,7 +82,7 @@ def test_a_model_whose_perplexity_overflows_is_refused(refuse, broken, scored):
     change_weights(broken, lambda t: t["lm_head.weight"].fill_(1e38))
     stage = ["--stages", "[evaluate]", "--evaluate.corpora", f"[{scored}]"]
     message = refuse("--model.path", broken, *stage, started=True)
-    assert f"perplexity of {broken} is not finite" in message and "overflows" in message
+    assert str(broken) in message and "not finite" in message
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ REFUSED = {
     ),
     "batch": (
         lambda a: {"recover.engine.micro_batch": 4},
-        ["recover.optimizer.batch", "6", "1 ranks x micro_batch 4", "--recover.engine.micro_batch"],
+        ["recover.optimizer.batch", "6", "1 ranks x micro_batch 4", "recover.engine.micro_batch"],
     ),
     "removed key": (
         lambda a: deepspeed_file(a, "removed", compression_training={"layer_reduction": {}}),
@@ -242,7 +242,7 @@ REFUSED = {
             "stages": "[oneshot, recover]",
             "recover.masks.schedule": "0.3, 0.6",
         },
-        ["recover.masks.schedule", "0.3", "0.5"],
+        ["recover.masks.schedule", "0.3", "50"],
     ),
     "a budget and a later pattern": (
         lambda a: {"oneshot.allocation": "owl", "recover.masks.schedule": "0.6, 1:4"},

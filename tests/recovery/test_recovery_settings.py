@@ -22,6 +22,7 @@ from cap_llm.config import (
     RecoverConfig,
 )
 from cap_llm.contrast.terms import NoContrast
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.runtime import trackers
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.world import World
@@ -90,7 +91,7 @@ def test_steps_are_counted_and_not_spelt(tmp_path):
 def test_a_model_is_trained_without_its_dropout(tiny):
     """A resumed training would draw other zeros, and the teacher has none."""
     folder = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    model = engines._load(folder, None, RecoverConfig(), World.alone(CPU)).train()
+    model = engines._load(ModelDirectory(folder), None, RecoverConfig(), World.alone(CPU)).train()
     ids = torch.arange(40)[None]
     assert torch.equal(model(ids).logits, model(ids).logits)
 
