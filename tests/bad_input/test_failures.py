@@ -378,7 +378,6 @@ def test_more_ranks_than_sequences_are_refused(base, out):
     said = [line for line in result.stderr.splitlines() if line.startswith("cap-llm: error: ")]
     assert len(said) == 1
     assert "calibration.sequences is 1, fewer than the 2 ranks" in said[0]
-    assert "at least one sequence a rank" in said[0]
     assert not finished_blocks(out)
 
 
