@@ -173,7 +173,7 @@ def test_a_failed_row_ends_only_what_needs_it_and_a_stop_ends_all(tmp_path, call
     codes["a"] = 1
     assert run() == 1 and folders == ["dense", "a", "c"]
     said = capsys.readouterr().out
-    assert "failed: a: exit code 1" in said and "failed: b: it needs a" in said
+    assert "failed: a: exit code 1" in said and "failed: b: needs a" in said
     codes["a"] = 143
     assert run() == 143 and folders == ["dense", "a"]
     codes["dense"] = 2

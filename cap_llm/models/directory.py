@@ -237,9 +237,13 @@ class ModelDirectory:
     @cached_property
     def mask_file(self) -> MaskFile | None:
         """The mask file, if there is one."""
+        return MaskFile(self.mask_path) if self.mask_path else None
+
+    @property
+    def mask_path(self) -> Path | None:
+        """Path of the mask file, if there is one."""
         paths = (self.path / name for name in (MASKS, OLD_MASKS))
-        path = next((path for path in paths if path.exists()), None)
-        return MaskFile(path) if path else None
+        return next((path for path in paths if path.exists()), None)
 
     def masks(self, world: World) -> Masks:
         """The masks, from the mask file or from zeros. All ranks call it together."""

@@ -148,7 +148,7 @@ def count_zeros(
     zeros = {name: n for part in world.gather(shard) for name, n in part.items()}
     shares = {n: zeros[n] / sizes[n] for n in linears if n in zeros}
     # a mask file makes even few zeros a mask
-    threshold = NOTED if directory.mask_file else PRUNED
+    threshold = NOTED if directory.mask_path else PRUNED
     pruned = max(shares.values(), default=0.0) >= threshold
     threshold = threshold if pruned else NOTED
     counts = {

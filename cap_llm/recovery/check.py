@@ -65,7 +65,7 @@ def check(
     if finetuned := preview.models.get("recover.finetuned"):
         _check_pair(student, finetuned, "recover.finetuned", length, same_width=True)
     start = preview.start
-    has_masks = settings.levels and world.decide(lambda: start.mask_file is not None)
+    has_masks = settings.levels and world.decide(lambda: start.mask_path is not None)
     if has_masks and has_weights(start.path, world) and (masks := start.masks(world)):
         settings.check_first_level(start, masks.sparsity)
     for model in dict.fromkeys(m for m in (student, teacher, dense) if m):
