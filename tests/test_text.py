@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from support import ROOT
 
 from cap_llm.cli.command_line import read_config
+from cap_llm.models.directory import ModelDirectory
 from cap_llm.pipeline import read_texts
 from cap_llm.preflight import check_corpora
 from cap_llm.runtime.errors import UserError
@@ -200,9 +201,9 @@ def test_added_tokens_that_no_text_gives_may_exceed_the_model(tiny, tokenizer, t
         config, _, _ = read_config([str(a) for a in [*args, "--evaluate.window", 32]])
         if refused:
             with pytest.raises(UserError, match="'<image>'"):
-                read_texts(config, model)
+                read_texts(config, ModelDirectory(model))
         else:
-            read_texts(config, model)
+            read_texts(config, ModelDirectory(model))
 
 
 def test_a_tokenizer_far_smaller_than_the_model_is_a_mix_up(tiny):
