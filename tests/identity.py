@@ -114,7 +114,7 @@ RECOVER = {
     "recover__masks__schedule": "0.6, 0.7",
     "recover__contrast__segments": 4,
     "recover__contrast__token_positions": 8,
-    "recover__contrast__frequent_ids": 5,
+    "recover__contrast__n_unlabeled_frequent": 5,
     "recover__contrast__extra_negatives": 4,
     "recover__log__evaluate_every": 3,
 }
