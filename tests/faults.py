@@ -255,8 +255,9 @@ def test_no_kill_loses_anything_and_none_hangs(tiny, text_file):
         (folder / "text.txt").write_text("".join(lines[:400]))
         (folder / "scored.txt").write_text("".join(lines[400:480]))
         text = {"corpus": str(folder / "text.txt"), "length": 64}
-        recover = {"batch": 4, "tokens": 6 * 4 * 64, "held_out": 4, "schedule": "0.6"}
-        recover |= {"checkpoint_steps": 2, "evaluate_steps": 4, "micro_batch": 1}
+        recover = {"optimizer": {"batch": 4, "tokens": 6 * 4 * 64}, "held_out": 4}
+        recover |= {"masks": {"schedule": "0.6"}, "engine": {"micro_batch": 1}}
+        recover |= {"checkpoint": {"every": 2}, "log": {"evaluate_every": 4}}
         recover |= {"contrast": {"segments": 4, "token_positions": 8, "extra_negatives": 4}}
         settings = {
             "stages": ["oneshot", "reconstruct", "recover", "evaluate"],

@@ -284,7 +284,8 @@ def long(settings, tmp_path_factory) -> list[str]:
     args = ["--config", str(folder / "recipe.yaml"), "--output_dir", str(folder / "half")]
     config, text, _ = read_config(args)
     pipeline(config, text, QUIET)
-    steps = {"tokens": 60 * BATCH * LENGTH, "teacher": model, "checkpoint_steps": 1000}
+    optimizer = settings["recover"]["optimizer"] | {"tokens": 60 * BATCH * LENGTH}
+    steps = {"optimizer": optimizer, "teacher": model, "checkpoint": {"every": 1000}}
     settings |= {"recover": settings["recover"] | steps, "stages": ["recover"]}
     settings |= {"model": {"path": str(folder / "half" / "oneshot")}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
