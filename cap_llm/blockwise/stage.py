@@ -28,10 +28,9 @@ from cap_llm.models.files import weights_and_masks
 from cap_llm.models.masks import PRUNED, Masks
 from cap_llm.models.result import (
     Result,
-    dense_name,
     finish_result,
-    outside_result,
     read_result,
+    result_of,
 )
 from cap_llm.runtime.console import format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
@@ -91,10 +90,9 @@ class BlockStage:
 
     def _read_before(self, dense: ModelDirectory | None) -> Result | None:
         """The result of the model that the stage starts from; None if it is dense."""
-        before = read_result(self._source.path)
-        if before is None and dense:
-            before = outside_result(self._source.path, "given", dense_name(self.recipe["model"]))
-        return before
+        if dense is None:
+            return read_result(self._source.path)
+        return result_of(self._source.path, "given", self.recipe["model"])
 
     def begin(self, calibration: Calibration | None, dtype: torch.dtype | None = None) -> None:
         """Opens the model and looks for what is finished.

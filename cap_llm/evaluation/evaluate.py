@@ -24,7 +24,7 @@ from cap_llm.models.blocks import BlockModel
 from cap_llm.models.directory import ModelDirectory, Row
 from cap_llm.models.files import has_weights
 from cap_llm.models.masks import count_zeros
-from cap_llm.models.result import dense_name, outside_result, read_result, write_result
+from cap_llm.models.result import result_of, write_result
 from cap_llm.runtime.console import SILENT, format_bytes, format_duration
 from cap_llm.runtime.errors import UserError
 from cap_llm.runtime.memory import Memory
@@ -114,8 +114,7 @@ def outside_models(inputs: Inputs, evaluate: EvaluateConfig) -> dict[str, ModelD
             matrices, whole, _ = counts[name]
             rows = [Row(n, shape, "as found", z, z) for n, (shape, z) in matrices.items()]
             ModelDirectory(place).write_sparsity(folder.path.resolve().name, rows, whole)
-            result = outside_result(folder.path, name, dense_name(settings))
-            write_result(place, read_result(folder.path) or result, folder.path)
+            write_result(place, result_of(folder.path, name, settings), folder.path)
     return models
 
 

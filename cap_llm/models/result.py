@@ -106,6 +106,17 @@ def outside_result(folder: Path, stage: str, dense: str) -> Result:
     return Result(stage, method, dense=dense, weights=weights, identity=weights or "")
 
 
+def result_of(folder: Path, stage: str, model: dict) -> Result:
+    """The result of a model directory, also if no stage made it.
+
+    Args:
+        folder: the model directory.
+        stage: `dense` or `given`, if no stage made it.
+        model: the settings of section `model`, which name the dense model.
+    """
+    return read_result(folder) or outside_result(folder, stage, dense_name(model))
+
+
 def dense_name(model: dict) -> str:
     """Path or hub name of the dense model, from the settings of section `model`."""
     path = model.get("dense") or model["path"]

@@ -31,10 +31,9 @@ from cap_llm.models.directory import ModelDirectory
 from cap_llm.models.files import remove_weights, weights_and_masks
 from cap_llm.models.result import (
     Result,
-    dense_name,
     finish_result,
-    outside_result,
     read_result,
+    result_of,
 )
 from cap_llm.recovery.banks import Banks
 from cap_llm.recovery.check import check, cost, state_width
@@ -181,9 +180,8 @@ class _Recovery:
         self.teacher_ds = ds_config.teacher_settings(self.settings, self.world, self.student_ds)
         self.began = time.monotonic()  # less what earlier jobs have spent, once that is known
         self.records: list[dict] = []
-        self._students: dict[
-            int, ModelDirectory
-        ] = {}  # by level, as it stood before: the snapshots
+        # by level, as it stood before: the snapshots
+        self._students: dict[int, ModelDirectory] = {}
         self._teacher = None
         s = self.settings
         device = self.world.device
@@ -201,12 +199,15 @@ class _Recovery:
         models = self._models.items() if self.world.is_main else ()
         prints = {name: model.fingerprint for name, model in models}
         self._inputs = self.world.gather({"text": text.digest} | prints)[0]
-        start = self.start.path
-        self.before = self.world.decide(lambda: read_result(start))
-        if self.before is None and self.masks:
-            model = dataclasses.asdict(inputs.model)
-            model |= {"dense": s.teacher} if self._taught_by_dense else {}
-            self.before = outside_result(start, "given", dense_name(model))
+        self.before = self.world.decide(self._read_before)
+
+    def _read_before(self) -> Result | None:
+        """The result of the model that the stage starts from; None if it is dense."""
+        if not self.masks:
+            return read_result(self.start.path)
+        model = dataclasses.asdict(self.inputs.model)
+        model |= {"dense": self.settings.teacher} if self._taught_by_dense else {}
+        return result_of(self.start.path, "given", model)
 
     def check(self) -> None:
         """Raises:
